@@ -1,0 +1,177 @@
+//! This build: the daemons, the command line, the stand-in VMM and the guest's static envd, and where the rig has them.
+
+use std::env;
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::cache;
+use crate::rig::install;
+use crate::step::{shown, step};
+
+/// Installed in /usr/bin of the rig.
+const PROGRAMS: &[&str] = &["roost-privd", "roost-vmmshim", "roost-agent", "roost", "standin-vmm"];
+
+/// Folder below `packaging/` and where its files go.
+const PACKAGING: &[(&str, &str)] = &[
+    ("systemd", "usr/lib/systemd/system"),
+    ("sysusers.d", "usr/lib/sysusers.d"),
+    ("tmpfiles.d", "usr/lib/tmpfiles.d"),
+    ("udev", "usr/lib/udev/rules.d"),
+    ("sysctl.d", "usr/lib/sysctl.d"),
+    ("modules-load.d", "usr/lib/modules-load.d"),
+];
+
+const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// Which VMM the rig's sandboxes run on.
+pub(crate) enum Vmm {
+    /// Ours, over Debian's QEMU.
+    StandIn,
+    /// The real one, this file.
+    CloudHypervisor(PathBuf),
+}
+
+/// Built programs.
+pub(crate) struct Binaries {
+    dir: PathBuf,
+    /// The guest's init and agent, static.
+    pub(crate) envd: PathBuf,
+    vmm: Vmm,
+}
+
+/// Builds everything that a rig needs.
+pub(crate) fn build() -> Result<Binaries> {
+    let vmm = Vmm::choose()?;
+    step("building the daemons", || {
+        // Rig builds may read a confinement profile from a file; packaged ones refuse to.
+        let packages = ["roost-privd", "roost-vmmshim", "roost-agent", "standin-vmm"];
+        let mut command = cargo();
+        command.args(["build", "--bins", "--features", "roost-vmmshim/foreign-profiles"]);
+        packages.iter().for_each(|package| {
+            command.args(["--package", package]);
+        });
+        shown(&mut command)
+    })?;
+    let envd = build_envd()?;
+    Ok(Binaries {
+        dir: cache::target().join("debug"),
+        envd,
+        vmm,
+    })
+}
+
+/// Builds the guest's envd: static, so into a folder of its own beside the host's build.
+pub(crate) fn build_envd() -> Result<PathBuf> {
+    step("building envd", || {
+        shown(
+            cargo()
+                .args([
+                    "build",
+                    "--package",
+                    "roost-envd",
+                    "--bin",
+                    "envd",
+                    "--target",
+                    GUEST_TARGET,
+                ])
+                .env("RUSTFLAGS", "-C target-feature=+crt-static"),
+        )
+    })?;
+    Ok(cache::target().join(GUEST_TARGET).join("debug/envd"))
+}
+
+/// cargo in the workspace, without what the `cargo run` that started us has set for us alone.
+pub(crate) fn cargo() -> Command {
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    for (name, _) in env::vars_os() {
+        let ours = name
+            .to_str()
+            .is_some_and(|name| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_"));
+        if ours || name == "LD_LIBRARY_PATH" {
+            command.env_remove(name);
+        }
+    }
+    command.current_dir(cache::workspace());
+    command
+}
+
+impl Vmm {
+    fn choose() -> Result<Self> {
+        if let Some(path) = env::var_os("CLOUD_HYPERVISOR").filter(|path| !path.is_empty()) {
+            let path = PathBuf::from(path);
+            ensure!(path.is_file(), "CLOUD_HYPERVISOR={}: no such file", path.display());
+            return Ok(Self::CloudHypervisor(path));
+        }
+        let path = env::var_os("PATH").unwrap_or_default();
+        let found = env::split_paths(&path)
+            .map(|dir| dir.join("cloud-hypervisor"))
+            .find(|path| path.is_file());
+        Ok(found.map_or(Self::StandIn, Self::CloudHypervisor))
+    }
+}
+
+impl Binaries {
+    /// Puts programs, units and configuration into the tree that is unpacked over the rig's root.
+    pub(crate) fn install(&self, overlay: &Path) -> Result<()> {
+        for program in PROGRAMS {
+            let data = fs::read(self.dir.join(program)).with_context(|| format!("cannot read {program}"))?;
+            install(overlay, &format!("usr/bin/{program}"), &data, 0o755)?;
+        }
+        let workspace = cache::workspace();
+        for (folder, destination) in PACKAGING {
+            let folder = workspace.join("packaging").join(folder);
+            for entry in fs::read_dir(&folder).with_context(|| format!("cannot list {}", folder.display()))? {
+                let entry = entry?;
+                let name = entry
+                    .file_name()
+                    .into_string()
+                    .ok()
+                    .context("a file in packaging/ has an odd name")?;
+                install(
+                    overlay,
+                    &format!("{destination}/{name}"),
+                    &fs::read(entry.path())?,
+                    0o644,
+                )?;
+            }
+        }
+        let shim = match &self.vmm {
+            Vmm::StandIn => {
+                eprintln!(
+                    "rig: VMM is the STAND-IN (QEMU behind cloud-hypervisor's interface); CLOUD_HYPERVISOR=<path> uses the real one"
+                );
+                let profile = fs::read(workspace.join("tests/standin/profile.json"))?;
+                install(overlay, "usr/share/roost-tests/standin-profile.json", &profile, 0o644)?;
+                "--vmm /usr/bin/standin-vmm --profile /usr/share/roost-tests/standin-profile.json"
+            }
+            Vmm::CloudHypervisor(path) => {
+                eprintln!("rig: VMM is the REAL cloud-hypervisor, {}", path.display());
+                let data = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+                install(overlay, "usr/bin/cloud-hypervisor", &data, 0o755)?;
+                "--vmm /usr/bin/cloud-hypervisor"
+            }
+        };
+        install(
+            overlay,
+            "etc/roost/vmmshim.env",
+            format!("ROOST_SHIM_ARGS={shim}\n").as_bytes(),
+            0o644,
+        )?;
+        // Wanted by the rig's tests, not by its boot: the prepare script starts the units when users and keys are there.
+        let link = overlay.join("usr/share/roost-tests/vmm");
+        fs::create_dir_all(link.parent().expect("the link lies in a folder"))?;
+        symlink(
+            if matches!(self.vmm, Vmm::StandIn) {
+                "/usr/bin/standin-vmm"
+            } else {
+                "/usr/bin/cloud-hypervisor"
+            },
+            link,
+        )?;
+        Ok(())
+    }
+}

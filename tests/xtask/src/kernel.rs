@@ -1,0 +1,227 @@
+//! Debian's cloud kernel, shared by the guest and the rig's host: the plain `vmlinux` (it boots faster than the bzImage
+//! that unpacks itself, most of all under emulation) and the modules.
+//!
+//! ```text
+//! target/rig/kernel-<key>/vmlinux
+//! target/rig/kernel-<key>/version          6.1.0-NN-cloud-amd64
+//! target/rig/kernel-<key>/usr/lib/modules/<version>/…
+//! ```
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+
+use crate::cache;
+use crate::cpio::Archive;
+use crate::debian::Recipe;
+use crate::step::quiet;
+
+const RECIPE: Recipe<'_> = Recipe {
+    variant: "extract",
+    packages: &["linux-image-cloud-amd64"],
+    extra: &[],
+};
+
+/// A kernel on disk.
+pub(crate) struct Kernel {
+    dir: PathBuf,
+    /// As `uname -r` says it.
+    pub(crate) version: String,
+}
+
+/// The kernel, made when missing.
+pub(crate) fn ensure() -> Result<Kernel> {
+    let dir = cache::artefact("kernel", RECIPE.key(), make)?;
+    let version = fs::read_to_string(dir.join("version")).context("cannot read the kernel's version")?;
+    Ok(Kernel { dir, version })
+}
+
+impl Kernel {
+    /// The uncompressed ELF image with its PVH note.
+    pub(crate) fn vmlinux(&self) -> PathBuf {
+        self.dir.join("vmlinux")
+    }
+
+    /// The folder to put below a root filesystem's `usr/lib/modules`.
+    pub(crate) fn modules(&self) -> PathBuf {
+        self.dir.join("usr/lib/modules").join(&self.version)
+    }
+
+    /// Adds these modules and all they need as `/modules/*.ko`, and `/modules/order` with one file name a line in the
+    /// order in which they can be loaded.
+    pub(crate) fn add_modules(&self, archive: &mut Archive, names: &[&str]) -> Result<()> {
+        let table = fs::read_to_string(self.modules().join("modules.dep")).context("cannot read modules.dep")?;
+        archive.directory("modules");
+        let mut order = String::new();
+        for path in load_order(&table, names)? {
+            let file = path.rsplit('/').next().expect("a path has a last part");
+            let data = fs::read(self.modules().join(path)).with_context(|| format!("cannot read {path}"))?;
+            archive.file(&format!("modules/{file}"), 0o644, &data);
+            order.push_str(file);
+            order.push('\n');
+        }
+        archive.file("modules/order", 0o644, order.as_bytes());
+        Ok(())
+    }
+}
+
+/// Paths from a `modules.dep`, dependencies before what needs them. A name may use `-` for `_`.
+fn load_order<'a>(table: &'a str, names: &[&str]) -> Result<Vec<&'a str>> {
+    let rows: Vec<(&str, Vec<&str>)> = table
+        .lines()
+        .filter_map(|line| line.split_once(':'))
+        .map(|(path, needs)| (path, needs.split_whitespace().collect()))
+        .collect();
+    let module_name = |path: &str| {
+        let file = path.rsplit('/').next().unwrap_or(path);
+        file.split('.').next().unwrap_or(file).replace('-', "_")
+    };
+    let mut order = Vec::new();
+    for name in names {
+        let (path, needs) = rows
+            .iter()
+            .find(|(path, _)| module_name(path) == name.replace('-', "_"))
+            .ok_or_else(|| anyhow!("the kernel has no module {name}"))?;
+        // depmod lists all of what a module needs, the last to be loaded first.
+        for needed in needs.iter().rev().chain([path]) {
+            if !order.contains(needed) {
+                order.push(*needed);
+            }
+        }
+    }
+    Ok(order)
+}
+
+fn make(dir: &Path) -> Result<()> {
+    fs::create_dir_all(dir)?;
+    let tar = dir.join("package.tar");
+    RECIPE.make_tar(&tar)?;
+    // Modules lie below /lib or, with a merged /usr, below /usr/lib.
+    let parts = ["./boot/vmlinuz-*", "./*lib/modules/*"];
+    let mut extract = Command::new("tar");
+    extract
+        .args(["--no-same-owner", "--wildcards", "-C"])
+        .arg(dir)
+        .arg("-xf")
+        .arg(&tar)
+        .args(parts);
+    quiet(&mut extract)?;
+    if dir.join("lib").is_dir() {
+        fs::create_dir_all(dir.join("usr"))?;
+        fs::rename(dir.join("lib"), dir.join("usr/lib"))?;
+    }
+    fs::remove_file(&tar)?;
+    let mut kernels = fs::read_dir(dir.join("boot"))?;
+    let kernel = kernels
+        .next()
+        .ok_or_else(|| anyhow!("the kernel package has no vmlinuz"))??;
+    let name = kernel.file_name().to_string_lossy().into_owned();
+    let version = name.strip_prefix("vmlinuz-").expect("tar was asked for vmlinuz-*");
+    fs::write(dir.join("vmlinux"), unpack(&fs::read(kernel.path())?)?)?;
+    fs::write(dir.join("version"), version)?;
+    std::os::unix::fs::symlink("usr/lib", dir.join("lib"))?;
+    quiet(Command::new("/sbin/depmod").arg("-b").arg(dir).arg(version))?;
+    fs::remove_dir_all(dir.join("boot"))?;
+    Ok(())
+}
+
+/// The ELF image inside a bzImage. Source: `Documentation/arch/x86/boot.rst` (setup_sects, payload_offset,
+/// payload_length); the payload's last four bytes are its unpacked size and no part of the compressed stream.
+fn unpack(image: &[u8]) -> Result<Vec<u8>> {
+    let word = |at: usize| -> Result<usize> {
+        let bytes = image
+            .get(at..at + 4)
+            .ok_or_else(|| anyhow!("the kernel image ends too soon"))?;
+        Ok(u32::from_le_bytes(bytes.try_into().expect("four bytes")) as usize)
+    };
+    ensure!(
+        image.get(0x202..0x206) != Some(&[0; 4]) && word(0x202)? == 0x5372_6448,
+        "not a bzImage"
+    );
+    let start = (usize::from(image[0x1f1]) + 1) * 512 + word(0x248)?;
+    let payload = image
+        .get(start..start + word(0x24c)? - 4)
+        .ok_or_else(|| anyhow!("the payload lies outside"))?;
+    let program = match payload {
+        [0xfd, b'7', b'z', b'X', b'Z', ..] => "xz",
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => "zstd",
+        [0x02, 0x21, 0x4c, 0x18, ..] => "lz4",
+        [0x1f, 0x8b, ..] => "gzip",
+        _ => bail!("unknown compression of the kernel image"),
+    };
+    let elf = filter(program, payload)?;
+    ensure!(elf.starts_with(b"\x7fELF"), "the kernel's payload is no ELF image");
+    ensure!(has_pvh_entry(&elf), "the kernel has no PVH entry point (CONFIG_PVH)");
+    Ok(elf)
+}
+
+fn filter(program: &str, input: &[u8]) -> Result<Vec<u8>> {
+    let mut child = Command::new(program)
+        .arg("-dc")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("cannot run {program}"))?;
+    let mut stdin = child.stdin.take().expect("stdin is a pipe");
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(move || stdin.write_all(input));
+        let output = child.wait_with_output()?;
+        // The unpacker may stop reading before the padding behind its stream.
+        drop(writer.join().expect("the writer does not panic"));
+        ensure!(output.status.success(), "{program}: {}", output.status);
+        Ok(output.stdout)
+    })
+}
+
+/// Whether the image carries the ELF note (owner `Xen`, type 18, XEN_ELFNOTE_PHYS32_ENTRY) that direct boot needs.
+fn has_pvh_entry(elf: &[u8]) -> bool {
+    let note: Vec<u8> = [4u32, 4, 18]
+        .iter()
+        .flat_map(|word| word.to_le_bytes())
+        .chain(*b"Xen\0")
+        .collect();
+    let wide: Vec<u8> = [4u32, 8, 18]
+        .iter()
+        .flat_map(|word| word.to_le_bytes())
+        .chain(*b"Xen\0")
+        .collect();
+    elf.windows(note.len()).any(|window| window == note || window == wide)
+}
+
+/// Writes an initramfs.
+pub(crate) fn write_initramfs(path: &Path, archive: Archive) -> Result<()> {
+    let mut file = File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
+    file.write_all(&archive.finish())?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TABLE: &str = "\
+        kernel/drivers/virtio/virtio.ko: kernel/drivers/virtio/virtio_ring.ko\n\
+        kernel/drivers/virtio/virtio_ring.ko:\n\
+        kernel/drivers/char/hw_random/virtio-rng.ko: kernel/drivers/virtio/virtio.ko kernel/drivers/virtio/virtio_ring.ko\n";
+
+    #[test]
+    fn modules_are_loaded_after_what_they_need_and_once() {
+        let order = load_order(TABLE, &["virtio_rng", "virtio"]).unwrap();
+        let files: Vec<&str> = order.iter().map(|path| path.rsplit('/').next().unwrap()).collect();
+        assert_eq!(files, ["virtio_ring.ko", "virtio.ko", "virtio-rng.ko"]);
+    }
+
+    #[test]
+    fn an_unknown_module_is_an_error() {
+        assert!(load_order(TABLE, &["virtio_net"]).is_err());
+    }
+
+    #[test]
+    fn something_else_than_a_bzimage_is_refused() {
+        assert!(unpack(&[0; 100]).is_err());
+        assert!(unpack(&[0; 0x1000]).is_err());
+    }
+}

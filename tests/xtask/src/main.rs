@@ -1,0 +1,72 @@
+//! `cargo xtask`: everything this repository does beyond `cargo build`.
+//!
+//! ```text
+//! setup   Debian packages that the rest needs
+//! guest   kernel, initramfs and the `minimal` template, under target/rig
+//! rig     a throw-away Debian host in QEMU with this build installed; runs one command in it
+//! test    what CI checks, the end-to-end tests in the rig included
+//! demo    one sandbox from create to destroy, and what it left behind
+//! ```
+//!
+//! Holds: this crate depends on no other crate of the workspace, so it builds before any of them can.
+//! Not here: what runs inside the rig (`tests/harness`, `tests/rig`, `tests/demo`).
+
+mod binaries;
+mod cache;
+mod cpio;
+mod debian;
+mod demo;
+mod guest;
+mod host;
+mod kernel;
+mod rig;
+mod setup;
+mod step;
+mod test;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Builds, guest image, rig, tests and demo of roost")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Install the Debian packages that builds and rig need (as root), or say which are missing
+    Setup,
+    /// Make the guest's kernel, initramfs and the minimal template
+    Guest,
+    /// Boot a throw-away Debian host with this build in it and run a command there as root
+    Rig(rig::Options),
+    /// Everything that CI checks
+    Test(test::Options),
+    /// Show one sandbox from create to destroy, and that nothing is left of it
+    Demo(demo::Options),
+}
+
+fn main() -> ExitCode {
+    let outcome = match Cli::parse().task {
+        Task::Setup => setup::run().map(|()| 0),
+        Task::Guest => guest::run().map(|()| 0),
+        Task::Rig(options) => rig::run(&options),
+        Task::Test(options) => test::run(&options),
+        Task::Demo(options) => demo::run(&options),
+    };
+    finish(outcome)
+}
+
+fn finish(outcome: Result<u8>) -> ExitCode {
+    match outcome {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::from(rig::STATUS_RIG_FAILED)
+        }
+    }
+}

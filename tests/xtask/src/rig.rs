@@ -1,0 +1,491 @@
+//! The rig: a throw-away Debian host in QEMU that runs one command as root and is gone.
+//!
+//! ```text
+//! vda  host root      cached, behind a throw-away overlay
+//! vdb  /var/lib/roost cached guest image in place, behind a throw-away overlay
+//! vdc  this run       binaries, units, --add files, the command; made anew for each run
+//! rig.out, rig.ctl, rig.log: virtio-serial ports on socket pairs (output, progress, journal)
+//! ```
+//!
+//! Holds: QEMU dies with us (PDEATHSIG), and nothing but `target/rig` is written outside. The emulated CPU is the default
+//! even where /dev/kvm exists, since nested KVM is often a software one; `RIG_ACCEL=kvm` chooses the real thing.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use clap::Args;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+
+use crate::binaries::{self, Binaries};
+use crate::step::quiet;
+use crate::{cache, guest, host, kernel, setup};
+
+/// Our exit status when the rig, not the command in it, failed.
+pub(crate) const STATUS_RIG_FAILED: u8 = 125;
+/// Our exit status when the time was up.
+pub(crate) const STATUS_TIMEOUT: u8 = 124;
+
+/// How long after QEMU's start the host may take to be up; ten seconds on an idle machine.
+const BOOT_LIMIT: Duration = Duration::from_secs(180);
+/// How many runs' logs are kept.
+const KEPT_RUNS: usize = 10;
+
+const RUN: &str = include_str!("../rig/run.sh");
+const PREPARE: &str = include_str!("../rig/prepare.sh");
+const UNIT: &str = include_str!("../rig/rig.service");
+
+/// Arguments of `cargo xtask rig`.
+#[derive(Args, Clone)]
+pub(crate) struct Options {
+    /// Put a file or folder into the rig, at DEST or in /root under its own name
+    #[arg(long, value_name = "PATH[:DEST]")]
+    pub(crate) add: Vec<String>,
+    /// Set an environment variable for the command (ROOST_*, RUST_LOG and RUST_BACKTRACE of ours are passed on anyway)
+    #[arg(long, value_name = "NAME=VALUE")]
+    pub(crate) env: Vec<String>,
+    /// Give up after this many seconds, counted from the start of QEMU
+    #[arg(long, value_name = "SECONDS", default_value_t = 900)]
+    pub(crate) timeout: u64,
+    /// The rig's memory
+    #[arg(long, value_name = "MB", default_value_t = 4096)]
+    pub(crate) memory: u64,
+    /// Start the daemons without systemd: agent as user roost, shims as its children
+    #[arg(long, conflicts_with = "bare")]
+    pub(crate) direct: bool,
+    /// No build and no daemons: just the host
+    #[arg(long)]
+    pub(crate) bare: bool,
+    /// With --bare: install this build and the guest image all the same, but start nothing
+    #[arg(long, requires = "bare")]
+    pub(crate) installed: bool,
+    /// The command and its arguments
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    pub(crate) command: Vec<String>,
+}
+
+/// Builds what is missing, boots the rig, runs the command; the command's exit status.
+pub(crate) fn run(options: &Options) -> Result<u8> {
+    setup::run()?;
+    let wanted = !options.bare || options.installed;
+    let binaries = if wanted { Some(binaries::build()?) } else { None };
+    run_with(options, binaries.as_ref())
+}
+
+/// [`run`] with binaries that are built already.
+pub(crate) fn run_with(options: &Options, binaries: Option<&Binaries>) -> Result<u8> {
+    let lock = cache::lock()?;
+    let kernel = kernel::ensure()?;
+    let host = host::ensure(&kernel)?;
+    let state = match binaries {
+        Some(binaries) => guest::state_disk(&guest::ensure(&kernel, &binaries.envd)?)?,
+        None => guest::empty_state_disk()?,
+    };
+    let run = RunDir::new()?;
+    let payload = run.path.join("payload.ext4");
+    write_payload(&run.path.join("payload"), &payload, options, binaries)?;
+    drop(lock);
+    Machine {
+        options,
+        kernel: kernel.vmlinux(),
+        host,
+        state,
+        payload,
+        run: &run,
+    }
+    .boot()
+}
+
+/// `target/rig/runs/<pid>`: the logs stay, the rest goes with the value.
+struct RunDir {
+    path: PathBuf,
+}
+
+impl RunDir {
+    fn new() -> Result<Self> {
+        let runs = cache::dir()?.join("runs");
+        fs::create_dir_all(&runs)?;
+        tidy(&runs)?;
+        let path = runs.join(std::process::id().to_string());
+        cache::remove(&path)?;
+        fs::create_dir(&path).with_context(|| format!("cannot make {}", path.display()))?;
+        // For people: the latest run's logs under fixed names.
+        for log in ["console.log", "journal.log"] {
+            let link = cache::dir()?.join(log);
+            cache::remove(&link)?;
+            std::os::unix::fs::symlink(path.join(log), link)?;
+        }
+        Ok(Self { path })
+    }
+
+    fn log(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+}
+
+impl Drop for RunDir {
+    fn drop(&mut self) {
+        for bulky in ["payload", "payload.ext4"] {
+            if let Err(error) = cache::remove(&self.path.join(bulky)) {
+                eprintln!("rig: {error:#}");
+            }
+        }
+    }
+}
+
+/// Removes the logs of all but the last runs, and what a killed run left.
+fn tidy(runs: &Path) -> Result<()> {
+    let mut finished = Vec::new();
+    for entry in fs::read_dir(runs)? {
+        let entry = entry?;
+        if Path::new("/proc").join(entry.file_name()).exists() {
+            continue;
+        }
+        cache::remove(&entry.path().join("payload"))?;
+        cache::remove(&entry.path().join("payload.ext4"))?;
+        finished.push((entry.metadata()?.modified()?, entry.path()));
+    }
+    finished.sort();
+    let surplus = finished.len().saturating_sub(KEPT_RUNS);
+    finished[..surplus].iter().try_for_each(|(_, path)| cache::remove(path))
+}
+
+/// Makes the disk that carries this run's files.
+fn write_payload(dir: &Path, image: &Path, options: &Options, binaries: Option<&Binaries>) -> Result<()> {
+    let overlay = dir.join("overlay");
+    fs::create_dir_all(&overlay)?;
+    install(&overlay, "etc/systemd/system/rig.service", UNIT.as_bytes(), 0o644)?;
+    let wants = overlay.join("etc/systemd/system/multi-user.target.wants");
+    fs::create_dir_all(&wants)?;
+    std::os::unix::fs::symlink("../rig.service", wants.join("rig.service"))?;
+    if let Some(binaries) = binaries {
+        binaries.install(&overlay)?;
+    }
+    for add in &options.add {
+        let (from, to) = match add.rsplit_once(':') {
+            Some((from, to)) => (Path::new(from), to.trim_start_matches('/').to_owned()),
+            None => {
+                let name = Path::new(add).canonicalize().ok();
+                let name = name
+                    .as_ref()
+                    .and_then(|path| path.file_name())
+                    .and_then(|name| name.to_str());
+                (
+                    Path::new(add),
+                    format!("root/{}", name.ok_or_else(|| anyhow!("--add {add}: no such file"))?),
+                )
+            }
+        };
+        ensure!(from.exists(), "--add {}: no such file", from.display());
+        let to = overlay.join(to);
+        fs::create_dir_all(to.parent().expect("a path below the overlay has a parent"))?;
+        quiet(
+            Command::new("cp")
+                .args(["-rL", "--no-preserve=ownership", "--preserve=mode"])
+                .arg(from)
+                .arg(to),
+        )?;
+    }
+    // A tar file, so that all of it belongs to root inside whoever made it outside.
+    let tar = dir.join("overlay.tar");
+    quiet(
+        Command::new("tar")
+            .args(["--owner=0", "--group=0", "--numeric-owner", "-cf"])
+            .arg(&tar)
+            .arg("-C")
+            .arg(&overlay)
+            .arg("."),
+    )?;
+    cache::remove(&overlay)?;
+    fs::write(dir.join("run.sh"), RUN)?;
+    fs::write(dir.join("prepare.sh"), PREPARE)?;
+    fs::write(dir.join("command"), quoted(&options.command))?;
+    fs::write(dir.join("settings"), settings(options))?;
+    let bytes = fs::metadata(&tar)?.len();
+    let mib = bytes / (1 << 20) + bytes / (10 << 20) + 16;
+    cache::remove(image)?;
+    quiet(
+        Command::new("/sbin/mke2fs")
+            .args([
+                "-q",
+                "-F",
+                "-t",
+                "ext4",
+                "-O",
+                "^has_journal",
+                "-b",
+                "4096",
+                "-N",
+                "64",
+                "-d",
+            ])
+            .arg(dir)
+            .arg(image)
+            .arg(format!("{mib}M")),
+    )?;
+    cache::remove(dir)
+}
+
+/// Writes one file into a tree, with its mode whatever our umask is.
+pub(crate) fn install(tree: &Path, to: &str, data: &[u8], mode: u32) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    let path = tree.join(to);
+    fs::create_dir_all(path.parent().expect("a path below the tree has a parent"))?;
+    fs::write(&path, data).with_context(|| format!("cannot write {}", path.display()))?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(mode))?;
+    Ok(())
+}
+
+fn settings(options: &Options) -> String {
+    let mode = match (options.bare, options.direct) {
+        (true, _) => "bare",
+        (false, true) => "direct",
+        (false, false) => "systemd",
+    };
+    let passed_on = std::env::vars()
+        .filter(|(name, _)| name.starts_with("ROOST_") || name == "RUST_LOG" || name == "RUST_BACKTRACE");
+    let env: Vec<String> = passed_on
+        .map(|(name, value)| format!("{name}={value}"))
+        .chain(options.env.iter().cloned())
+        .collect();
+    format!(
+        "RIG_MODE={mode}\nRIG_TIMEOUT={}\nRIG_ENV=({})\n",
+        options.timeout,
+        quoted(&env)
+    )
+}
+
+/// Words for a shell.
+fn quoted(words: &[String]) -> String {
+    words
+        .iter()
+        .map(|word| format!("'{}'", word.replace('\'', r"'\''")))
+        .collect::<Vec<_>>()
+        .join(" ")
+}
+
+/// All that one boot needs.
+struct Machine<'a> {
+    options: &'a Options,
+    kernel: PathBuf,
+    host: host::Host,
+    state: PathBuf,
+    payload: PathBuf,
+    run: &'a RunDir,
+}
+
+/// What the rig tells us, or QEMU.
+enum News {
+    Line(String),
+    Ended(ExitStatus),
+}
+
+impl Machine<'_> {
+    fn boot(&self) -> Result<u8> {
+        let start = Instant::now();
+        let (out, out_there) = port()?;
+        let (ctl, ctl_there) = port()?;
+        let (log, log_there) = port()?;
+        let mut qemu = self.spawn(&[
+            ("rig.out", &out_there),
+            ("rig.ctl", &ctl_there),
+            ("rig.log", &log_there),
+        ])?;
+        drop((out_there, ctl_there, log_there));
+        let output = thread::spawn(move || copy_live(out, std::io::stdout()));
+        let journal = File::create(self.run.log("journal.log")).context("cannot write journal.log")?;
+        let journal = thread::spawn(move || copy_live(log, journal));
+        let (sender, news) = mpsc::channel();
+        thread::spawn(move || {
+            for line in BufReader::new(ctl).lines().map_while(Result::ok) {
+                if sender.send(News::Line(line)).is_err() {
+                    break;
+                }
+            }
+            // The port closes with QEMU; the receiver sees the channel's end.
+        });
+        let verdict = self.follow(&mut qemu, &news, start);
+        // Throw-away: nobody needs a clean shutdown.
+        qemu.kill().ok();
+        qemu.wait().context("cannot wait for QEMU")?;
+        let copied = output.join().map_err(|_| anyhow!("the output thread panicked"))?;
+        journal.join().map_err(|_| anyhow!("the journal thread panicked"))?.ok();
+        copied.context("cannot pass on the command's output")?;
+        verdict
+    }
+
+    fn spawn(&self, ports: &[(&str, &OwnedFd)]) -> Result<Child> {
+        let kvm = match std::env::var("RIG_ACCEL").as_deref() {
+            Ok("kvm") => true,
+            Ok("tcg" | "") | Err(_) => false,
+            Ok(other) => bail!("RIG_ACCEL={other}: tcg or kvm"),
+        };
+        // setpriv: QEMU gets SIGKILL when this thread, our main one, ends for whatever reason.
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL", "--", "qemu-system-x86_64"]);
+        command.args([
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-no-reboot",
+            "-smp",
+            "2",
+        ]);
+        match kvm {
+            true => command.args(["-accel", "kvm", "-cpu", "host"]),
+            // One level of page tables less, for the guest's and our speed.
+            false => command.args(["-accel", "tcg,thread=multi", "-cpu", "max,la57=off"]),
+        };
+        command.args(["-m", &format!("{}M", self.options.memory)]);
+        command
+            .arg("-kernel")
+            .arg(&self.kernel)
+            .arg("-initrd")
+            .arg(&self.host.initramfs);
+        // The tsc ones: otherwise the clock in the rig is a system call that a VMM's own filters kill.
+        command.args([
+            "-append",
+            "console=ttyS0 panic=-1 quiet tsc=reliable clocksource=tsc mitigations=off random.trust_cpu=on \
+             systemd.show_status=false net.ifnames=0",
+        ]);
+        command
+            .arg("-serial")
+            .arg(format!("file:{}", self.run.log("console.log").display()));
+        command.args(["-device", "virtio-rng-pci", "-device", "virtio-serial-pci"]);
+        for (name, end) in ports {
+            command
+                .arg("-chardev")
+                .arg(format!("socket,id={name},fd={}", end.as_raw_fd()));
+            command
+                .arg("-device")
+                .arg(format!("virtserialport,chardev={name},name={name}"));
+        }
+        for (name, file) in [
+            ("root", &self.host.root),
+            ("state", &self.state),
+            ("run", &self.payload),
+        ] {
+            let file = file.display().to_string().replace(',', ",,");
+            command.arg("-drive").arg(format!(
+                "id={name},file={file},format=raw,if=none,snapshot=on,cache=unsafe,discard=unmap,detect-zeroes=unmap"
+            ));
+            command.arg("-device").arg(format!("virtio-blk-pci,drive={name}"));
+        }
+        command
+            .stdin(Stdio::null())
+            .stdout(std::io::stderr())
+            .spawn()
+            .context("cannot start QEMU")
+    }
+
+    /// Waits for the command's end, the end of QEMU or of our patience.
+    fn follow(&self, qemu: &mut Child, news: &mpsc::Receiver<News>, start: Instant) -> Result<u8> {
+        let deadline = start + Duration::from_secs(self.options.timeout);
+        let mut up = false;
+        loop {
+            let limit = if up { deadline } else { deadline.min(start + BOOT_LIMIT) };
+            let message = match news.recv_timeout(limit.saturating_duration_since(Instant::now())) {
+                Ok(message) => message,
+                Err(RecvTimeoutError::Disconnected) => News::Ended(qemu.wait()?),
+                Err(RecvTimeoutError::Timeout) if up => {
+                    eprintln!("rig: timed out after {} s", self.options.timeout);
+                    return Ok(STATUS_TIMEOUT);
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    self.show_console();
+                    bail!("the rig did not come up in {:.0} s", start.elapsed().as_secs_f64());
+                }
+            };
+            let line = match message {
+                News::Line(line) => line,
+                News::Ended(status) => {
+                    self.show_console();
+                    bail!("QEMU ended before the command did: {status}");
+                }
+            };
+            let (word, rest) = line.split_once(' ').unwrap_or((&line, ""));
+            let seconds = start.elapsed().as_secs_f64();
+            match word {
+                "up" => {
+                    up = true;
+                    eprintln!("rig: host up after {seconds:.1} s");
+                }
+                "run" => eprintln!("rig: command starts after {seconds:.1} s"),
+                "step" | "note" => eprintln!("rig: {rest} ({seconds:.1} s)"),
+                "timeout" => {
+                    eprintln!(
+                        "rig: timed out after {seconds:.0} s; journal: {}",
+                        self.run.log("journal.log").display()
+                    );
+                    return Ok(STATUS_TIMEOUT);
+                }
+                "exit" => {
+                    let status: u8 = rest
+                        .parse()
+                        .with_context(|| format!("the rig reports status {rest:?}"))?;
+                    eprintln!("rig: command ended with status {status} after {seconds:.1} s");
+                    if status != 0 {
+                        eprintln!("rig: journal: {}", self.run.log("journal.log").display());
+                    }
+                    return Ok(status);
+                }
+                "failed" => bail!("{rest}; journal: {}", self.run.log("journal.log").display()),
+                _ => eprintln!("rig: {line}"),
+            }
+        }
+    }
+
+    fn show_console(&self) {
+        let path = self.run.log("console.log");
+        let text = fs::read(&path).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        let lines: Vec<&str> = text.lines().collect();
+        eprintln!("rig: last lines of {}:", path.display());
+        for line in &lines[lines.len().saturating_sub(60)..] {
+            eprintln!("  {line}");
+        }
+    }
+}
+
+/// A socket pair: our end, and QEMU's, which children inherit.
+fn port() -> Result<(UnixStream, OwnedFd)> {
+    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::empty())?;
+    nix::fcntl::fcntl(&ours, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))?;
+    Ok((UnixStream::from(ours), theirs))
+}
+
+/// Copies until the other side closes, flushing what has come.
+fn copy_live(mut from: impl Read, mut to: impl Write) -> std::io::Result<()> {
+    let mut chunk = vec![0; 64 << 10];
+    loop {
+        let read = match from.read(&mut chunk) {
+            Ok(0) => return Ok(()),
+            Ok(read) => read,
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        to.write_all(&chunk[..read])?;
+        to.flush()?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_reach_the_shell_as_they_are() {
+        let words = ["a b", "it's", "$HOME `x` \\", ""].map(String::from);
+        let script = format!("printf '%s\\n' {}", quoted(&words));
+        let output = Command::new("sh").args(["-c", &script]).output().unwrap();
+        assert_eq!(String::from_utf8(output.stdout).unwrap(), "a b\nit's\n$HOME `x` \\\n\n");
+    }
+}
