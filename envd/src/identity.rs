@@ -1,0 +1,104 @@
+//! Who the sandbox is, for the programs in it: variables and files under the names that programs of this family look for.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::net::IpAddr;
+use std::path::Path;
+
+/// The directory below `/run`, and the prefix of variables and file names.
+const FAMILIES: [(&str, &str); 2] = [("e2b", "E2B"), ("wrenn", "WRENN")];
+
+/// Most bytes of an id.
+pub(crate) const MAX_ID: usize = 256;
+
+/// The variables of a sandbox; ids that the host has not told are left out.
+pub(crate) fn variables(sandbox: Option<&str>, template: Option<&str>) -> BTreeMap<String, String> {
+    let mut variables = BTreeMap::new();
+    for (_, prefix) in FAMILIES {
+        variables.insert(format!("{prefix}_SANDBOX"), "true".to_owned());
+        for (suffix, value) in [("SANDBOX_ID", sandbox), ("TEMPLATE_ID", template)] {
+            variables.extend(value.map(|value| (format!("{prefix}_{suffix}"), value.to_owned())));
+        }
+    }
+    variables
+}
+
+/// Writes the same as files, below `root`: `/run/e2b/.E2B_SANDBOX_ID` and so on, without a newline.
+///
+/// # Errors
+/// A file cannot be written; others may have been.
+pub(crate) fn write_files(root: &Path, variables: &BTreeMap<String, String>) -> io::Result<()> {
+    for (directory, prefix) in FAMILIES {
+        let directory = root.join("run").join(directory);
+        fs::create_dir_all(&directory)?;
+        for (name, value) in variables.iter().filter(|(name, _)| name.starts_with(prefix)) {
+            replace(&directory.join(format!(".{name}")), value.as_bytes())?;
+        }
+    }
+    Ok(())
+}
+
+/// Writes `/etc/resolv.conf` below `root`.
+///
+/// # Errors
+/// The file cannot be written; the old one is still there.
+pub(crate) fn write_resolvers(root: &Path, resolvers: &[IpAddr]) -> io::Result<()> {
+    let text: String = resolvers
+        .iter()
+        .map(|address| format!("nameserver {address}\n"))
+        .collect();
+    replace(&root.join("etc/resolv.conf"), text.as_bytes())
+}
+
+/// By rename: a reader sees the old or the new, and a symbolic link (as systemd-resolved leaves) is replaced, not followed.
+fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(".envd-new");
+    let new = path.with_file_name(name);
+    fs::write(&new, content)?;
+    fs::rename(&new, path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Dir;
+
+    #[test]
+    fn files_say_what_the_variables_say() {
+        let root = Dir::new("identity");
+        write_files(root.path(), &variables(Some("s-1"), Some("t-1"))).unwrap();
+        let read = |path: &str| fs::read_to_string(root.path().join(path)).unwrap();
+        assert_eq!(read("run/e2b/.E2B_SANDBOX"), "true");
+        assert_eq!(read("run/e2b/.E2B_SANDBOX_ID"), "s-1");
+        assert_eq!(read("run/wrenn/.WRENN_TEMPLATE_ID"), "t-1");
+        assert_eq!(fs::read_dir(root.path().join("run/e2b")).unwrap().count(), 3);
+    }
+
+    #[test]
+    fn an_unknown_id_is_no_variable() {
+        assert_eq!(
+            variables(None, None).into_keys().collect::<Vec<_>>(),
+            ["E2B_SANDBOX", "WRENN_SANDBOX"]
+        );
+    }
+
+    #[test]
+    fn a_link_in_place_of_resolv_conf_is_replaced() {
+        let root = Dir::new("resolv");
+        fs::create_dir_all(root.path().join("etc")).unwrap();
+        let path = root.path().join("etc/resolv.conf");
+        std::os::unix::fs::symlink("../run/nowhere/stub-resolv.conf", &path).unwrap();
+        write_resolvers(
+            root.path(),
+            &["192.0.2.1".parse().unwrap(), "2001:db8::1".parse().unwrap()],
+        )
+        .unwrap();
+        assert!(path.symlink_metadata().unwrap().is_file());
+        assert_eq!(
+            fs::read_to_string(&path).unwrap(),
+            "nameserver 192.0.2.1\nnameserver 2001:db8::1\n"
+        );
+    }
+}

@@ -1,0 +1,257 @@
+//! The plain HTTP calls: `/health`, `/init`, `/metrics`, `/envs`.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use http::{HeaderMap, Response, StatusCode, header};
+use http_body_util::{BodyExt as _, Full, LengthLimitError, Limited};
+use hyper::body::Incoming;
+use roost_common::guest::{ACCESS_TOKEN_HEADER, InitRequest, MAX_ENTROPY, VERSION_HEADER};
+use tokio::sync::Mutex;
+
+use crate::clock::{self, Clock, Decision};
+use crate::console::say;
+use crate::entropy;
+use crate::guest::{Disk, Guest, Machine, Readiness};
+use crate::identity;
+use crate::metrics::Sampler;
+use crate::process::spawn::is_variable;
+
+/// What clients read to learn what this envd can do: the highest version of this family's envd all of whose abilities it
+/// has. Each later part raises it; 0.1.4 is watching directories recursively.
+pub(crate) const VERSION: &str = "0.1.3";
+
+/// Most bytes of an `/init` body, and how long it may take to arrive.
+const MAX_BODY: usize = 1 << 20;
+const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The state of these calls.
+pub(crate) struct Rest {
+    pub(crate) guest: Arc<Guest>,
+    pub(crate) metrics: Sampler,
+    /// Held while an `/init` is applied: one at a time.
+    clock: Mutex<Clock>,
+}
+
+/// Why a call is refused.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RestError {
+    #[error("there is nothing here")]
+    NotFound,
+    #[error("this is not how to call it")]
+    Method,
+    #[error("the machine is not set up yet")]
+    Starting,
+    #[error("the machine could not be set up: {0}")]
+    Failed(String),
+    #[error("the access token is missing or wrong")]
+    Token,
+    #[error("the body exceeds {MAX_BODY} bytes")]
+    TooLarge,
+    #[error("the body did not arrive")]
+    Body,
+    #[error("the body is not a valid request: {0}")]
+    Json(serde_json::Error),
+    #[error("{0} is not acceptable")]
+    Field(&'static str),
+    #[error("{step}: {reason}")]
+    Effect { step: &'static str, reason: String },
+}
+
+impl RestError {
+    fn status(&self) -> (StatusCode, &'static str) {
+        match self {
+            RestError::NotFound => (StatusCode::NOT_FOUND, "not_found"),
+            RestError::Method => (StatusCode::METHOD_NOT_ALLOWED, "unimplemented"),
+            RestError::Starting | RestError::Failed(_) => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
+            RestError::Token => (StatusCode::UNAUTHORIZED, "unauthenticated"),
+            RestError::TooLarge => (StatusCode::PAYLOAD_TOO_LARGE, "resource_exhausted"),
+            RestError::Body => (StatusCode::REQUEST_TIMEOUT, "deadline_exceeded"),
+            RestError::Json(_) | RestError::Field(_) => (StatusCode::BAD_REQUEST, "invalid_argument"),
+            RestError::Effect { .. } => (StatusCode::INTERNAL_SERVER_ERROR, "internal"),
+        }
+    }
+
+    /// The answer, in the form of Connect errors, so that clients of either kind of call read it.
+    pub(crate) fn into_response(self) -> Response<Full<Bytes>> {
+        let (status, code) = self.status();
+        let body = serde_json::json!({ "code": code, "message": self.to_string() });
+        json(status, body.to_string())
+    }
+}
+
+pub(crate) type RestResult = Result<Response<Full<Bytes>>, RestError>;
+
+impl Rest {
+    pub(crate) fn new(guest: Arc<Guest>) -> Self {
+        Self {
+            guest,
+            metrics: Sampler::default(),
+            clock: Mutex::default(),
+        }
+    }
+
+    /// `GET /health`.
+    pub(crate) fn health(&self) -> RestResult {
+        self.ready()?;
+        Ok(empty())
+    }
+
+    /// Whether calls may touch the machine.
+    pub(crate) fn ready(&self) -> Result<(), RestError> {
+        match &*self.guest.readiness.borrow() {
+            Readiness::Ready => Ok(()),
+            Readiness::Starting => Err(RestError::Starting),
+            Readiness::Failed(reason) => Err(RestError::Failed(reason.clone())),
+        }
+    }
+
+    /// `GET /metrics`.
+    pub(crate) fn metrics(&self) -> RestResult {
+        to_json(&self.metrics.sample(&self.guest.root))
+    }
+
+    /// `GET /envs`.
+    pub(crate) fn envs(&self) -> RestResult {
+        to_json(&self.guest.settings().environment())
+    }
+
+    /// `POST /init`. Checks all of the request before it applies any of it. Answers after the root filesystem has its size.
+    pub(crate) async fn init(&self, headers: &HeaderMap, body: Incoming) -> RestResult {
+        let request = read_request(body).await?;
+        // The host's own header admits a change of token; without it the body must repeat the one that is set.
+        let header = headers.get(ACCESS_TOKEN_HEADER).map(|value| value.as_bytes());
+        let token = header.or(request.access_token.as_deref().map(str::as_bytes));
+        if !self.guest.admits(token) {
+            return Err(RestError::Token);
+        }
+        check(&request)?;
+        let mut clock = self.clock.lock().await;
+        let mut disk = self.guest.disk.subscribe();
+        // The sender lives as long as the guest, so this only ends when the disk is settled.
+        disk.wait_for(|disk| *disk == Disk::Settled).await.ok();
+        self.apply(request, &mut clock)?;
+        Ok(empty())
+    }
+
+    fn apply(&self, request: InitRequest, clock: &mut Clock) -> Result<(), RestError> {
+        let guest = &self.guest;
+        if !request.entropy.is_empty() && guest.machine == Machine::Own {
+            entropy::feed(&request.entropy).map_err(|error| effect("feeding the random pool", &error))?;
+        }
+        if let Some(host) = request.timestamp {
+            let decision = clock.hear(SystemTime::now(), host, request.lifecycle_id.as_deref());
+            if decision == Decision::Step && guest.machine == Machine::Own {
+                clock::step(host).map_err(|error| effect("setting the clock", &error))?;
+                say!("clock set by the host");
+            }
+        }
+        if let Some(resolvers) = &request.dns
+            && guest.owns_files()
+        {
+            identity::write_resolvers(&guest.root, resolvers)
+                .map_err(|error| effect("writing /etc/resolv.conf", &error))?;
+        }
+        let mut known = guest.settings().identity;
+        known.extend(identity::variables(
+            request.sandbox_id.as_deref(),
+            request.template_id.as_deref(),
+        ));
+        if guest.owns_files() {
+            identity::write_files(&guest.root, &known).map_err(|error| effect("writing identity files", &error))?;
+        }
+        guest.change(|settings| {
+            settings.identity = known;
+            settings.variables = request
+                .env_vars
+                .unwrap_or_else(|| std::mem::take(&mut settings.variables));
+            let keep = |new: Option<String>, old: &mut Option<String>| {
+                if let Some(new) = new {
+                    *old = Some(new).filter(|text| !text.is_empty());
+                }
+            };
+            keep(request.default_user, &mut settings.user);
+            keep(request.default_workdir, &mut settings.workdir);
+            // An empty token is none given: it must not open what one protects.
+            settings.token = request
+                .access_token
+                .filter(|token| !token.is_empty())
+                .or(settings.token.take());
+        });
+        Ok(())
+    }
+}
+
+async fn read_request(body: Incoming) -> Result<InitRequest, RestError> {
+    let collect = tokio::time::timeout(BODY_TIMEOUT, Limited::new(body, MAX_BODY).collect());
+    let body = collect.await.map_err(|_| RestError::Body)?.map_err(|error| {
+        if error.is::<LengthLimitError>() {
+            RestError::TooLarge
+        } else {
+            RestError::Body
+        }
+    })?;
+    let bytes = body.to_bytes();
+    if bytes.is_empty() {
+        return Ok(InitRequest::default());
+    }
+    serde_json::from_slice(&bytes).map_err(RestError::Json)
+}
+
+fn check(request: &InitRequest) -> Result<(), RestError> {
+    let is_id = |id: &Option<String>| {
+        id.as_ref()
+            .is_none_or(|id| id.len() <= identity::MAX_ID && !id.contains(|c: char| c.is_control()))
+    };
+    let is_text = |text: &Option<String>| text.as_ref().is_none_or(|text| !text.contains('\0'));
+    let variables = request.env_vars.iter().flatten();
+    let problems = [
+        (request.entropy.len() > MAX_ENTROPY, "entropy"),
+        (!is_id(&request.sandbox_id), "sandboxID"),
+        (!is_id(&request.template_id), "templateID"),
+        (!is_text(&request.default_user), "defaultUser"),
+        (!is_text(&request.default_workdir), "defaultWorkdir"),
+        (
+            variables.clone().any(|(name, value)| !is_variable(name, value)),
+            "envVars",
+        ),
+        (
+            request.timestamp.is_some_and(|time| time < SystemTime::UNIX_EPOCH),
+            "timestamp",
+        ),
+    ];
+    problems
+        .into_iter()
+        .find(|(bad, _)| *bad)
+        .map_or(Ok(()), |(_, field)| Err(RestError::Field(field)))
+}
+
+fn effect(step: &'static str, error: &dyn std::error::Error) -> RestError {
+    RestError::Effect {
+        step,
+        reason: error.to_string(),
+    }
+}
+
+fn empty() -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::default());
+    *response.status_mut() = StatusCode::NO_CONTENT;
+    response
+        .headers_mut()
+        .insert(VERSION_HEADER, header::HeaderValue::from_static(VERSION));
+    response
+}
+
+fn to_json(value: &impl serde::Serialize) -> RestResult {
+    let body = serde_json::to_string(value).map_err(|error| effect("writing the answer", &error))?;
+    Ok(json(StatusCode::OK, body))
+}
+
+fn json(status: StatusCode, body: String) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::from(body));
+    *response.status_mut() = status;
+    let kind = header::HeaderValue::from_static("application/json");
+    response.headers_mut().insert(header::CONTENT_TYPE, kind);
+    response
+}

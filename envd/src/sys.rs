@@ -1,0 +1,248 @@
+//! The system calls that neither the standard library nor `nix` offers in a safe form: one per function.
+//!
+//! Holds: this is the only module of the crate with unsafe code. Not here: when to call what.
+#![allow(
+    unsafe_code,
+    reason = "the module that wraps what only libc offers; every block says why it is sound"
+)]
+
+use std::io;
+use std::net::Ipv4Addr;
+use std::os::fd::{AsRawFd as _, BorrowedFd};
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+use std::process::{Command, ExitStatus};
+
+use crate::process::child::ChildSetup;
+
+/// Most bytes that one [`add_entropy`] takes.
+pub(crate) const MAX_ENTROPY: usize = roost_common::guest::MAX_ENTROPY;
+
+/// A child that has ended, if there is one; it is reaped. `None` while all children live.
+///
+/// # Errors
+/// ECHILD: there are no children.
+pub(crate) fn wait_any() -> io::Result<Option<(u32, ExitStatus)>> {
+    let mut status = 0;
+    // SAFETY: waitpid writes one int to the pointer, which is valid for the call.
+    let pid = unsafe { libc::waitpid(-1, &raw mut status, libc::WNOHANG) };
+    match pid {
+        0 => Ok(None),
+        // `nix` fails here for signals it has no name for, after the child is gone: the status would be lost.
+        pid if pid > 0 => Ok(Some((pid.unsigned_abs(), ExitStatus::from_raw(status)))),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Has `setup` run in the child, between fork and exec.
+pub(crate) fn set_child_setup(command: &mut Command, setup: ChildSetup) {
+    // SAFETY: the closure runs in a forked child of a process with threads, so it may only make async-signal-safe calls;
+    // `ChildSetup::enter` is written to that rule (system calls on values made before the fork, no allocation, no lock).
+    unsafe { command.pre_exec(move || setup.enter()) };
+}
+
+/// Marks every descriptor from `first` on close-on-exec.
+///
+/// # Errors
+/// The kernel's; ENOSYS before 5.11.
+pub(crate) fn close_on_exec_from(first: u32) -> io::Result<()> {
+    // SAFETY: the call takes three integers; it closes nothing, so no owned descriptor becomes invalid.
+    let result = unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+    check(result)
+}
+
+/// Gives a signal its default disposition. The two that no process can change, and libc's own, are left alone silently.
+pub(crate) fn reset_signal(signal: i32) {
+    // SAFETY: SIG_DFL is a valid disposition of every signal; an invalid number is answered with an error.
+    unsafe { libc::signal(signal, libc::SIG_DFL) };
+}
+
+/// Adds bytes to the kernel's random pool and credits them.
+///
+/// # Errors
+/// EPERM without CAP_SYS_ADMIN; EINVAL for more than [`MAX_ENTROPY`] bytes.
+pub(crate) fn add_entropy(random: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<()> {
+    /// `struct rand_pool_info` of linux/random.h, with the most that we take.
+    #[repr(C)]
+    struct PoolInfo {
+        entropy_count: libc::c_int,
+        buf_size: libc::c_int,
+        buf: [u8; MAX_ENTROPY],
+    }
+    let too_long = |_| io::Error::from_raw_os_error(libc::EINVAL);
+    if bytes.len() > MAX_ENTROPY {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    let mut info = PoolInfo {
+        entropy_count: i32::try_from(bytes.len() * 8).map_err(too_long)?,
+        buf_size: i32::try_from(bytes.len()).map_err(too_long)?,
+        buf: [0; MAX_ENTROPY],
+    };
+    info.buf[..bytes.len()].copy_from_slice(bytes);
+    // SAFETY: RNDADDENTROPY reads two ints and `buf_size` bytes behind them; `buf_size` is at most the array's length.
+    let result = unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY, &raw const info) };
+    check(result.into())
+}
+
+/// Has the kernel's generator draw a new key from its pool now.
+///
+/// # Errors
+/// EPERM without CAP_SYS_ADMIN.
+pub(crate) fn reseed(random: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: RNDRESEEDCRNG takes no argument.
+    let result = unsafe { libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG) };
+    check(result.into())
+}
+
+/// `_IOW('R', 0x03, int [2])` and `_IO('R', 0x07)` of linux/random.h.
+const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
+const RNDRESEEDCRNG: libc::c_ulong = 0x5207;
+
+/// Grows the mounted ext4 filesystem that `root` is on to `blocks` of its blocks.
+///
+/// # Errors
+/// The kernel's: EPERM, ENOSPC (the device is smaller), EBUSY (being resized), EOPNOTSUPP (no resize_inode).
+pub(crate) fn resize_ext4(root: BorrowedFd<'_>, blocks: u64) -> io::Result<()> {
+    /// `_IOW('f', 16, __u64)` of fs/ext4/ext4.h.
+    const EXT4_IOC_RESIZE_FS: libc::c_ulong = 0x4008_6610;
+    // SAFETY: the call reads one u64 through the pointer, which is valid for the call.
+    let result = unsafe { libc::ioctl(root.as_raw_fd(), EXT4_IOC_RESIZE_FS, &raw const blocks) };
+    check(result.into())
+}
+
+/// Sets the IPv4 address of an interface.
+///
+/// # Errors
+/// The kernel's; ENODEV when there is no such interface.
+pub(crate) fn set_address(socket: BorrowedFd<'_>, name: &InterfaceName, address: Ipv4Addr) -> io::Result<()> {
+    let request = name.request(libc::__c_anonymous_ifr_ifru {
+        ifru_addr: socket_address(address),
+    });
+    // SAFETY: SIOCSIFADDR reads one ifreq, whose union holds the socket address that this call expects.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFADDR, &raw const request) };
+    check(result.into())
+}
+
+/// Sets the netmask of an interface that has an address.
+///
+/// # Errors
+/// As [`set_address`].
+pub(crate) fn set_netmask(socket: BorrowedFd<'_>, name: &InterfaceName, mask: Ipv4Addr) -> io::Result<()> {
+    let request = name.request(libc::__c_anonymous_ifr_ifru {
+        ifru_netmask: socket_address(mask),
+    });
+    // SAFETY: SIOCSIFNETMASK reads one ifreq, whose union holds the socket address that this call expects.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFNETMASK, &raw const request) };
+    check(result.into())
+}
+
+/// Sets the flags of an interface: up and running, nothing else.
+///
+/// # Errors
+/// As [`set_address`].
+pub(crate) fn set_up(socket: BorrowedFd<'_>, name: &InterfaceName) -> io::Result<()> {
+    // Both are small bits of a 16-bit field.
+    let flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
+    let request = name.request(libc::__c_anonymous_ifr_ifru { ifru_flags: flags });
+    // SAFETY: SIOCSIFFLAGS reads one ifreq, whose union holds the flags that this call expects.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) };
+    check(result.into())
+}
+
+/// Adds the default route over `gateway`.
+///
+/// # Errors
+/// EEXIST when there is one; ENETUNREACH when the gateway is not on a connected network.
+pub(crate) fn add_default_route(socket: BorrowedFd<'_>, gateway: Ipv4Addr) -> io::Result<()> {
+    // SAFETY: rtentry is plain data (integers, socket addresses and one pointer that may be null): all zero is a valid value.
+    let mut route: libc::rtentry = unsafe { std::mem::zeroed() };
+    route.rt_dst = socket_address(Ipv4Addr::UNSPECIFIED);
+    route.rt_genmask = socket_address(Ipv4Addr::UNSPECIFIED);
+    route.rt_gateway = socket_address(gateway);
+    route.rt_flags = libc::RTF_UP | libc::RTF_GATEWAY;
+    // SAFETY: SIOCADDRT reads one rtentry; its device pointer is null, so it follows none.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCADDRT, &raw const route) };
+    check(result.into())
+}
+
+/// The name of a network interface: 1 to 15 bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct InterfaceName([libc::c_char; libc::IFNAMSIZ]);
+
+impl InterfaceName {
+    /// `None` for a name that no interface can have.
+    pub(crate) fn new(name: &str) -> Option<Self> {
+        let mut bytes = [0; libc::IFNAMSIZ];
+        if name.is_empty() || name.len() >= libc::IFNAMSIZ || name.bytes().any(|byte| byte == 0 || byte == b'/') {
+            return None;
+        }
+        for (to, from) in bytes.iter_mut().zip(name.bytes()) {
+            *to = from as libc::c_char;
+        }
+        Some(Self(bytes))
+    }
+
+    fn request(&self, ifr_ifru: libc::__c_anonymous_ifr_ifru) -> libc::ifreq {
+        libc::ifreq {
+            ifr_name: self.0,
+            ifr_ifru,
+        }
+    }
+}
+
+/// An IPv4 address in the form of the old interface ioctls.
+fn socket_address(address: Ipv4Addr) -> libc::sockaddr {
+    let mut sa_data = [0; 14];
+    // struct sockaddr_in: port in the first two bytes, then the address in network order.
+    for (to, from) in sa_data[2..6].iter_mut().zip(address.octets()) {
+        *to = from as libc::c_char;
+    }
+    libc::sockaddr {
+        sa_family: libc::AF_INET as libc::sa_family_t,
+        sa_data,
+    }
+}
+
+fn check(result: libc::c_long) -> io::Result<()> {
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn interface_names_have_one_to_fifteen_bytes() {
+        assert!(InterfaceName::new("eth0").is_some());
+        assert!(InterfaceName::new("a23456789012345").is_some());
+        for bad in ["", "a234567890123456", "a/b", "a\0"] {
+            assert_eq!(InterfaceName::new(bad), None, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_socket_address_holds_the_address_in_network_order() {
+        let address = socket_address(Ipv4Addr::new(169, 254, 0, 21));
+        let bytes: Vec<u8> = address.sa_data.iter().map(|byte| *byte as u8).collect();
+        assert_eq!(bytes, [0, 0, 169, 254, 0, 21, 0, 0, 0, 0, 0, 0, 0, 0]);
+    }
+
+    #[test]
+    fn without_privilege_or_with_too_much_the_pool_is_refused() {
+        use std::os::fd::AsFd as _;
+        let null = std::fs::File::open("/dev/null").unwrap();
+        assert_eq!(
+            add_entropy(null.as_fd(), &[0; MAX_ENTROPY + 1])
+                .unwrap_err()
+                .raw_os_error(),
+            Some(libc::EINVAL)
+        );
+        assert_eq!(
+            add_entropy(null.as_fd(), &[0; 8]).unwrap_err().raw_os_error(),
+            Some(libc::ENOTTY)
+        );
+    }
+}
