@@ -6,7 +6,7 @@
 //! | [`names`], [`net`] | always | kernel names and addresses derived from ids and slots |
 //! | `ipc` | `ipc` | packets that carry descriptors, synchronous; as a tarpc transport with `privd` |
 //! | `privd` | `privd` | privd's five verbs |
-//! | `shim` | `shim` | the messages between agent and vmmshim |
+//! | `shim`, `ring` | `shim` | the messages between agent and vmmshim; the bounded files of what a VMM writes |
 //! | `guest` | `guest` | the guest agent's protocol |
 //!
 //! Not here: policy, clocks, kernel calls. Something belongs here when two processes exchange it or must compute it alike.
@@ -20,6 +20,8 @@ pub mod names;
 pub mod net;
 #[cfg(feature = "privd")]
 pub mod privd;
+#[cfg(feature = "shim")]
+pub mod ring;
 #[cfg(feature = "shim")]
 pub mod shim;
 pub mod units;

@@ -11,7 +11,9 @@
 //!             Exited                    the last packet; also in the file `exit` of the sandbox's run directory
 //! ```
 
+use std::borrow::Cow;
 use std::fmt;
+use std::ops::RangeInclusive;
 
 use serde::{Deserialize, Serialize};
 
@@ -29,8 +31,18 @@ pub const SOCKET: &str = "/run/roost/vmmshim.sock";
 pub const API_SOCKET: &str = "api.sock";
 /// Name of the shim's own listener in a sandbox's run directory, for an agent that comes later.
 pub const SHIM_SOCKET: &str = "shim.sock";
-/// Name of the exit record in a sandbox's run directory.
+/// Name of the exit record in a sandbox's run directory; [`Exit::to_json`] and [`Exit::from_json`] are its format.
 pub const EXIT_FILE: &str = "exit";
+/// Longest exit record: two tails, each byte escaped at its worst, and the rest.
+pub const MAX_EXIT_FILE: usize = 2 * 6 * MAX_TAIL + 4096;
+/// Name of the guest's serial console in a sandbox's run directory, a [`crate::ring`].
+pub const CONSOLE_FILE: &str = "console.log";
+/// Name of the VMM's own messages and events in a sandbox's run directory, a [`crate::ring`].
+pub const LOG_FILE: &str = "vmm.log";
+/// Guest memory that a shim accepts.
+pub const MEMORY_RANGE: RangeInclusive<Mebibytes> = Mebibytes(64)..=Mebibytes(1 << 20);
+/// Virtual CPUs that a shim accepts.
+pub const VCPUS_RANGE: RangeInclusive<Vcpus> = Vcpus(1)..=Vcpus(64);
 /// Most bytes of a console or log tail in [`Exit`].
 pub const MAX_TAIL: usize = 16 * 1024;
 
@@ -76,7 +88,8 @@ pub struct VmSpec {
     pub disk_minor: u32,
     /// Boot or restore.
     pub start: Start,
-    /// The sandbox's run directory, `/run/roost/vm/<sandbox>`: the shim makes its sockets and the exit file in it.
+    /// The sandbox's run directory, `…/vm/<sandbox>`: the shim makes its sockets, rings and the exit file in it. New for each
+    /// launch: the shim removes nothing that it finds there, and a socket in the way refuses the launch.
     pub run_dir: String,
     /// The sandbox's VM directory, `…/sandboxes/<sandbox>/vm`: the VMM's only writable place.
     pub vm_dir: String,
@@ -98,6 +111,8 @@ pub enum Start {
         attempt: u32,
         /// Whether guest memory is loaded page by page as it is touched, or up front.
         memory: RestoreMode,
+        /// The initramfs's file where the restored configuration names one: the VMM opens it again (the kernel it does not).
+        initramfs: Option<String>,
     },
 }
 
@@ -181,6 +196,61 @@ pub struct Exit {
     pub log: Vec<u8>,
 }
 
+/// [`Exit`] in a file: JSON with the tails as text, for people too.
+#[derive(Serialize, Deserialize)]
+struct ExitRecord<'a> {
+    wait: WaitStatus,
+    oom_kills: u64,
+    console: Cow<'a, str>,
+    log: Cow<'a, str>,
+}
+
+impl Exit {
+    /// The exit record's content, at most [`MAX_EXIT_FILE`] bytes. What is not UTF-8 in the tails becomes U+FFFD.
+    pub fn to_json(&self) -> String {
+        let record = ExitRecord {
+            wait: self.wait,
+            oom_kills: self.oom_kills,
+            console: String::from_utf8_lossy(newest(&self.console)),
+            log: String::from_utf8_lossy(newest(&self.log)),
+        };
+        serde_json::to_string(&record).expect("strings and numbers are JSON")
+    }
+
+    /// Reads an exit record. The file's writer ran beside a VMM, so the caller opens nothing but a regular file.
+    ///
+    /// # Errors
+    /// Anything that is no record of at most [`MAX_EXIT_FILE`] bytes.
+    pub fn from_json(json: &[u8]) -> Result<Self, BadExitRecord> {
+        if json.len() > MAX_EXIT_FILE {
+            return Err(BadExitRecord::TooLong);
+        }
+        let record: ExitRecord<'_> = serde_json::from_slice(json).map_err(|_| BadExitRecord::Malformed)?;
+        Ok(Self {
+            wait: record.wait,
+            oom_kills: record.oom_kills,
+            console: newest(record.console.as_bytes()).to_vec(),
+            log: newest(record.log.as_bytes()).to_vec(),
+        })
+    }
+}
+
+/// The last [`MAX_TAIL`] bytes.
+fn newest(bytes: &[u8]) -> &[u8] {
+    &bytes[bytes.len().saturating_sub(MAX_TAIL)..]
+}
+
+/// Why a file is no exit record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum BadExitRecord {
+    /// Longer than any record.
+    #[error("the exit record is longer than {MAX_EXIT_FILE} bytes")]
+    TooLong,
+    /// Not JSON, or not a record.
+    #[error("the exit record does not decode")]
+    Malformed,
+}
+
 /// A process's end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum WaitStatus {
@@ -241,8 +311,10 @@ pub enum SpecField {
     Start,
     /// `run_dir` or `vm_dir`.
     Directory,
-    /// `disk_minor` is another device than the disk's descriptor.
+    /// The disk's descriptor is not the device-mapper snapshot of this sandbox, or `disk_minor` is another device.
     Disk,
+    /// The tap's descriptor is no tap.
+    Tap,
 }
 
 impl fmt::Display for SpecField {
@@ -253,6 +325,7 @@ impl fmt::Display for SpecField {
             Self::Start => "start",
             Self::Directory => "directory",
             Self::Disk => "disk",
+            Self::Tap => "tap",
         })
     }
 }
@@ -302,5 +375,52 @@ impl fmt::Display for LaunchStep {
             Self::PublishFiles => "opening snapshot files to the agent",
             Self::LendDescriptor => "lending a descriptor",
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn exit(console: &[u8], log: &[u8]) -> Exit {
+        Exit {
+            wait: WaitStatus::Signaled(9),
+            oom_kills: 2,
+            console: console.to_vec(),
+            log: log.to_vec(),
+        }
+    }
+
+    #[test]
+    fn an_exit_record_comes_back_as_written() {
+        let exit = exit("Linux\n\u{1b}[0m é\0".as_bytes(), b"killed");
+        assert_eq!(Exit::from_json(exit.to_json().as_bytes()), Ok(exit));
+    }
+
+    #[test]
+    fn the_worst_tails_fit_a_record_and_a_packet() {
+        for byte in [0x00, 0xff, b'"', b'x'] {
+            let worst = exit(&[byte; MAX_TAIL], &[byte; MAX_TAIL]);
+            let json = worst.to_json();
+            assert!(json.len() <= MAX_EXIT_FILE, "{byte:#x}: {} bytes", json.len());
+            let read = Exit::from_json(json.as_bytes()).expect("a record");
+            assert!(read.console.len() <= MAX_TAIL && read.log.len() <= MAX_TAIL);
+            crate::ipc::Packet::encode(&FromShim::Exited(worst)).expect("fits a packet");
+        }
+    }
+
+    #[test]
+    fn what_is_no_exit_record_is_refused() {
+        for bad in ["", "{}", "null", "{\"wait\":{\"Exited\":0}}", "\u{0}"] {
+            assert_eq!(
+                Exit::from_json(bad.as_bytes()),
+                Err(BadExitRecord::Malformed),
+                "{bad:?}"
+            );
+        }
+        assert_eq!(
+            Exit::from_json(&vec![b' '; MAX_EXIT_FILE + 1]),
+            Err(BadExitRecord::TooLong)
+        );
     }
 }
