@@ -158,7 +158,7 @@ impl Binaries {
         install(
             overlay,
             "etc/roost/vmmshim.env",
-            format!("ROOST_SHIM_ARGS={shim}\n").as_bytes(),
+            format!("ROOST_SHIM_ARGS=\"{shim}\"\n").as_bytes(),
             0o644,
         )?;
         // Wanted by the rig's tests, not by its boot: the prepare script starts the units when users and keys are there.

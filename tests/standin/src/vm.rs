@@ -1,0 +1,385 @@
+//! The VM's states and what the API may do in each, answered as cloud-hypervisor answers.
+//!
+//! ```text
+//! Absent --create*--> Created --boot--> Running <--pause/resume--> Paused        (* only at start, by command line)
+//!    ^                   ^                 |                          |
+//!    +------delete-------+----shutdown-----+-----------shutdown-------+         snapshot: Paused only
+//! ```
+//!
+//! Holds: QEMU is started on the main thread only, because the parent-death signal watches the thread that forks. The
+//! end of a QEMU that nobody asked to end is the end of this process.
+
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::process::ExitStatus;
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use serde_json::{Value, json};
+
+use crate::config::VmConfig;
+use crate::events::Events;
+use crate::options::{Restore, Start, file_url};
+use crate::qemu::{Entry, Qemu};
+
+/// Version of the real one whose interface this is.
+const VERSION: &str = "53.0.0";
+/// Names of a snapshot's files.
+const CONFIG: &str = "config.json";
+const STATE: &str = "state.json";
+const MEMORY: &str = "memory-ranges";
+
+/// Why the API says no.
+#[derive(Debug)]
+pub(crate) enum Refusal {
+    /// There is no VM, not even a configuration of one.
+    NotCreated,
+    /// The request's body.
+    BadRequest(String),
+    /// The VM's state does not allow it, or it failed.
+    Failed(anyhow::Error),
+}
+
+impl From<anyhow::Error> for Refusal {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+/// The VMM: at most one VM.
+pub(crate) struct Vmm {
+    vm: Mutex<Vm>,
+    events: Arc<Events>,
+    work: Sender<Work>,
+}
+
+/// For the main thread.
+enum Work {
+    Boot(Sender<Result<()>>),
+    QemuEnded { launch: u64, status: ExitStatus },
+    Stop,
+}
+
+enum Vm {
+    Absent,
+    Created(Box<VmConfig>),
+    Live(Live),
+}
+
+struct Live {
+    config: Box<VmConfig>,
+    qemu: Qemu,
+    /// Tells this QEMU from an earlier one.
+    launch: u64,
+    gone: Receiver<ExitStatus>,
+    state: State,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    Running,
+    Paused,
+}
+
+/// The main thread's part of a [`Vmm`].
+pub(crate) struct Driver {
+    work: Receiver<Work>,
+    start: Option<Start>,
+    launches: u64,
+}
+
+impl Vmm {
+    /// A VMM and the part of it that must stay on the main thread.
+    pub(crate) fn new(start: Start, events: Events) -> (Arc<Self>, Driver) {
+        let (sender, work) = mpsc::channel();
+        let vmm = Self {
+            vm: Mutex::new(Vm::Absent),
+            events: Arc::new(events),
+            work: sender,
+        };
+        (
+            Arc::new(vmm),
+            Driver {
+                work,
+                start: Some(start),
+                launches: 0,
+            },
+        )
+    }
+
+    /// `vmm.ping`.
+    pub(crate) fn ping(&self) -> Value {
+        json!({
+            "build_version": format!("v{VERSION}-standin"),
+            "version": VERSION,
+            "pid": std::process::id(),
+            "features": ["kvm", "standin"],
+        })
+    }
+
+    /// `vm.info`.
+    pub(crate) fn info(&self) -> Result<Value, Refusal> {
+        let vm = self.lock();
+        let (config, state) = match &*vm {
+            Vm::Absent => return Err(Refusal::NotCreated),
+            Vm::Created(config) => (config, "Created"),
+            Vm::Live(Live {
+                config,
+                state: State::Running,
+                ..
+            }) => (config, "Running"),
+            Vm::Live(Live {
+                config,
+                state: State::Paused,
+                ..
+            }) => (config, "Paused"),
+        };
+        let balloon = config.balloon.as_ref().map_or(0, |balloon| balloon.size);
+        let memory = config.memory.size.saturating_sub(balloon);
+        Ok(json!({ "config": config, "state": state, "memory_actual_size": memory, "device_tree": null }))
+    }
+
+    /// `vm.counters`: the disk's, as QEMU counts them.
+    pub(crate) fn counters(&self) -> Result<Value, Refusal> {
+        let mut vm = self.lock();
+        let live = live(&mut vm)?;
+        let stats = live.qemu.run("query-blockstats", json!({ "query-nodes": false }))?;
+        let of = |name: &str| stats.pointer(&format!("/0/stats/{name}")).cloned().unwrap_or(json!(0));
+        Ok(json!({ "rootfs": {
+            "read_bytes": of("rd_bytes"), "read_ops": of("rd_operations"),
+            "write_bytes": of("wr_bytes"), "write_ops": of("wr_operations"),
+        } }))
+    }
+
+    /// `vm.boot`.
+    pub(crate) fn boot(&self) -> Result<(), Refusal> {
+        let (reply, answer) = mpsc::channel();
+        self.work
+            .send(Work::Boot(reply))
+            .map_err(|_| anyhow!("the VMM is ending"))?;
+        match &*self.lock() {
+            Vm::Absent => return Err(Refusal::NotCreated),
+            Vm::Created(_) | Vm::Live(_) => {}
+        }
+        Ok(answer.recv().map_err(|_| anyhow!("the VMM is ending"))??)
+    }
+
+    /// `vm.pause`.
+    pub(crate) fn pause(&self) -> Result<(), Refusal> {
+        self.switch(State::Running, State::Paused, "stop", ["pausing", "paused"])
+    }
+
+    /// `vm.resume`.
+    pub(crate) fn resume(&self) -> Result<(), Refusal> {
+        self.switch(State::Paused, State::Running, "cont", ["resuming", "resumed"])
+    }
+
+    /// `vm.snapshot`: the directory exists and is empty.
+    pub(crate) fn snapshot(&self, body: &Value) -> Result<(), Refusal> {
+        let url = body.get("destination_url").and_then(Value::as_str);
+        let url = url.ok_or_else(|| Refusal::BadRequest("missing field `destination_url`".to_owned()))?;
+        let directory = file_url(url)?;
+        let mut vm = self.lock();
+        let live = live(&mut vm)?;
+        if live.state != State::Paused {
+            return Err(anyhow!("the VM is not paused").into());
+        }
+        self.events.send("vm", "snapshotting");
+        live.save(&directory)?;
+        self.events.send("vm", "snapshotted");
+        Ok(())
+    }
+
+    /// `vm.shutdown`: the VM is gone, its configuration stays.
+    pub(crate) fn shutdown(&self) -> Result<(), Refusal> {
+        let mut vm = self.lock();
+        match std::mem::replace(&mut *vm, Vm::Absent) {
+            Vm::Live(live) => {
+                *vm = Vm::Created(live.end());
+                self.events.send("vm", "shutdown");
+                Ok(())
+            }
+            other => {
+                *vm = other;
+                Err(anyhow!("the VM is not running").into())
+            }
+        }
+    }
+
+    /// `vm.delete`; also what is left of `vmm.shutdown` before the process ends.
+    pub(crate) fn delete(&self) {
+        let mut vm = self.lock();
+        match std::mem::replace(&mut *vm, Vm::Absent) {
+            Vm::Absent => return,
+            Vm::Created(_) => {}
+            Vm::Live(live) => {
+                live.end();
+                self.events.send("vm", "shutdown");
+            }
+        }
+        self.events.send("vm", "deleted");
+    }
+
+    /// Ends the process once the main thread gets to it.
+    pub(crate) fn stop(&self) {
+        // The main thread has gone already: then the process is ending anyway.
+        self.work.send(Work::Stop).ok();
+    }
+
+    fn switch(&self, from: State, to: State, command: &str, events: [&str; 2]) -> Result<(), Refusal> {
+        let mut vm = self.lock();
+        let live = live(&mut vm)?;
+        if live.state != from {
+            return Err(anyhow!("the VM's state does not allow {command:?}").into());
+        }
+        self.events.send("vm", events[0]);
+        live.qemu.run(command, json!({}))?;
+        live.state = to;
+        self.events.send("vm", events[1]);
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vm> {
+        self.vm.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Driver {
+    /// Starts the VM and serves what needs the main thread, until the VMM is to end.
+    pub(crate) fn run(mut self, vmm: &Vmm) -> Result<()> {
+        vmm.events.send("vmm", "starting");
+        match self.start.take() {
+            Some(Start::Boot(config)) => {
+                *vmm.lock() = Vm::Created(config);
+                self.boot(vmm)?;
+            }
+            Some(Start::Restore(restore)) => self.restore(vmm, &restore).context("cannot restore")?,
+            None => {}
+        }
+        loop {
+            match self.work.recv().context("nobody is left to give work")? {
+                Work::Boot(reply) => {
+                    // Whoever asked may have hung up.
+                    reply.send(self.boot(vmm)).ok();
+                }
+                Work::QemuEnded { launch, status } => {
+                    let ours = matches!(&*vmm.lock(), Vm::Live(live) if live.launch == launch);
+                    if ours {
+                        *vmm.lock() = Vm::Absent;
+                        vmm.events.send("vm", "shutdown");
+                        vmm.events.send("vmm", "shutdown");
+                        ensure!(status.success(), "QEMU ended: {status}");
+                        return Ok(());
+                    }
+                }
+                Work::Stop => {
+                    vmm.events.send("vmm", "shutdown");
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    fn boot(&mut self, vmm: &Vmm) -> Result<()> {
+        let mut vm = vmm.lock();
+        let config = match &*vm {
+            Vm::Created(config) => config.clone(),
+            Vm::Absent => bail!("the VM is not created"),
+            Vm::Live(_) => bail!("the VM is already booted"),
+        };
+        vmm.events.send("vm", "booting");
+        *vm = Vm::Live(self.launch(vmm, config, Entry::Boot)?);
+        vmm.events.send("vm", "booted");
+        Ok(())
+    }
+
+    fn restore(&mut self, vmm: &Vmm, restore: &Restore) -> Result<()> {
+        vmm.events.send("vm", "restoring");
+        let read = |name: &str| fs::read(restore.source.join(name)).with_context(|| format!("cannot read {name}"));
+        let mut config: VmConfig = serde_json::from_slice(&read(CONFIG)?).context("config.json")?;
+        let state: Value = serde_json::from_slice(&read(STATE)?).context("state.json")?;
+        ensure!(
+            state.get("standin").is_some(),
+            "state.json was not written by the stand-in"
+        );
+        for net in &mut config.net {
+            let fd = net.id.as_ref().and_then(|id| restore.net_fds.get(id));
+            net.fds = Some(vec![*fd.ok_or_else(|| anyhow!("no net_fds for {:?}", net.id))?]);
+        }
+        let mut vm = vmm.lock();
+        let mut live = self.launch(vmm, Box::new(config), Entry::Incoming)?;
+        live.state = State::Paused;
+        live.qemu
+            .load(&File::open(restore.source.join(MEMORY)).context("cannot open memory-ranges")?)?;
+        vmm.events.send("vm", "restored");
+        if restore.resume {
+            live.qemu.run("cont", json!({}))?;
+            live.state = State::Running;
+            vmm.events.send("vm", "resumed");
+        }
+        *vm = Vm::Live(live);
+        Ok(())
+    }
+
+    fn launch(&mut self, vmm: &Vmm, config: Box<VmConfig>, entry: Entry) -> Result<Live> {
+        let tap = config.net.iter().find_map(|net| net.fds.as_ref()?.first().copied());
+        let tap = tap.ok_or_else(|| anyhow!("the network device has no descriptor"))?;
+        let events = Arc::clone(&vmm.events);
+        let (qemu, mut child) = Qemu::spawn(&config, tap, entry, move |event| {
+            if event == "RESET" {
+                events.send("vm", "rebooted");
+            }
+        })?;
+        self.launches += 1;
+        let launch = self.launches;
+        let (sender, gone) = mpsc::channel();
+        let work = vmm.work.clone();
+        thread::Builder::new().name("reaper".to_owned()).spawn(move || {
+            let status = child.wait().expect("QEMU is our child and nobody else waits for it");
+            // Either receiver may have ended first.
+            sender.send(status).ok();
+            work.send(Work::QemuEnded { launch, status }).ok();
+        })?;
+        Ok(Live {
+            config,
+            qemu,
+            launch,
+            gone,
+            state: State::Running,
+        })
+    }
+}
+
+impl Live {
+    fn save(&self, directory: &Path) -> Result<()> {
+        let create = |name: &str| {
+            let path = directory.join(name);
+            let mut options = OpenOptions::new();
+            options.write(true).create_new(true).mode(0o600);
+            options
+                .open(&path)
+                .with_context(|| format!("cannot make {}", path.display()))
+        };
+        serde_json::to_writer(create(CONFIG)?, &self.config)?;
+        serde_json::to_writer(create(STATE)?, &json!({ "standin": VERSION }))?;
+        self.qemu.save(&create(MEMORY)?)
+    }
+
+    /// Ends QEMU and waits until it has: then disk and tap are free.
+    fn end(self) -> Box<VmConfig> {
+        // A QEMU that has just gone cannot answer; what counts is that it goes.
+        self.qemu.run("quit", json!({})).ok();
+        self.gone.recv().ok();
+        self.config
+    }
+}
+
+fn live(vm: &mut Vm) -> Result<&mut Live, Refusal> {
+    match vm {
+        Vm::Absent | Vm::Created(_) => Err(anyhow!("the VM is not running").into()),
+        Vm::Live(live) => Ok(live),
+    }
+}
