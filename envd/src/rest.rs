@@ -196,7 +196,9 @@ async fn read_request(body: Incoming) -> Result<InitRequest, RestError> {
     if bytes.is_empty() {
         return Ok(InitRequest::default());
     }
-    serde_json::from_slice(&bytes).map_err(RestError::Json)
+    // An object first: serde would take an array for the fields in their order.
+    let object = serde_json::from_slice::<serde_json::Map<_, _>>(&bytes).map_err(RestError::Json)?;
+    serde_json::from_value(object.into()).map_err(RestError::Json)
 }
 
 fn check(request: &InitRequest) -> Result<(), RestError> {

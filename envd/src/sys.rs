@@ -50,10 +50,21 @@ pub(crate) fn close_on_exec_from(first: u32) -> io::Result<()> {
     check(result)
 }
 
-/// Gives a signal its default disposition. The two that no process can change, and libc's own, are left alone silently.
+/// Gives a signal its default disposition; those that cannot be changed are left alone silently. Past libc, which refuses
+/// the two signals that it uses itself, although a program may have inherited them ignored.
 pub(crate) fn reset_signal(signal: i32) {
-    // SAFETY: SIG_DFL is a valid disposition of every signal; an invalid number is answered with an error.
-    unsafe { libc::signal(signal, libc::SIG_DFL) };
+    /// The kernel's `struct sigaction`: handler (SIG_DFL is 0), flags, restorer, and a mask of 64 signals.
+    const DEFAULT: [u64; 4] = [0; 4];
+    // SAFETY: the call reads one sigaction, which lives for the call, and writes none; the mask's size is 8 bytes.
+    unsafe {
+        libc::syscall(
+            libc::SYS_rt_sigaction,
+            signal,
+            DEFAULT.as_ptr(),
+            std::ptr::null_mut::<libc::c_void>(),
+            8_usize,
+        )
+    };
 }
 
 /// Adds bytes to the kernel's random pool and credits them.

@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
-use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{Gid, Uid, chdir, setgroups, setresgid, setresuid, setsid, write};
 
@@ -53,9 +53,8 @@ impl Step {
 const OOM_SCORE: &CStr = c"/proc/self/oom_score_adj";
 const OOM_SCORE_RAISED: &[u8] = b"100";
 
-/// What a login gives: select(2) breaks above 1024, and who needs more may raise it.
-const OPEN_FILES_SOFT: u64 = 1024;
-const OPEN_FILES_HARD: u64 = 524_288;
+/// What a login gives: select(2) breaks above it, and who needs more may raise it up to envd's own.
+const OPEN_FILES: u64 = 1024;
 
 impl ChildSetup {
     /// Makes the child what it is to be. The order matters: identity goes before the working directory, which must be
@@ -75,7 +74,9 @@ impl ChildSetup {
         setsid().map_err(|errno| (Step::Session, errno))?;
         umask(Mode::S_IWGRP | Mode::S_IWOTH);
         // Both are kindnesses: without /proc, or with less privilege, the program runs all the same.
-        setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES_SOFT, OPEN_FILES_HARD).ok();
+        getrlimit(Resource::RLIMIT_NOFILE)
+            .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES.min(hard), hard))
+            .ok();
         if let Ok(file) = open(OOM_SCORE, OFlag::O_WRONLY | OFlag::O_CLOEXEC, Mode::empty()) {
             write(&file, OOM_SCORE_RAISED).ok();
         }

@@ -1,0 +1,238 @@
+//! The plain HTTP calls of a real envd, and what it does with requests that are none.
+#![allow(missing_docs)]
+
+mod common;
+
+use std::io::Write as _;
+
+use common::{Envd, bash, run};
+use connectrpc::client::CallOptions;
+
+const STREAM_JSON: (&str, &str) = ("content-type", "application/connect+json");
+const JSON: (&str, &str) = ("content-type", "application/json");
+
+#[test]
+fn health_is_204_with_a_version() {
+    let envd = Envd::start();
+    let answer = envd.raw(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    assert!(answer.starts_with("HTTP/1.1 204 "), "{answer}");
+    assert!(answer.contains("x-envd-version: 0."), "{answer}");
+    assert_eq!(envd.http("POST", "/health", &[], "").0, 405);
+}
+
+#[tokio::test]
+async fn init_sets_environment_identity_and_resolvers() {
+    let envd = Envd::start();
+    let body = r#"{"envVars": {"LANG": "C.UTF-8"}, "sandboxID": "s-1", "templateID": "t-1", "timestamp": 1700000000,
+        "entropy": "AAECAw==", "lifecycleID": "l1", "dns": ["192.0.2.53"], "unknown": {"a": [1]}}"#;
+    assert_eq!(envd.http("POST", "/init", &[JSON], body), (204, String::new()));
+    let read = |path: &str| std::fs::read_to_string(envd.root.join(path)).unwrap();
+    assert_eq!(read("run/e2b/.E2B_SANDBOX_ID"), "s-1");
+    assert_eq!(read("run/wrenn/.WRENN_TEMPLATE_ID"), "t-1");
+    assert_eq!(read("etc/resolv.conf"), "nameserver 192.0.2.53\n");
+    let ran = run(
+        &envd,
+        bash("echo $LANG $E2B_SANDBOX_ID $WRENN_TEMPLATE_ID"),
+        CallOptions::default(),
+    )
+    .await
+    .unwrap();
+    assert_eq!(ran.out(), "C.UTF-8 s-1 t-1\n");
+    // What is absent stays.
+    assert_eq!(envd.http("POST", "/init", &[], "").0, 204);
+    let (status, envs) = envd.http("GET", "/envs", &[], "");
+    assert_eq!(
+        (
+            status,
+            envs.contains(r#""LANG":"C.UTF-8""#),
+            envs.contains(r#""E2B_SANDBOX_ID":"s-1""#)
+        ),
+        (200, true, true)
+    );
+}
+
+#[tokio::test]
+async fn the_default_user_and_directory_are_those_of_init() {
+    let envd = Envd::start();
+    assert_eq!(envd.http("POST", "/init", &[], r#"{"defaultWorkdir": "/usr"}"#).0, 204);
+    assert_eq!(
+        run(&envd, bash("pwd"), CallOptions::default()).await.unwrap().out(),
+        "/usr\n"
+    );
+    assert_eq!(
+        envd.http("POST", "/init", &[], r#"{"defaultUser": "no-such-user"}"#).0,
+        204
+    );
+    let refusal = run(&envd, bash("pwd"), CallOptions::default()).await.unwrap_err();
+    assert_eq!(refusal.code, connectrpc::ErrorCode::InvalidArgument);
+}
+
+#[test]
+fn once_there_is_a_token_it_is_needed_for_all_but_health() {
+    let envd = Envd::start();
+    assert_eq!(envd.http("GET", "/envs", &[], "").0, 200);
+    assert_eq!(envd.http("POST", "/init", &[], r#"{"accessToken": "secret"}"#).0, 204);
+    let list = ("/process.Process/List", "{}");
+    for (token, expected) in [(None, 401), (Some("wrong"), 401), (Some("secret"), 200)] {
+        let token: Vec<_> = token.map(|token| ("x-access-token", token)).into_iter().collect();
+        assert_eq!(envd.http("GET", "/envs", &token, "").0, expected);
+        assert_eq!(envd.http("GET", "/metrics", &token, "").0, expected);
+        let headers = [token.as_slice(), &[JSON]].concat();
+        assert_eq!(envd.http("POST", list.0, &headers, list.1).0, expected);
+    }
+    assert_eq!(envd.http("GET", "/health", &[], "").0, 204);
+    // Neither another token nor none gets past the first, and the first still holds.
+    for body in [r#"{"accessToken": "other"}"#, r#"{"accessToken": ""}"#, "{}", ""] {
+        assert_eq!(envd.http("POST", "/init", &[], body).0, 401, "{body}");
+    }
+    assert_eq!(envd.http("POST", "/init", &[], r#"{"accessToken": "secret"}"#).0, 204);
+    let header = [("x-access-token", "secret")];
+    assert_eq!(
+        envd.http("POST", "/init", &header, r#"{"accessToken": "second"}"#).0,
+        204
+    );
+    assert_eq!(envd.http("GET", "/envs", &header, "").0, 401);
+    assert_eq!(envd.http("GET", "/envs", &[("x-access-token", "second")], "").0, 200);
+}
+
+#[test]
+fn an_init_that_is_not_valid_changes_nothing() {
+    let envd = Envd::start();
+    let long = format!(r#"{{"entropy": "{}"}}"#, "AAAA".repeat(1366));
+    let bodies = [
+        "{",
+        "[]",
+        "\"x\"",
+        "nonsense",
+        r#"{"envVars": {"A": 1}}"#,
+        r#"{"envVars": {"": "x"}}"#,
+        r#"{"envVars": {"A=B": "x"}}"#,
+        r#"{"sandboxID": "a\nb"}"#,
+        r#"{"dns": ["not an address"]}"#,
+        r#"{"timestamp": "yesterday"}"#,
+        r#"{"entropy": "*"}"#,
+        r#"{"timestamp": "1969-01-01T00:00:00Z"}"#,
+        &long,
+    ];
+    for body in bodies {
+        let merged = body.replacen('{', r#"{"envVars": {"CHANGED": "yes"}, "#, 1);
+        assert_eq!(envd.http("POST", "/init", &[JSON], body).0, 400, "{body}");
+        assert!(
+            matches!(envd.http("POST", "/init", &[JSON], &merged).0, 400),
+            "{merged}"
+        );
+    }
+    assert!(!envd.http("GET", "/envs", &[], "").1.contains("CHANGED"));
+    assert!(!envd.root.join("run/e2b").exists());
+}
+
+#[test]
+fn bodies_beyond_the_limits_are_refused() {
+    let envd = Envd::start();
+    let big = "x".repeat(5 << 20);
+    assert_eq!(envd.http("POST", "/init", &[], &big).0, 413);
+    let (status, body) = envd.http("POST", "/process.Process/List", &[JSON], &big);
+    assert!(status == 413 || status == 429, "{status} {body}");
+    // Compressed, it is small on the way and large when it arrives.
+    let mut zeros = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
+    (0..64).for_each(|_| zeros.write_all(&[0; 1 << 20]).unwrap());
+    let zeros = zeros.finish().unwrap();
+    let head = format!(
+        "POST /process.Process/SendInput HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/proto\r\n\
+         Content-Encoding: gzip\r\nContent-Length: {}\r\n\r\n",
+        zeros.len()
+    );
+    let before = envd.peak_memory();
+    let answer = envd.raw(&[head.as_bytes(), &zeros].concat());
+    assert!(answer.contains("resource_exhausted"), "{answer}");
+    assert!(envd.peak_memory() - before < 32 << 10);
+    assert_eq!(envd.http("GET", "/health", &[], "").0, 204);
+}
+
+#[test]
+fn requests_that_are_none_end_their_connection_and_nothing_else() {
+    let envd = Envd::start();
+    let random: Vec<u8> = (0..4096_u32)
+        .map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8)
+        .collect();
+    let long_header = format!("GET /health HTTP/1.1\r\nHost: x\r\nX: {}\r\n\r\n", "a".repeat(1 << 20));
+    let requests: [&[u8]; 8] = [
+        b"garbage\r\n\r\n",
+        &random,
+        long_header.as_bytes(),
+        b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
+        b"POST /init HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\nConnection: close\r\n\r\n{\"short\"",
+        b"POST /init HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\nthis is not a frame at all, is it?",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+    ];
+    std::thread::scope(|scope| {
+        for request in requests {
+            scope.spawn(|| {
+                let answer = envd.raw(request);
+                assert!(!answer.contains("HTTP/1.1 2"), "{answer}");
+            });
+        }
+    });
+    assert_eq!(envd.http("GET", "/health", &[], "").0, 204);
+}
+
+#[test]
+fn messages_that_are_none_are_invalid_arguments() {
+    let envd = Envd::start();
+    let (status, body) = envd.http("POST", "/process.Process/SendSignal", &[JSON], "{\"process\": 5");
+    assert_eq!((status, body.contains("invalid_argument")), (400, true), "{body}");
+    let (status, body) = envd.http("POST", "/process.Process/SendSignal", &[JSON], "{}");
+    assert_eq!((status, body.contains("invalid_argument")), (400, true), "{body}");
+    // A stream answers 200 and says what is wrong in its last message.
+    let (status, body) = envd.http("POST", "/process.Process/Start", &[STREAM_JSON], "\0\0\0\0\u{5}{\"a\":");
+    assert!(status >= 400 || body.contains("invalid_argument"), "{status} {body}");
+    assert_eq!(envd.http("GET", "/health", &[], "").0, 204);
+}
+
+#[test]
+fn json_clients_get_json() {
+    let envd = Envd::start();
+    let message = r#"{"process": {"cmd": "/bin/echo", "args": ["hi"]}, "stdin": false}"#;
+    let body = format!("\0\0\0\0{}{message}", char::from(u8::try_from(message.len()).unwrap()));
+    let (status, answer) = envd.http("POST", "/process.Process/Start", &[STREAM_JSON], &body);
+    assert_eq!(status, 200);
+    for part in [
+        r#""start":{"pid":"#,
+        r#""data":{"stdout":"aGkK"}"#,
+        r#""end":{"exited":true,"status":"exit status 0"}"#,
+    ] {
+        assert!(answer.contains(part), "{part} is not in {answer}");
+    }
+}
+
+#[test]
+fn what_is_not_there_is_told_apart_from_what_is_not_built() {
+    let envd = Envd::start();
+    assert_eq!(envd.http("GET", "/", &[], "").0, 404);
+    assert_eq!(envd.http("GET", "/files?path=/etc/passwd", &[], "").0, 404);
+    let (_, body) = envd.http("POST", "/filesystem.Filesystem/Stat", &[JSON], "{}");
+    assert!(body.contains("unimplemented"), "{body}");
+}
+
+#[test]
+fn browsers_may_call_from_anywhere() {
+    let envd = Envd::start();
+    let answer = envd.raw(b"OPTIONS /process.Process/List HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    assert!(
+        answer.starts_with("HTTP/1.1 204 ") && answer.contains("access-control-allow-origin: *"),
+        "{answer}"
+    );
+}
+
+#[test]
+fn metrics_are_of_this_machine() {
+    let envd = Envd::start();
+    let (status, body) = envd.http("GET", "/metrics", &[], "");
+    let metrics: roost_common::guest::Metrics = serde_json::from_str(&body).unwrap();
+    assert_eq!(status, 200);
+    assert!(
+        metrics.cpu_count > 0 && metrics.mem_total_mib == metrics.mem_total >> 20 && metrics.disk_total > 0,
+        "{body}"
+    );
+}
