@@ -1,1 +1,29 @@
-//! Placeholder.
+//! roost's agent: sandbox lifecycles behind an HTTPS API, without privilege.
+//!
+//! ```text
+//! control plane, roost CLI --mTLS--> api --> registry --> one task per sandbox (sandbox::task)
+//!                                                            |  one enum (sandbox::Sandbox), one message at a time
+//!                                                            v
+//!                          host: privd (disk, network), shim (VMM), images, files     guest: envd     vmm: REST
+//! ```
+//!
+//! Invariants: no unsafe code and no capability; what exists on the host is held by descriptors in structs, so dropping a struct
+//! frees it; what is left to reconcile is files, which [`recover`] does at every start; every byte from a guest or a VMM is
+//! bounded in size and time.
+#![forbid(unsafe_code)]
+
+pub mod api;
+pub mod cli;
+pub mod config;
+pub mod errors;
+pub mod guest;
+pub mod host;
+pub mod pki;
+pub mod proto;
+pub mod recover;
+pub mod registry;
+pub mod sandbox;
+pub mod serve;
+pub mod tls;
+pub mod tombstone;
+pub mod vmm;

@@ -9,9 +9,12 @@ use crate::units::Sectors;
 /// What every name of ours starts with.
 pub const PREFIX: &str = "roost-";
 
+/// What the names of all sandboxes' disks start with.
+pub const DISK_PREFIX: &str = "roost-s-";
+
 /// The device-mapper snapshot that is a sandbox's disk. At most 8 + 63 = 71 bytes of the 127 that `DM_NAME_LEN` allows.
 pub fn disk(id: &SandboxId) -> String {
-    format!("roost-s-{id}")
+    format!("{DISK_PREFIX}{id}")
 }
 
 /// The device-mapper origin of an image, by the identity of its file, so that all sandboxes of an image find the same one. At

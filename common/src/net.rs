@@ -19,6 +19,8 @@ pub const GUEST_PREFIX: u8 = 30;
 pub const GUEST_NETMASK: Ipv4Addr = Ipv4Addr::new(255, 255, 255, 252);
 /// The guest's MAC address.
 pub const GUEST_MAC: [u8; 6] = [0x02, 0xFC, 0x00, 0x00, 0x00, 0x05];
+/// The gateway's MAC address, the same in every sandbox too: a guest that wakes elsewhere still has it in its neighbour cache.
+pub const GATEWAY_MAC: [u8; 6] = [0x02, 0xFC, 0x00, 0x00, 0x00, 0x06];
 /// Host addresses of sandboxes, one per slot: the network and its prefix length.
 pub const HOST_NET: (Ipv4Addr, u8) = (Ipv4Addr::new(10, 11, 0, 0), 16);
 /// veth pairs, one /31 per slot: the network and its prefix length.

@@ -37,7 +37,7 @@ pub trait Privd {
 }
 
 /// Arguments of `open_disk`.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct OpenDisk {
     /// Names the disk; an id whose disk still exists is [`PrivdError::Busy`].
     pub sandbox: SandboxId,
@@ -151,26 +151,64 @@ pub struct RuleCounter {
 /// The counted rules of a sandbox's namespace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Rule {
-    /// Packets of connections that were let through before.
-    Established,
+    /// IPv6 of any kind.
+    Ipv6,
     /// From the guest with a MAC or address other than its own.
     Spoofed,
+    /// Neither a new connection nor part of one: it would leave untranslated.
+    Invalid,
+    /// From the guest to anything, while the internet is closed; connections made before it was closed among them.
+    NoInternet,
+    /// Packets of connections that were let through before.
+    Established,
     /// From the guest to a resolver of the policy.
     Resolver,
     /// From the guest to the namespace itself: only ping to its gateway.
     Gateway,
     /// From the guest to a closed range.
     ClosedRange,
-    /// From the guest to anything, while the internet is closed.
-    NoInternet,
     /// From the guest to public addresses.
     Internet,
     /// New connections from the host to the guest.
     FromHost,
     /// New connections to the guest from anywhere else.
     FromElsewhere,
-    /// IPv6 of any kind.
-    Ipv6,
+}
+
+impl Rule {
+    /// All of them, in the order in which they are asked.
+    pub const ALL: [Self; 11] = [
+        Self::Ipv6,
+        Self::Spoofed,
+        Self::Invalid,
+        Self::NoInternet,
+        Self::Established,
+        Self::Resolver,
+        Self::Gateway,
+        Self::ClosedRange,
+        Self::Internet,
+        Self::FromHost,
+        Self::FromElsewhere,
+    ];
+}
+
+/// Prints as the rule's name in lower case, as a label of metrics has it.
+impl fmt::Display for Rule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Ipv6 => "ipv6",
+            Self::Spoofed => "spoofed",
+            Self::Invalid => "invalid",
+            Self::Established => "established",
+            Self::NoInternet => "no-internet",
+            Self::Resolver => "resolver",
+            Self::Gateway => "gateway",
+            Self::ClosedRange => "closed-range",
+            Self::Internet => "internet",
+            Self::FromHost => "from-host",
+            Self::FromElsewhere => "from-elsewhere",
+        })
+    }
 }
 
 /// Where an inventory goes on.
@@ -332,7 +370,10 @@ pub enum Step {
     FindFreeLoop,
     AttachOriginLoop,
     CreateOrigin,
+    LoadOrigin,
+    ResumeOrigin,
     OpenOrigin,
+    DeferOriginRemoval,
     AttachCowLoop,
     CreateSnapshot,
     LoadSnapshot,
@@ -360,7 +401,10 @@ impl fmt::Display for Step {
             Self::FindFreeLoop => "finding a free loop device",
             Self::AttachOriginLoop => "attaching the image's loop device",
             Self::CreateOrigin => "creating the origin",
+            Self::LoadOrigin => "loading the origin's table",
+            Self::ResumeOrigin => "activating the origin",
             Self::OpenOrigin => "opening the origin",
+            Self::DeferOriginRemoval => "marking the origin for deferred removal",
             Self::AttachCowLoop => "attaching the cow file's loop device",
             Self::CreateSnapshot => "creating the snapshot",
             Self::LoadSnapshot => "loading the snapshot's table",

@@ -1,2 +1,93 @@
-//! Placeholder.
-fn main() {}
+//! The agent's daemon: reads its configuration, binds its listener, tidies up, serves.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::Parser;
+use roost_agent::api::service::Service;
+use roost_agent::config::Config;
+use roost_agent::host::Host;
+use roost_agent::registry::Registry;
+use roost_agent::serve::{Access, serve};
+use roost_agent::{recover, tls};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Owns the sandboxes of this host and serves their API.
+#[derive(Parser)]
+#[command(version, name = "roost-agent")]
+struct Arguments {
+    /// Configuration file [default: /etc/roost/agent.toml, which may be missing]
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Read the configuration and the certificates, say what is wrong with them, and end
+    #[arg(long)]
+    check_config: bool,
+}
+
+fn main() -> anyhow::Result<()> {
+    let arguments = Arguments::parse();
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::try_from_env("ROOST_LOG").unwrap_or_else(|_| "info".into()))
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .init();
+    let config = Config::load(arguments.config.as_deref())?;
+    let access = Access {
+        tls: tls::server(&config.pki_dir).context("no API without certificates (`roost pki init` makes some)")?,
+        client_names: config.client_names.clone(),
+    };
+    if arguments.check_config {
+        println!("configuration and certificates can be used");
+        return Ok(());
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("no runtime")?;
+    let outcome = runtime.block_on(run(config, access));
+    // Not through the runtime's end: that would drop every task, and a dropped sandbox ends its VM. VMs outlive the agent.
+    match outcome {
+        Ok(()) => std::process::exit(0),
+        Err(error) => {
+            eprintln!("Error: {error:?}");
+            std::process::exit(1)
+        }
+    }
+}
+
+async fn run(config: Config, access: Access) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("no signals")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("no signals")?;
+    let listen: SocketAddr = config.listen;
+    // Bound before recovery, so that callers get an answer, which is Unavailable until it is complete.
+    let listener = TcpListener::bind(listen)
+        .await
+        .with_context(|| format!("cannot listen on {listen}"))?;
+    let host = std::sync::Arc::new(Host::new(config));
+    let service = Service::new(Registry::new(host.clone()));
+    let recovery = {
+        let service = service.clone();
+        async move {
+            recover::recover(&host).await.context("cannot recover")?;
+            service.recovered();
+            notify_ready();
+            tracing::info!(%listen, "serving");
+            std::future::pending::<anyhow::Result<()>>().await
+        }
+    };
+    tokio::select! {
+        outcome = recovery => outcome,
+        never = serve(listener, access, service) => match never {},
+        _ = terminate.recv() => Ok(()),
+        _ = interrupt.recv() => Ok(()),
+    }
+}
+
+/// Tells a service manager that asked for it.
+fn notify_ready() {
+    if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
+        tracing::warn!(%error, "the service manager was not told");
+    }
+}

@@ -1,7 +1,7 @@
 //! A packet socket for tasks: the same packets, waited for by the runtime.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::task::{Context, Poll, ready};
 
 use serde::Serialize;
@@ -61,5 +61,12 @@ impl PacketSocket {
                 outcome => return Poll::Ready(outcome),
             }
         }
+    }
+}
+
+/// For what must be sent without waiting, as while dropping.
+impl AsFd for PacketSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.get_ref().as_fd()
     }
 }

@@ -1,0 +1,129 @@
+//! Every error that a caller can see, and its Connect code, in one place.
+//!
+//! The codes are part of the protocol: control planes act on them. Unavailable is for what concerns the whole host.
+
+use connectrpc::{ConnectError, ErrorCode};
+use roost_common::ids::{IdError, SandboxId};
+use roost_common::privd::PrivdError;
+
+use crate::errors::Chain;
+use crate::guest::GuestError;
+use crate::host::images::ImageError;
+use crate::host::privd::CallError;
+use crate::registry::Refusal;
+use crate::sandbox::plan::WishError;
+use crate::sandbox::{BuildError, CreateFailure, TeardownError};
+
+/// Why a call has no result.
+#[derive(Debug, thiserror::Error)]
+pub enum ApiError {
+    /// The agent has started and still tidies up.
+    #[error("the agent is recovering; try again in a moment")]
+    Recovering,
+    /// The request names no sandbox.
+    #[error("sandbox_id is no sandbox id")]
+    BadId(#[source] IdError),
+    /// A field of a create.
+    #[error(transparent)]
+    Wish(#[from] WishError),
+    /// A create that was not accepted.
+    #[error(transparent)]
+    Refusal(#[from] Refusal),
+    /// A create that failed.
+    #[error(transparent)]
+    Create(#[from] CreateFailure),
+    /// A destroy that failed.
+    #[error(transparent)]
+    Destroy(#[from] std::sync::Arc<TeardownError>),
+    /// There is no such sandbox; why, where that is known.
+    #[error("no sandbox {id} on this host{}", why.as_deref().map(|why| format!(": {why}")).unwrap_or_default())]
+    NoSandbox {
+        /// The id.
+        id: SandboxId,
+        /// What its tombstone says.
+        why: Option<String>,
+    },
+    /// The sandbox is not running.
+    #[error("sandbox {id} is {state}, not running")]
+    NotRunning {
+        /// The id.
+        id: SandboxId,
+        /// What it is doing.
+        state: &'static str,
+    },
+    /// A field of an exec.
+    #[error("{0}")]
+    BadCommand(&'static str),
+    /// The guest.
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+    /// A procedure that this agent does not have yet.
+    #[error("this agent does not implement {0}")]
+    Unimplemented(&'static str),
+}
+
+impl ApiError {
+    fn code(&self) -> ErrorCode {
+        match self {
+            Self::Recovering => ErrorCode::Unavailable,
+            Self::BadId(_) | Self::Wish(_) | Self::BadCommand(_) => ErrorCode::InvalidArgument,
+            Self::Refusal(Refusal::Exists(_)) => ErrorCode::AlreadyExists,
+            Self::Refusal(Refusal::Full(_)) => ErrorCode::Unavailable,
+            Self::Create(CreateFailure::Destroyed) => ErrorCode::Aborted,
+            Self::Create(CreateFailure::Failed(error)) => build_code(error),
+            Self::Destroy(_) => ErrorCode::Internal,
+            Self::NoSandbox { .. } => ErrorCode::NotFound,
+            Self::NotRunning { .. } => ErrorCode::FailedPrecondition,
+            Self::Guest(error) => guest_code(error),
+            Self::Unimplemented(_) => ErrorCode::Unimplemented,
+        }
+    }
+}
+
+fn build_code(error: &BuildError) -> ErrorCode {
+    match error {
+        BuildError::Stopped => ErrorCode::Aborted,
+        BuildError::Image(ImageError::Unknown(..)) => ErrorCode::NotFound,
+        BuildError::DiskTooSmall { .. } => ErrorCode::InvalidArgument,
+        BuildError::Privd(CallError::Refused {
+            source: PrivdError::TooMany { .. },
+            ..
+        }) => ErrorCode::Unavailable,
+        // What the guest says to its identity is about the caller's default_user and default_env.
+        BuildError::Guest(GuestError::Refused { status, .. }) if status.as_u16() == 400 => ErrorCode::InvalidArgument,
+        BuildError::Image(ImageError::File(_) | ImageError::NotAnImage { .. })
+        | BuildError::NoKernel { .. }
+        | BuildError::File(_)
+        | BuildError::Privd(_)
+        | BuildError::Shim(_)
+        | BuildError::Vmm(_)
+        | BuildError::VmmEnded(_)
+        | BuildError::ShimLost
+        | BuildError::Guest(_) => ErrorCode::Internal,
+    }
+}
+
+fn guest_code(error: &GuestError) -> ErrorCode {
+    match error {
+        // What the caller got wrong keeps its code; what the guest did wrong is not the caller's to act on.
+        GuestError::Process(error) => match error.code {
+            code @ (ErrorCode::InvalidArgument | ErrorCode::NotFound | ErrorCode::PermissionDenied) => code,
+            _ => ErrorCode::Internal,
+        },
+        GuestError::TimedOut(_) => ErrorCode::DeadlineExceeded,
+        GuestError::TooMuchOutput(_) => ErrorCode::ResourceExhausted,
+        GuestError::NotUp(_) | GuestError::Http { .. } | GuestError::Refused { .. } | GuestError::BadStream(_) => {
+            ErrorCode::Internal
+        }
+    }
+}
+
+impl From<ApiError> for ConnectError {
+    fn from(error: ApiError) -> Self {
+        let code = error.code();
+        if code == ErrorCode::Internal {
+            tracing::error!(error = %Chain(&error), "a call failed");
+        }
+        Self::new(code, Chain(&error).to_string())
+    }
+}

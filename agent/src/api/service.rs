@@ -1,0 +1,307 @@
+//! The procedures of `hostagent.v1`.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use connectrpc::{
+    ConnectError, Encodable, InboundStream, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream,
+};
+use roost_common::ids::SandboxId;
+use roost_common::net::SlotAddresses;
+
+use super::errors::ApiError;
+use crate::guest::Guest;
+use crate::proto::hostagent::v1::*;
+use crate::registry::Registry;
+use crate::sandbox::build::{Versions, fill_random};
+use crate::sandbox::plan::{Plan, Wish};
+use crate::sandbox::task::{Handle, View};
+use crate::tombstone;
+
+/// Time that an Exec has when its caller sets none.
+const DEFAULT_EXEC_LIMIT: Duration = Duration::from_secs(30);
+/// Longest time that an Exec may be given: control planes end a call after ten minutes.
+const MAX_EXEC_SECONDS: i32 = 24 * 60 * 60;
+
+/// The service.
+#[derive(Debug)]
+pub struct Service {
+    registry: Arc<Registry>,
+    recovered: AtomicBool,
+}
+
+impl Service {
+    /// The service of a registry. Until [`Service::recovered`] is called, every call is answered with Unavailable.
+    pub fn new(registry: Arc<Registry>) -> Arc<Self> {
+        Arc::new(Self {
+            registry,
+            recovered: AtomicBool::new(false),
+        })
+    }
+
+    /// Recovery is complete: calls are served from now on.
+    pub fn recovered(&self) {
+        self.recovered.store(true, Ordering::Release);
+    }
+
+    fn ready(&self) -> Result<(), ApiError> {
+        if self.recovered.load(Ordering::Acquire) {
+            Ok(())
+        } else {
+            Err(ApiError::Recovering)
+        }
+    }
+
+    /// The sandbox of an id, in whatever state.
+    fn find(&self, id: &str) -> Result<Handle, ApiError> {
+        self.ready()?;
+        let id: SandboxId = id.parse().map_err(ApiError::BadId)?;
+        self.registry.find(&id).ok_or_else(|| {
+            let why = tombstone::find(&self.registry.host().layout, &id).map(|tombstone| tombstone.summary());
+            ApiError::NoSandbox { id, why }
+        })
+    }
+
+    /// The guest of a running sandbox.
+    fn running(&self, id: &str) -> Result<(Handle, Arc<Guest>), ApiError> {
+        let handle = self.find(id)?;
+        match handle.view() {
+            View::Running(guest, _) => Ok((handle, guest)),
+            other => Err(ApiError::NotRunning {
+                id: handle.plan.id.clone(),
+                state: status(&other),
+            }),
+        }
+    }
+
+    async fn create(&self, request: CreateSandboxRequest) -> Result<CreateSandboxResponse, ApiError> {
+        self.ready()?;
+        let wish = Wish {
+            id: request.sandbox_id,
+            template_name: request.template,
+            team_id: request.team_id,
+            template_id: request.template_id,
+            vcpus: request.vcpus,
+            memory_mb: request.memory_mb,
+            disk_size_mb: request.disk_size_mb,
+            timeout_sec: request.timeout_sec,
+            default_user: request.default_user,
+            default_env: request.default_env.into_iter().collect::<BTreeMap<_, _>>(),
+        };
+        let plan = Plan::check(wish, &self.registry.host().config, new_id)?;
+        let (handle, outcome) = self.registry.create(plan)?;
+        // Dropping the receiver, as this call does when its caller goes away, stops the create. A sender that is dropped unsent
+        // would be a driver that panicked.
+        outcome.await.expect("a create is always answered")?;
+        handle.touch();
+        let view = handle.view();
+        Ok(CreateSandboxResponse {
+            sandbox_id: handle.plan.id.to_string(),
+            status: status(&view).into(),
+            host_ip: host_ip(&handle),
+            metadata: metadata(&view),
+            ..CreateSandboxResponse::default()
+        })
+    }
+
+    async fn exec_command(&self, request: ExecRequest) -> Result<ExecResponse, ApiError> {
+        let (handle, guest) = self.running(&request.sandbox_id)?;
+        if request.cmd.is_empty() {
+            return Err(ApiError::BadCommand("cmd is empty"));
+        }
+        let limit = match request.timeout_sec {
+            0 => DEFAULT_EXEC_LIMIT,
+            seconds @ 1..=MAX_EXEC_SECONDS => Duration::from_secs(seconds.unsigned_abs().into()),
+            _ => {
+                return Err(ApiError::BadCommand(
+                    "timeout_sec is out of range: 1 to 86400, or 0 for 30",
+                ));
+            }
+        };
+        handle.touch();
+        let max_output = self.registry.host().config.max_exec_output;
+        let finished = guest.exec(request.cmd, request.args, limit, max_output).await?;
+        handle.touch();
+        Ok(ExecResponse {
+            stdout: finished.stdout,
+            stderr: finished.stderr,
+            exit_code: finished.exit_code,
+            ..ExecResponse::default()
+        })
+    }
+
+    fn info(handle: &Handle) -> SandboxInfo {
+        let plan = &handle.plan;
+        let view = handle.view();
+        SandboxInfo {
+            sandbox_id: plan.id.to_string(),
+            status: status(&view).into(),
+            template: plan.template_name.clone(),
+            vcpus: plan.vcpus.0.into(),
+            memory_mb: i32::try_from(plan.memory.0).unwrap_or(i32::MAX),
+            host_ip: host_ip(handle),
+            created_at_unix: handle.created_at_unix,
+            last_active_at_unix: handle.last_active_at_unix(),
+            timeout_sec: i32::try_from(plan.timeout_sec).unwrap_or(i32::MAX),
+            team_id: plan.template.team.to_string(),
+            template_id: plan.template.template.to_string(),
+            metadata: metadata(&view),
+            ..SandboxInfo::default()
+        }
+    }
+}
+
+fn status(view: &View) -> &'static str {
+    match view {
+        View::Creating => "starting",
+        View::Running(..) => "running",
+        View::Destroying => "stopping",
+        View::Gone => "stopped",
+    }
+}
+
+fn host_ip(handle: &Handle) -> String {
+    SlotAddresses::of(handle.slot.slot()).host.to_string()
+}
+
+fn metadata<M: FromIterator<(String, String)>>(view: &View) -> M {
+    let versions = match view {
+        View::Running(_, versions) => versions.as_ref().clone(),
+        View::Creating | View::Destroying | View::Gone => Versions::default(),
+    };
+    [
+        ("kernel_version", versions.kernel),
+        ("vmm_version", versions.vmm),
+        ("envd_version", versions.envd),
+        ("agent_version", env!("CARGO_PKG_VERSION").to_owned()),
+    ]
+    .into_iter()
+    .filter(|(_, value)| !value.is_empty())
+    .map(|(name, value)| (name.to_owned(), value))
+    .collect()
+}
+
+/// An id of ours: `cl-` and 25 random letters of base 36.
+fn new_id() -> SandboxId {
+    let mut bytes = [0; 16];
+    fill_random(&mut bytes);
+    let digits = crate::host::images::base36(u128::from_le_bytes(bytes));
+    format!("cl-{digits:0>25}").parse().expect("letters and digits")
+}
+
+/// Procedures of the protocol that this agent does not have yet, with one argument.
+macro_rules! unimplemented_unary {
+    ($($method:ident($request:ty) -> $response:ty;)*) => {
+        $(async fn $method<'a>(
+            &'a self,
+            _: RequestContext,
+            _: ServiceRequest<'_, $request>,
+        ) -> ServiceResult<impl Encodable<$response> + Send + use<'a>> {
+            Err::<Response<$response>, ConnectError>(ApiError::Unimplemented(stringify!($method)).into())
+        })*
+    };
+}
+
+/// The same, with a stream of answers.
+macro_rules! unimplemented_stream {
+    ($($method:ident($request:ty) -> $response:ty;)*) => {
+        $(async fn $method(
+            &self,
+            _: RequestContext,
+            _: ServiceRequest<'_, $request>,
+        ) -> ServiceResult<ServiceStream<impl Encodable<$response> + Send + use<>>> {
+            Err::<Response<ServiceStream<$response>>, ConnectError>(ApiError::Unimplemented(stringify!($method)).into())
+        })*
+    };
+}
+
+impl HostAgentService for Service {
+    async fn create_sandbox<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, CreateSandboxRequest>,
+    ) -> ServiceResult<impl Encodable<CreateSandboxResponse> + Send + use<'a>> {
+        let request = request.to_owned_message();
+        Response::ok(self.create(request).await?)
+    }
+
+    async fn destroy_sandbox<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, DestroySandboxRequest>,
+    ) -> ServiceResult<impl Encodable<DestroySandboxResponse> + Send + use<'a>> {
+        let handle = self.find(request.sandbox_id)?;
+        handle.destroy().await.map_err(ApiError::Destroy)?;
+        Response::ok(DestroySandboxResponse::default())
+    }
+
+    async fn exec<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, ExecRequest>,
+    ) -> ServiceResult<impl Encodable<ExecResponse> + Send + use<'a>> {
+        let request = request.to_owned_message();
+        Response::ok(self.exec_command(request).await?)
+    }
+
+    async fn list_sandboxes<'a>(
+        &'a self,
+        _: RequestContext,
+        _: ServiceRequest<'_, ListSandboxesRequest>,
+    ) -> ServiceResult<impl Encodable<ListSandboxesResponse> + Send + use<'a>> {
+        self.ready()?;
+        Response::ok(ListSandboxesResponse {
+            sandboxes: self.registry.list().iter().map(Self::info).collect(),
+            ..ListSandboxesResponse::default()
+        })
+    }
+
+    async fn ping_sandbox<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, PingSandboxRequest>,
+    ) -> ServiceResult<impl Encodable<PingSandboxResponse> + Send + use<'a>> {
+        let (handle, _) = self.running(request.sandbox_id)?;
+        handle.touch();
+        Response::ok(PingSandboxResponse::default())
+    }
+
+    unimplemented_unary! {
+        pause_sandbox(PauseSandboxRequest) -> PauseSandboxResponse;
+        resume_sandbox(ResumeSandboxRequest) -> ResumeSandboxResponse;
+        write_file(WriteFileRequest) -> WriteFileResponse;
+        read_file(ReadFileRequest) -> ReadFileResponse;
+        list_dir(ListDirRequest) -> ListDirResponse;
+        make_dir(MakeDirRequest) -> MakeDirResponse;
+        remove_path(RemovePathRequest) -> RemovePathResponse;
+        create_snapshot(CreateSnapshotRequest) -> CreateSnapshotResponse;
+        delete_snapshot(DeleteSnapshotRequest) -> DeleteSnapshotResponse;
+        terminate(TerminateRequest) -> TerminateResponse;
+        get_sandbox_metrics(GetSandboxMetricsRequest) -> GetSandboxMetricsResponse;
+        flush_sandbox_metrics(FlushSandboxMetricsRequest) -> FlushSandboxMetricsResponse;
+        flatten_rootfs(FlattenRootfsRequest) -> FlattenRootfsResponse;
+        pty_send_input(PtySendInputRequest) -> PtySendInputResponse;
+        pty_resize(PtyResizeRequest) -> PtyResizeResponse;
+        pty_kill(PtyKillRequest) -> PtyKillResponse;
+        start_background(StartBackgroundRequest) -> StartBackgroundResponse;
+        list_processes(ListProcessesRequest) -> ListProcessesResponse;
+        kill_process(KillProcessRequest) -> KillProcessResponse;
+    }
+
+    unimplemented_stream! {
+        exec_stream(ExecStreamRequest) -> ExecStreamResponse;
+        read_file_stream(ReadFileStreamRequest) -> ReadFileStreamResponse;
+        pty_attach(PtyAttachRequest) -> PtyAttachResponse;
+        connect_process(ConnectProcessRequest) -> ConnectProcessResponse;
+    }
+
+    async fn write_file_stream<'a>(
+        &'a self,
+        _: RequestContext,
+        _: InboundStream<WriteFileStreamRequest>,
+    ) -> ServiceResult<impl Encodable<WriteFileStreamResponse> + Send + use<'a>> {
+        Err::<Response<WriteFileStreamResponse>, ConnectError>(ApiError::Unimplemented("write_file_stream").into())
+    }
+}

@@ -1,0 +1,122 @@
+//! HTTPS to one agent: a connection for each call, TLS 1.3, our client certificate. Its errors say what a person can do.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use connectrpc::client::{BoxFuture, ClientBody, ClientConfig, ClientTransport};
+use http::{Request, Response};
+use hyper::body::Incoming;
+use hyper_util::rt::TokioIo;
+use rustls_pki_types::ServerName;
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+
+use crate::proto::hostagent::v1::HostAgentServiceClient;
+use crate::tls::{self, TlsError};
+
+/// A client of the agent's API.
+pub(super) type Client = HostAgentServiceClient<Https>;
+
+/// Largest answer that is read: an Exec's output, and what JSON or an agent of another configuration may add.
+const MAX_ANSWER: usize = 256 << 20;
+
+/// Why there is no answer.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ClientError {
+    #[error("{0:?} is no host and port, as in 127.0.0.1:50051")]
+    BadHost(String),
+    #[error("no client certificate (`roost pki init` makes one on a standalone host)")]
+    Certificates(#[source] TlsError),
+    #[error("cannot connect to {host}; is roost-agent running there?")]
+    Connect {
+        host: String,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("{host} is not an agent whose certificate we trust, or does not trust ours")]
+    Handshake {
+        host: String,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("{host} broke the connection off; it may not trust our client certificate")]
+    Broken {
+        host: String,
+        #[source]
+        source: hyper::Error,
+    },
+}
+
+/// The transport.
+#[derive(Clone)]
+pub(super) struct Https {
+    host: String,
+    name: ServerName<'static>,
+    tls: TlsConnector,
+}
+
+/// A client of the agent at `host` with the certificates in `pki`. Connects with each call.
+pub(super) fn connect(host: &str, pki: &Path) -> Result<Client, ClientError> {
+    let bad = || ClientError::BadHost(host.to_owned());
+    let (name, port) = host.rsplit_once(':').ok_or_else(bad)?;
+    port.parse::<u16>().map_err(|_| bad())?;
+    let name = name.trim_start_matches('[').trim_end_matches(']').to_owned();
+    let name = ServerName::try_from(name).map_err(|_| bad())?;
+    let tls = tls::client(pki).map_err(ClientError::Certificates)?;
+    let base = format!("https://{host}").parse().map_err(|_| bad())?;
+    let config = ClientConfig::new(base).with_default_max_message_size(MAX_ANSWER);
+    Ok(Client::new(
+        Https {
+            host: host.to_owned(),
+            name,
+            tls: TlsConnector::from(Arc::clone(&tls)),
+        },
+        config,
+    ))
+}
+
+impl ClientTransport for Https {
+    type ResponseBody = Incoming;
+    type Error = ClientError;
+
+    fn send(&self, request: Request<ClientBody>) -> BoxFuture<'static, Result<Response<Incoming>, ClientError>> {
+        let transport = self.clone();
+        Box::pin(async move { transport.exchange(request).await })
+    }
+}
+
+impl Https {
+    async fn exchange(self, mut request: Request<ClientBody>) -> Result<Response<Incoming>, ClientError> {
+        let host = self.host;
+        let stream = TcpStream::connect(&host).await.map_err(|source| ClientError::Connect {
+            host: host.clone(),
+            source,
+        })?;
+        let stream = self
+            .tls
+            .connect(self.name, stream)
+            .await
+            .map_err(|source| ClientError::Handshake {
+                host: host.clone(),
+                source,
+            })?;
+        let broken = |source| ClientError::Broken {
+            host: host.clone(),
+            source,
+        };
+        let (mut sender, connection) = hyper::client::conn::http1::handshake::<_, ClientBody>(TokioIo::new(stream))
+            .await
+            .map_err(broken)?;
+        // Its end is told by the answer or by reading its body.
+        tokio::spawn(connection);
+        let value = http::HeaderValue::from_str(&host).map_err(|_| ClientError::BadHost(host.clone()))?;
+        request.headers_mut().insert(http::header::HOST, value);
+        let path = request
+            .uri()
+            .path()
+            .parse()
+            .map_err(|_| ClientError::BadHost(host.clone()))?;
+        *request.uri_mut() = path;
+        sender.send_request(request).await.map_err(broken)
+    }
+}

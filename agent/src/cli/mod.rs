@@ -1,0 +1,382 @@
+//! The command line, `roost`: sandboxes of one host, by hand, over the same API that a control plane uses.
+//!
+//! Exit status: 0, 1 when something failed, 2 for a wrong command line. `roost exec` has the command's own, and 125 when it could
+//! not be run at all.
+
+mod client;
+
+use std::collections::HashMap;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use connectrpc::{ConnectError, ErrorCode};
+use serde::Serialize;
+
+use crate::errors::Chain;
+use crate::pki;
+use crate::proto::hostagent::v1::{
+    CreateSandboxRequest, DestroySandboxRequest, ExecRequest, ListSandboxesRequest, PingSandboxRequest, SandboxInfo,
+};
+use crate::sandbox::unix_now;
+use client::{Client, ClientError};
+
+/// The exit status of an exec that could not be run.
+const NOT_RUN: u8 = 125;
+
+/// Sandboxes of one host.
+#[derive(Parser)]
+#[command(version, name = "roost")]
+struct Arguments {
+    /// The agent: host name or address, and port
+    #[arg(
+        long,
+        global = true,
+        value_name = "HOST:PORT",
+        env = "ROOST_HOST",
+        default_value = "127.0.0.1:50051"
+    )]
+    host: String,
+    /// Directory with ca.pem, client.pem and client-key.pem
+    #[arg(
+        long,
+        global = true,
+        value_name = "DIR",
+        env = "ROOST_PKI",
+        default_value = "/etc/roost/pki"
+    )]
+    pki: PathBuf,
+    /// Print the agent's answer as JSON
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Make a sandbox; prints its id once it takes commands
+    Create(Create),
+    /// List the sandboxes of the host
+    Ls,
+    /// Run a command in a sandbox; its output and exit status are passed on
+    Exec(Exec),
+    /// Count as activity of a sandbox
+    Ping {
+        /// The sandbox
+        id: String,
+    },
+    /// Destroy sandboxes and delete all they have
+    Rm {
+        /// The sandboxes
+        #[arg(required = true)]
+        ids: Vec<String>,
+    },
+    /// Certificates of a standalone host
+    Pki {
+        #[command(subcommand)]
+        command: Pki,
+    },
+}
+
+#[derive(Args)]
+struct Create {
+    /// Its id; the agent makes one otherwise
+    #[arg(long)]
+    id: Option<String>,
+    /// UUID of the template; the minimal image otherwise
+    #[arg(long, value_name = "UUID")]
+    template: Option<String>,
+    /// UUID of the team that the template belongs to
+    #[arg(long, value_name = "UUID")]
+    team: Option<String>,
+    /// vCPUs [default: 1]
+    #[arg(long, value_name = "N")]
+    vcpus: Option<i32>,
+    /// Memory in MiB [default: 512]
+    #[arg(long, value_name = "MIB")]
+    memory: Option<i32>,
+    /// Disk in MiB [default: the image's size]
+    #[arg(long, value_name = "MIB")]
+    disk: Option<i32>,
+    /// Seconds without activity after which it is paused [default: never]
+    #[arg(long, value_name = "SECONDS")]
+    timeout: Option<i32>,
+    /// The user that commands run as
+    #[arg(long)]
+    user: Option<String>,
+    /// A variable of every command's environment; may be given several times
+    #[arg(long = "env", value_name = "NAME=VALUE", value_parser = pair)]
+    env: Vec<(String, String)>,
+}
+
+#[derive(Args)]
+struct Exec {
+    /// End the command after this many seconds [default: 30]
+    #[arg(long, value_name = "SECONDS")]
+    timeout: Option<i32>,
+    /// The sandbox
+    id: String,
+    /// The program and its arguments
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    command: Vec<String>,
+}
+
+#[derive(Subcommand)]
+enum Pki {
+    /// Make a CA, a server certificate and a client certificate for the command line
+    Init {
+        /// Directory to make them in
+        #[arg(long, value_name = "DIR", default_value = "/etc/roost/pki")]
+        dir: PathBuf,
+        /// A host name or address of this host, besides localhost; may be given several times
+        #[arg(long = "name", value_name = "NAME")]
+        names: Vec<String>,
+    },
+}
+
+/// What went wrong, as the person at the terminal is told.
+#[derive(Debug, thiserror::Error)]
+enum CliError {
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    #[error("{}", words(.0))]
+    Call(#[from] ConnectError),
+    #[error(transparent)]
+    Pki(#[from] pki::PkiError),
+    #[error("cannot write output")]
+    Output(#[from] io::Error),
+}
+
+/// What the agent or the transport said: of the agent's errors the text, which says it all.
+fn words(error: &ConnectError) -> String {
+    let mut source = std::error::Error::source(error);
+    while let Some(inner) = source {
+        if let Some(error) = inner.downcast_ref::<ClientError>() {
+            return Chain(error).to_string();
+        }
+        source = inner.source();
+    }
+    match (&error.message, error.code) {
+        (Some(message), ErrorCode::NotFound | ErrorCode::InvalidArgument | ErrorCode::AlreadyExists) => message.clone(),
+        (Some(message), code) => format!("{message} ({})", code.as_str()),
+        (None, code) => code.as_str().to_owned(),
+    }
+}
+
+/// Parses the command line and does what it says.
+pub fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("roost: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let failed = if matches!(arguments.command, Command::Exec(_)) {
+        ExitCode::from(NOT_RUN)
+    } else {
+        ExitCode::FAILURE
+    };
+    runtime.block_on(run(arguments)).unwrap_or_else(|error| {
+        eprintln!("roost: {}", Chain(&error));
+        failed
+    })
+}
+
+async fn run(arguments: Arguments) -> Result<ExitCode, CliError> {
+    let Arguments {
+        host,
+        pki,
+        json,
+        command,
+    } = arguments;
+    let client = || client::connect(&host, &pki);
+    match command {
+        Command::Create(wish) => create(&client()?, wish, json).await?,
+        Command::Ls => list(&client()?, json).await?,
+        Command::Exec(exec) => return self::exec(&client()?, exec, json).await,
+        Command::Ping { id } => {
+            let request = PingSandboxRequest {
+                sandbox_id: id,
+                ..PingSandboxRequest::default()
+            };
+            client()?.ping_sandbox(request).await?;
+        }
+        Command::Rm { ids } => return remove(&client()?, ids).await,
+        Command::Pki {
+            command: Pki::Init { dir, names },
+        } => init(&dir, &names)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn create(client: &Client, wish: Create, json: bool) -> Result<(), CliError> {
+    let request = CreateSandboxRequest {
+        sandbox_id: wish.id.unwrap_or_default(),
+        template_id: wish.template.unwrap_or_default(),
+        team_id: wish.team.unwrap_or_default(),
+        vcpus: wish.vcpus.unwrap_or_default(),
+        memory_mb: wish.memory.unwrap_or_default(),
+        disk_size_mb: wish.disk.unwrap_or_default(),
+        timeout_sec: wish.timeout.unwrap_or_default(),
+        default_user: wish.user.unwrap_or_default(),
+        default_env: wish.env.into_iter().collect::<HashMap<_, _>>().into_iter().collect(),
+        ..CreateSandboxRequest::default()
+    };
+    let answer = client.create_sandbox(request).await?.into_owned();
+    if json {
+        print_json(&answer)
+    } else {
+        print(format_args!("{}\n", answer.sandbox_id))
+    }
+}
+
+async fn list(client: &Client, json: bool) -> Result<(), CliError> {
+    let answer = client
+        .list_sandboxes(ListSandboxesRequest::default())
+        .await?
+        .into_owned();
+    if json {
+        return print_json(&answer);
+    }
+    let header = ["ID", "STATUS", "VCPUS", "MEMORY", "ADDRESS", "AGE"].map(str::to_owned);
+    let rows: Vec<[String; 6]> = std::iter::once(header)
+        .chain(answer.sandboxes.iter().map(row))
+        .collect();
+    let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..6).map(width).collect();
+    for row in &rows {
+        let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));
+        print(format_args!("{}\n", cells.collect::<Vec<_>>().join("  ").trim_end()))?;
+    }
+    Ok(())
+}
+
+fn row(sandbox: &SandboxInfo) -> [String; 6] {
+    [
+        sandbox.sandbox_id.clone(),
+        sandbox.status.clone(),
+        sandbox.vcpus.to_string(),
+        format!("{} MiB", sandbox.memory_mb),
+        sandbox.host_ip.clone(),
+        age(unix_now().saturating_sub(sandbox.created_at_unix)),
+    ]
+}
+
+/// An age in its largest unit.
+fn age(seconds: i64) -> String {
+    match seconds {
+        ..120 => format!("{}s", seconds.max(0)),
+        120..7200 => format!("{}m", seconds / 60),
+        7200..172_800 => format!("{}h", seconds / 3600),
+        _ => format!("{}d", seconds / 86_400),
+    }
+}
+
+async fn exec(client: &Client, exec: Exec, json: bool) -> Result<ExitCode, CliError> {
+    let mut command = exec.command.into_iter();
+    let request = ExecRequest {
+        sandbox_id: exec.id,
+        cmd: command.next().unwrap_or_default(),
+        args: command.collect(),
+        timeout_sec: exec.timeout.unwrap_or_default(),
+        ..ExecRequest::default()
+    };
+    let answer = client.exec(request).await?.into_owned();
+    if json {
+        print_json(&answer)?;
+    } else {
+        io::stdout().write_all(&answer.stdout)?;
+        io::stdout().flush()?;
+        io::stderr().write_all(&answer.stderr)?;
+    }
+    // An exit status is a byte; what does not fit one is a failure of some kind.
+    Ok(ExitCode::from(u8::try_from(answer.exit_code).unwrap_or(u8::MAX)))
+}
+
+async fn remove(client: &Client, ids: Vec<String>) -> Result<ExitCode, CliError> {
+    let mut code = ExitCode::SUCCESS;
+    for id in ids {
+        let request = DestroySandboxRequest {
+            sandbox_id: id.clone(),
+            ..DestroySandboxRequest::default()
+        };
+        if let Err(error) = client.destroy_sandbox(request).await {
+            eprintln!("roost: {id}: {}", words(&error));
+            code = ExitCode::FAILURE;
+        }
+    }
+    Ok(code)
+}
+
+fn init(dir: &Path, names: &[String]) -> Result<(), CliError> {
+    pki::init(dir, names)?;
+    print(format_args!("wrote {} to {}\n", pki::FILES.join(", "), dir.display()))?;
+    // The agent runs as this user where roost is installed, and must read the server's key.
+    if nix::unistd::geteuid().is_root()
+        && let Ok(Some(user)) = nix::unistd::User::from_name("roost")
+    {
+        pki::give_server_key(dir, &user)?;
+        print(format_args!("gave server-key.pem to user roost\n"))?;
+    }
+    Ok(())
+}
+
+fn print_json(answer: &impl Serialize) -> Result<(), CliError> {
+    let text = serde_json::to_string_pretty(answer).map_err(io::Error::from)?;
+    print(format_args!("{text}\n"))
+}
+
+/// Prints to standard output; `println!` would panic when the reader has gone.
+fn print(text: std::fmt::Arguments<'_>) -> Result<(), CliError> {
+    io::stdout().write_fmt(text).map_err(CliError::from)
+}
+
+fn pair(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
+        _ => Err("not of the form NAME=VALUE".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        <Arguments as clap::CommandFactory>::command().debug_assert();
+    }
+
+    #[test]
+    fn what_follows_the_id_is_the_command_options_included() {
+        let parsed = Arguments::try_parse_from(["roost", "exec", "sb", "ls", "-l", "--json"]).expect("parsed");
+        let Command::Exec(exec) = parsed.command else {
+            panic!("no exec")
+        };
+        assert_eq!(exec.command, ["ls", "-l", "--json"]);
+        assert!(!parsed.json);
+        let parsed = Arguments::try_parse_from(["roost", "exec", "sb", "--", "--version"]).expect("parsed");
+        let Command::Exec(exec) = parsed.command else {
+            panic!("no exec")
+        };
+        assert_eq!(exec.command, ["--version"]);
+    }
+
+    #[test]
+    fn ages_are_in_the_largest_unit_that_says_something() {
+        for (seconds, text) in [
+            (-5, "0s"),
+            (0, "0s"),
+            (119, "119s"),
+            (120, "2m"),
+            (7200, "2h"),
+            (200_000, "2d"),
+        ] {
+            assert_eq!(age(seconds), text);
+        }
+    }
+}

@@ -1,0 +1,228 @@
+//! The agent's configuration: `/etc/roost/agent.toml`. Every key has a default; an unknown key or a bad value is an error that
+//! names file and line, and nothing is started.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+/// Where the configuration is looked for when nothing else is said.
+pub const DEFAULT_FILE: &str = "/etc/roost/agent.toml";
+
+/// Why there is no configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Not TOML, an unknown key, or a value of the wrong type.
+    #[error("{} is not a configuration of this agent", path.display())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Names line, column and key.
+        #[source]
+        source: Box<toml::de::Error>,
+    },
+    /// A value that is out of range.
+    #[error("{key} = {value} is out of range: {range}")]
+    OutOfRange {
+        /// The key.
+        key: &'static str,
+        /// What it was set to.
+        value: String,
+        /// What it may be.
+        range: &'static str,
+    },
+}
+
+/// The configuration, with every default filled in.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Address and port of the HTTPS API.
+    pub listen: SocketAddr,
+    /// Kernels, images, sandboxes; `ROOST_DIR` in the environment overrides it.
+    pub dir: PathBuf,
+    /// Run directories of VMs, one below it for each.
+    pub vm_run_dir: PathBuf,
+    /// Certificates and keys: `ca.pem`, `server.pem`, `server-key.pem`.
+    pub pki_dir: PathBuf,
+    /// Common names or DNS names of client certificates that may call the API.
+    pub client_names: Vec<String>,
+    /// privd's socket.
+    pub privd_socket: PathBuf,
+    /// How shims are started.
+    pub shim: Shim,
+    /// The socket on which systemd starts a shim for each connection; with `shim = "systemd"`.
+    pub shim_socket: PathBuf,
+    /// The shim's program; with `shim = "child"`.
+    pub shim_program: PathBuf,
+    /// Further arguments for the shim's program; with `shim = "child"`.
+    pub shim_args: Vec<String>,
+    /// Resolvers for guests; unset: those of the host's `/etc/resolv.conf` that are not loopback.
+    pub dns: Option<Vec<Ipv4Addr>>,
+    /// Most sandboxes at a time, 1 to 4096 (systemd's dynamic uids end near 4,300).
+    pub max_sandboxes: u32,
+    /// Disk of a sandbox that asks for none, in MiB; unset: the image's size.
+    pub default_disk_mb: Option<u32>,
+    /// Largest disk that a caller may ask for, in MiB.
+    pub max_disk_mb: u32,
+    /// Largest memory that a caller may ask for, in MiB.
+    pub max_memory_mb: u32,
+    /// Most vCPUs that a caller may ask for.
+    pub max_vcpus: u8,
+    /// Most bytes of output that one Exec call may return, both streams together; more ends the command with an error.
+    pub max_exec_output: u64,
+}
+
+/// How shims are started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Shim {
+    /// By systemd, each with a uid and a cgroup of its own.
+    Systemd,
+    /// By the agent, as its children and with its uid: for hosts without systemd, and weaker for it.
+    Child,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from(([0, 0, 0, 0], 50051)),
+            dir: "/var/lib/roost".into(),
+            vm_run_dir: "/run/roost/vm".into(),
+            pki_dir: "/etc/roost/pki".into(),
+            client_names: vec!["wrenn-cp".into(), crate::pki::CLIENT_NAME.into()],
+            privd_socket: roost_common::privd::SOCKET.into(),
+            shim: Shim::Systemd,
+            shim_socket: roost_common::shim::SOCKET.into(),
+            shim_program: "/usr/bin/roost-vmmshim".into(),
+            shim_args: Vec::new(),
+            dns: None,
+            max_sandboxes: 4096,
+            default_disk_mb: None,
+            max_disk_mb: 1 << 20,
+            max_memory_mb: 1 << 20,
+            max_vcpus: 32,
+            max_exec_output: 16 << 20,
+        }
+    }
+}
+
+impl Config {
+    /// Reads `file`, or [`DEFAULT_FILE`], which may be missing: then all is default.
+    ///
+    /// # Errors
+    /// Any [`ConfigError`].
+    pub fn load(file: Option<&Path>) -> Result<Self, ConfigError> {
+        let path = file.unwrap_or(Path::new(DEFAULT_FILE));
+        let text = match std::fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(error) if file.is_none() && error.kind() == std::io::ErrorKind::NotFound => String::new(),
+            Err(source) => {
+                return Err(ConfigError::Read {
+                    path: path.into(),
+                    source,
+                });
+            }
+        };
+        let mut config = Self::parse(&text, path)?;
+        if let Some(dir) = std::env::var_os("ROOST_DIR") {
+            config.dir = dir.into();
+        }
+        Ok(config)
+    }
+
+    fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let config: Self = toml::from_str(text).map_err(|source| ConfigError::Parse {
+            path: path.into(),
+            source: Box::new(source),
+        })?;
+        let out_of_range = |key, value: String, range| Err(ConfigError::OutOfRange { key, value, range });
+        if !(1..=4096).contains(&config.max_sandboxes) {
+            return out_of_range("max_sandboxes", config.max_sandboxes.to_string(), "1 to 4096");
+        }
+        if config.max_vcpus == 0 {
+            return out_of_range("max_vcpus", config.max_vcpus.to_string(), "1 to 255");
+        }
+        if config.max_memory_mb < crate::sandbox::plan::MIN_MEMORY.0 {
+            return out_of_range("max_memory_mb", config.max_memory_mb.to_string(), "64 or more");
+        }
+        if config
+            .dns
+            .as_ref()
+            .is_some_and(|dns| dns.len() > roost_common::privd::MAX_RESOLVERS)
+        {
+            return out_of_range("dns", format!("{:?}", config.dns), "at most 8 addresses");
+        }
+        if config.client_names.is_empty() {
+            return out_of_range("client_names", "[]".into(), "at least one name, else nobody may call");
+        }
+        Ok(config)
+    }
+
+    /// Resolvers for guests: the configured ones, else those that the host itself uses.
+    pub fn resolvers(&self) -> Vec<Ipv4Addr> {
+        match &self.dns {
+            Some(dns) => dns.clone(),
+            None => host_resolvers(&std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default()),
+        }
+    }
+}
+
+/// The resolvers of a `resolv.conf` that a guest can reach: IPv4 and not loopback.
+fn host_resolvers(resolv_conf: &str) -> Vec<Ipv4Addr> {
+    resolv_conf
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("nameserver")?.trim().parse::<Ipv4Addr>().ok())
+        .filter(|address| !address.is_loopback() && !address.is_unspecified())
+        .take(roost_common::privd::MAX_RESOLVERS)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, ConfigError> {
+        Config::parse(text, Path::new("agent.toml"))
+    }
+
+    #[test]
+    fn an_empty_file_is_all_defaults() {
+        let config = parse("").expect("parsed");
+        assert_eq!(config.listen.port(), 50051);
+        assert_eq!(config.shim, Shim::Systemd);
+    }
+
+    #[test]
+    fn unknown_keys_and_bad_values_are_errors_that_name_them() {
+        for (text, named) in [
+            ("listne = \"0.0.0.0:1\"", "listne"),
+            ("listen = \"nowhere\"", "listen"),
+            ("max_sandboxes = 0", "max_sandboxes"),
+            ("max_sandboxes = 5000", "max_sandboxes"),
+            ("shim = \"docker\"", "shim"),
+            ("client_names = []", "client_names"),
+        ] {
+            let error = anyhow::Error::new(parse(text).expect_err(text));
+            assert!(format!("{error:#}").contains(named), "{text}: {error:#}");
+        }
+    }
+
+    #[test]
+    fn loopback_resolvers_are_of_no_use_to_a_guest() {
+        let text = "# x\nnameserver 127.0.0.53\nnameserver 9.9.9.9\n nameserver ::1\nsearch a\nnameserver 1.1.1.1\n";
+        assert_eq!(
+            host_resolvers(text),
+            [Ipv4Addr::new(9, 9, 9, 9), Ipv4Addr::new(1, 1, 1, 1)]
+        );
+    }
+}

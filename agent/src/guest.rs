@@ -1,0 +1,479 @@
+//! A guest, as far as its envd can be reached: health, init, processes. The guest is hostile: every answer is bounded in size and
+//! time, and nothing it says is trusted beyond being handed to the caller who owns it.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use connectrpc::client::{CallOptions, ClientConfig, HttpClient};
+use connectrpc::{ConnectError, ErrorCode};
+use http::{Method, Request, StatusCode};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper_util::rt::TokioIo;
+use roost_common::guest::process::{
+    self, ProcessClient, ProcessConfig, ProcessSelector, SendSignalRequest, Signal, StartRequest, StartResponse,
+};
+use roost_common::guest::{
+    ACCESS_TOKEN_HEADER, HEALTH_PATH, INIT_PATH, InitRequest, KEEPALIVE_HEADER, PORT, VERSION_HEADER,
+};
+use roost_common::ids::SandboxId;
+use tokio::net::TcpStream;
+
+/// Pause between two attempts to reach an envd that is not up yet.
+const PROBE_PAUSE: Duration = Duration::from_millis(20);
+/// How long one attempt may take to connect: a guest without a network drops the first packet, and a retransmission would come
+/// a second later.
+const CONNECT_LIMIT: Duration = Duration::from_millis(250);
+/// How long envd may take to answer a connection that stands.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+/// Largest answer to a plain HTTP call that is read.
+const MAX_ANSWER: usize = 64 << 10;
+/// Largest message of a stream; envd's chunks are 32 KiB.
+const MAX_MESSAGE: usize = 1 << 20;
+/// Longest silence of an Exec stream: envd is asked for a keepalive well within it.
+const MAX_SILENCE: Duration = Duration::from_secs(60);
+/// Seconds between keepalives that envd is asked for.
+const KEEPALIVE_SECONDS: &str = "20";
+/// Time that envd has, after a command's deadline, to report that it ended it.
+const DEADLINE_GRACE: Duration = Duration::from_secs(5);
+
+/// Why a call of a guest has no result.
+#[derive(Debug, thiserror::Error)]
+pub enum GuestError {
+    /// envd did not come up in time.
+    #[error("the guest did not answer within {}s", .0.as_secs())]
+    NotUp(Duration),
+    /// A plain HTTP call failed.
+    #[error("the guest's envd did not answer {path}")]
+    Http {
+        /// The call.
+        path: &'static str,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// envd refused a plain HTTP call.
+    #[error("the guest's envd answered {path} with status {status}: {body}")]
+    Refused {
+        /// The call.
+        path: &'static str,
+        /// The status.
+        status: StatusCode,
+        /// The beginning of the body, escaped.
+        body: String,
+    },
+    /// A call of its process service failed: also what the caller got wrong, such as a missing program.
+    #[error("the guest refused the command")]
+    Process(#[source] ConnectError),
+    /// The command did not end in time; it has been killed.
+    #[error("the command did not end within {} s and was killed", .0.as_secs())]
+    TimedOut(Duration),
+    /// The command wrote more than a call can return; it has been killed.
+    #[error("the command wrote more than {0} bytes and was killed; redirect its output to a file, or stream it")]
+    TooMuchOutput(u64),
+    /// The stream of a command broke off.
+    #[error("the guest's stream of the command {0}")]
+    BadStream(&'static str),
+}
+
+/// What a guest is told at the start.
+#[derive(Debug, Clone)]
+pub struct Identity {
+    /// The sandbox.
+    pub sandbox: SandboxId,
+    /// Its template, as text.
+    pub template: String,
+    /// Runs commands of calls that name no user; unset: envd's choice.
+    pub user: Option<String>,
+    /// Environment of all commands.
+    pub env: BTreeMap<String, String>,
+    /// Resolvers.
+    pub resolvers: Vec<Ipv4Addr>,
+    /// Random bytes for the guest's pool.
+    pub entropy: Vec<u8>,
+    /// New with every boot and restore.
+    pub lifecycle: String,
+}
+
+/// What a command left.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finished {
+    /// Its standard output.
+    pub stdout: Vec<u8>,
+    /// Its standard error.
+    pub stderr: Vec<u8>,
+    /// Its exit code; 128 + n when signal n ended it.
+    pub exit_code: i32,
+}
+
+/// One incarnation of a guest. The token is set by [`Guest::init`] and known to nobody else.
+pub struct Guest {
+    address: SocketAddr,
+    token: String,
+    process: ProcessClient<HttpClient>,
+}
+
+impl std::fmt::Debug for Guest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Guest")
+            .field("address", &self.address)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Guest {
+    /// The guest behind a host address. Connects to nothing yet.
+    pub fn new(address: Ipv4Addr, token: String) -> Self {
+        Self::at(SocketAddr::from((address, PORT)), token)
+    }
+
+    fn at(address: SocketAddr, token: String) -> Self {
+        let base = format!("http://{address}").parse().expect("an address is an authority");
+        let config = ClientConfig::new(base)
+            .with_default_max_message_size(MAX_MESSAGE)
+            .with_default_header(ACCESS_TOKEN_HEADER, token.as_str());
+        Self {
+            address,
+            process: ProcessClient::new(HttpClient::plaintext(), config),
+            token,
+        }
+    }
+
+    /// Waits until envd answers, at most `limit`; its version.
+    ///
+    /// # Errors
+    /// [`GuestError::NotUp`].
+    pub async fn wait_until_up(&self, limit: Duration) -> Result<String, GuestError> {
+        let attempts = async {
+            loop {
+                match self.health().await {
+                    Ok(version) => return version,
+                    Err(error) => {
+                        tracing::trace!(error = %crate::errors::Chain(&error), "envd is not up yet");
+                        tokio::time::sleep(PROBE_PAUSE).await;
+                    }
+                }
+            }
+        };
+        tokio::time::timeout(limit, attempts)
+            .await
+            .map_err(|_| GuestError::NotUp(limit))
+    }
+
+    async fn health(&self) -> Result<String, GuestError> {
+        let answer = self.call(Method::GET, HEALTH_PATH, Vec::new()).await?;
+        let header = answer
+            .headers()
+            .get(VERSION_HEADER)
+            .and_then(|value| value.to_str().ok())
+            .map(str::to_owned);
+        let version = header.or_else(|| {
+            let health: roost_common::guest::Health = serde_json::from_slice(answer.body()).ok()?;
+            health.version
+        });
+        Ok(version
+            .unwrap_or_default()
+            .chars()
+            .filter(char::is_ascii_graphic)
+            .take(64)
+            .collect())
+    }
+
+    /// Tells envd who it is.
+    ///
+    /// # Errors
+    /// [`GuestError::Http`], [`GuestError::Refused`].
+    pub async fn init(&self, identity: Identity) -> Result<(), GuestError> {
+        let request = InitRequest {
+            env_vars: Some(identity.env),
+            access_token: Some(self.token.clone()),
+            timestamp: Some(SystemTime::now()),
+            default_user: identity.user,
+            lifecycle_id: Some(identity.lifecycle),
+            sandbox_id: Some(identity.sandbox.to_string()),
+            template_id: Some(identity.template),
+            entropy: identity.entropy,
+            dns: Some(identity.resolvers.into_iter().map(IpAddr::V4).collect()),
+            ..InitRequest::default()
+        };
+        let body = serde_json::to_vec(&request).expect("strings serialise");
+        self.call(Method::POST, INIT_PATH, body).await.map(drop)
+    }
+
+    /// Runs a command to its end and collects what it writes, at most `max_output` bytes.
+    ///
+    /// # Errors
+    /// [`GuestError::Process`], [`GuestError::TimedOut`], [`GuestError::TooMuchOutput`], [`GuestError::BadStream`].
+    pub async fn exec(
+        &self,
+        command: String,
+        args: Vec<String>,
+        limit: Duration,
+        max_output: u64,
+    ) -> Result<Finished, GuestError> {
+        // envd ends the process at this deadline even when we are not there to see it.
+        let options = CallOptions::default()
+            .with_timeout(limit)
+            .with_header(KEEPALIVE_HEADER, KEEPALIVE_SECONDS);
+        let request = StartRequest {
+            process: ProcessConfig {
+                cmd: command,
+                args,
+                ..ProcessConfig::default()
+            }
+            .into(),
+            stdin: Some(false),
+            ..StartRequest::default()
+        };
+        let mut pid = None;
+        let outcome = tokio::time::timeout(
+            limit + DEADLINE_GRACE,
+            self.collect(request, options, max_output, &mut pid),
+        )
+        .await;
+        match outcome {
+            Err(_) => {
+                self.kill(pid).await;
+                Err(GuestError::TimedOut(limit))
+            }
+            Ok(Err(GuestError::Process(error))) if error.code == ErrorCode::DeadlineExceeded => {
+                Err(GuestError::TimedOut(limit))
+            }
+            Ok(Err(error @ GuestError::TooMuchOutput(_))) => {
+                self.kill(pid).await;
+                Err(error)
+            }
+            Ok(outcome) => outcome,
+        }
+    }
+
+    async fn collect(
+        &self,
+        request: StartRequest,
+        options: CallOptions,
+        max_output: u64,
+        pid: &mut Option<u32>,
+    ) -> Result<Finished, GuestError> {
+        use process::process_event::Event;
+        use process::process_event::data_event::Output;
+        let mut stream = self
+            .process
+            .start_with_options(request, options)
+            .await
+            .map_err(GuestError::Process)?;
+        let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+        loop {
+            let message = tokio::time::timeout(MAX_SILENCE, stream.message::<StartResponse>())
+                .await
+                .map_err(|_| GuestError::BadStream("fell silent"))?
+                .map_err(GuestError::Process)?
+                .ok_or(GuestError::BadStream("ended before the command did"))?
+                .to_owned_message();
+            let event = message.event.into_option().and_then(|event| event.event);
+            match event {
+                Some(Event::Start(start)) => *pid = Some(start.pid),
+                Some(Event::Data(data)) => match data.output {
+                    Some(Output::Stdout(bytes) | Output::Pty(bytes)) => stdout.extend_from_slice(&bytes),
+                    Some(Output::Stderr(bytes)) => stderr.extend_from_slice(&bytes),
+                    None => {}
+                },
+                Some(Event::End(end)) => {
+                    let exit_code = if end.exited {
+                        end.exit_code
+                    } else {
+                        code_of_signal(&end.status)
+                    };
+                    return Ok(Finished {
+                        stdout,
+                        stderr,
+                        exit_code,
+                    });
+                }
+                Some(Event::Keepalive(_)) | None => {}
+            }
+            if (stdout.len() + stderr.len()) as u64 > max_output {
+                return Err(GuestError::TooMuchOutput(max_output));
+            }
+        }
+    }
+
+    /// Best effort: a guest that does not do it is no reason to fail the caller, whose answer is an error anyway.
+    async fn kill(&self, pid: Option<u32>) {
+        let Some(pid) = pid else { return };
+        let request = SendSignalRequest {
+            process: ProcessSelector {
+                selector: Some(pid_selector(pid)),
+                ..ProcessSelector::default()
+            }
+            .into(),
+            signal: Signal::SIGNAL_SIGKILL.into(),
+            ..SendSignalRequest::default()
+        };
+        let options = CallOptions::default().with_timeout(ANSWER_LIMIT);
+        if let Err(error) = self.process.send_signal_with_options(request, options).await {
+            tracing::debug!(%error, "a command could not be killed");
+        }
+    }
+
+    async fn call(
+        &self,
+        method: Method,
+        path: &'static str,
+        body: Vec<u8>,
+    ) -> Result<http::Response<Bytes>, GuestError> {
+        let failed = |source: Box<dyn std::error::Error + Send + Sync>| GuestError::Http { path, source };
+        let stream = tokio::time::timeout(CONNECT_LIMIT, TcpStream::connect(self.address))
+            .await
+            .map_err(|error| failed(error.into()))?
+            .map_err(|error| failed(error.into()))?;
+        let exchange = async {
+            let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+                .await
+                .map_err(|error| failed(error.into()))?;
+            let request = Request::builder()
+                .method(method)
+                .uri(path)
+                .header(http::header::HOST, self.address.to_string())
+                .header(http::header::CONTENT_TYPE, "application/json")
+                .header(ACCESS_TOKEN_HEADER, &self.token)
+                .body(Full::new(Bytes::from(body)))
+                .expect("an address and a hexadecimal token are header values");
+            let answer = async {
+                let answer = sender
+                    .send_request(request)
+                    .await
+                    .map_err(|error| failed(error.into()))?;
+                let (head, body) = answer.into_parts();
+                let body = Limited::new(body, MAX_ANSWER)
+                    .collect()
+                    .await
+                    .map_err(failed)?
+                    .to_bytes();
+                Ok(http::Response::from_parts(head, body))
+            };
+            tokio::pin!(answer);
+            tokio::select! {
+                outcome = &mut answer => outcome,
+                _ = connection => answer.await,
+            }
+        };
+        let answer = tokio::time::timeout(ANSWER_LIMIT, exchange)
+            .await
+            .map_err(|error| failed(error.into()))??;
+        let (status, body) = (answer.status(), answer.body());
+        if status.is_success() {
+            Ok(answer)
+        } else {
+            let body = body[..body.len().min(200)].escape_ascii().to_string();
+            Err(GuestError::Refused { path, status, body })
+        }
+    }
+}
+
+fn pid_selector(pid: u32) -> process::process_selector::Selector {
+    process::process_selector::Selector::Pid(pid)
+}
+
+/// The exit code by which shells report a signal, 128 + n, from envd's words for the end ("signal: killed"), which are Go's.
+/// A status in other words is 255: the command did fail.
+fn code_of_signal(status: &str) -> i32 {
+    const WORDS: [(&str, i32); 12] = [
+        ("hangup", 1),
+        ("interrupt", 2),
+        ("quit", 3),
+        ("illegal instruction", 4),
+        ("trace/breakpoint trap", 5),
+        ("aborted", 6),
+        ("bus error", 7),
+        ("floating point exception", 8),
+        ("killed", 9),
+        ("segmentation fault", 11),
+        ("broken pipe", 13),
+        ("terminated", 15),
+    ];
+    let Some(words) = status.strip_prefix("signal: ") else {
+        return 255;
+    };
+    let words = words.trim_end_matches(" (core dumped)");
+    let number = words
+        .strip_prefix("signal ")
+        .and_then(|number| number.parse::<i32>().ok());
+    let named = || WORDS.iter().find(|(word, _)| *word == words).map(|(_, number)| *number);
+    match number.or_else(named) {
+        Some(number @ 1..=64) => 128 + number,
+        Some(_) | None => 255,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    /// A guest that answers every connection with the same bytes.
+    async fn hostile(answer: &'static [u8]) -> Guest {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
+        let address = listener.local_addr().expect("an address");
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                tokio::spawn(async move {
+                    let mut request = [0; 4096];
+                    // What becomes of this connection is the client's affair.
+                    drop(stream.read(&mut request).await);
+                    drop(stream.write_all(answer).await);
+                });
+            }
+        });
+        Guest::at(address, "t".into())
+    }
+
+    #[tokio::test]
+    async fn health_takes_any_success_and_bounds_the_version() {
+        let guest = hostile(b"HTTP/1.1 204 No Content\r\nX-Envd-Version: 0.5.7\r\n\r\n").await;
+        assert_eq!(guest.wait_until_up(Duration::from_secs(10)).await.expect("up"), "0.5.7");
+        let guest = hostile(b"HTTP/1.1 200 OK\r\nContent-Length: 19\r\n\r\n{\"version\":\"1.2.3\"}").await;
+        assert_eq!(guest.wait_until_up(Duration::from_secs(10)).await.expect("up"), "1.2.3");
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_does_not_come_up_is_given_up() {
+        let guest = hostile(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n").await;
+        let outcome = guest.wait_until_up(Duration::from_millis(200)).await;
+        assert!(matches!(outcome, Err(GuestError::NotUp(_))));
+    }
+
+    #[tokio::test]
+    async fn endless_and_garbled_answers_are_errors() {
+        static ENDLESS: std::sync::LazyLock<Vec<u8>> =
+            std::sync::LazyLock::new(|| [b"HTTP/1.1 200 OK\r\n\r\n".to_vec(), vec![b'x'; 1 << 20]].concat());
+        for answer in [
+            &ENDLESS[..],
+            b"\xff\xfe\x00",
+            b"",
+            b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n",
+        ] {
+            let guest = hostile(answer).await;
+            assert!(guest.health().await.is_err());
+            let outcome = guest.exec("x".into(), Vec::new(), Duration::from_secs(5), 1000).await;
+            assert!(outcome.is_err());
+        }
+    }
+
+    #[test]
+    fn signals_become_the_exit_codes_of_shells() {
+        for (status, code) in [
+            ("signal: killed", 137),
+            ("signal: terminated", 143),
+            ("signal: segmentation fault (core dumped)", 139),
+            ("signal: signal 34", 162),
+            ("signal: signal 99999", 255),
+            ("exit status 3", 255),
+            ("", 255),
+        ] {
+            assert_eq!(code_of_signal(status), code, "{status}");
+        }
+    }
+}

@@ -1,0 +1,52 @@
+//! What the agent has of its host: privd for disks and networks, shims for VMMs, and files.
+//!
+//! Everything here that exists outside the agent is a descriptor in a struct, or a file below the two directories of the
+//! configuration. Dropping the struct frees the first; the second is removed by who made it, or by recovery.
+
+pub mod acl;
+pub mod files;
+pub mod images;
+pub mod kernels;
+pub mod privd;
+pub mod shim;
+pub mod slots;
+
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+
+use crate::config::Config;
+use files::Layout;
+use privd::PrivdClientHandle;
+use shim::Shims;
+use slots::Slots;
+
+/// One host, shared by all sandboxes.
+#[derive(Debug)]
+pub struct Host {
+    /// The configuration.
+    pub config: Config,
+    /// Where files are.
+    pub layout: Layout,
+    /// The privileged daemon.
+    pub privd: PrivdClientHandle,
+    /// Starts shims.
+    pub shims: Shims,
+    /// Which slots are free.
+    pub slots: Arc<Slots>,
+    /// Resolvers for guests.
+    pub resolvers: Vec<Ipv4Addr>,
+}
+
+impl Host {
+    /// The host of a configuration. Connects to nothing yet.
+    pub fn new(config: Config) -> Self {
+        Self {
+            layout: Layout::new(&config.dir, &config.vm_run_dir),
+            privd: PrivdClientHandle::new(config.privd_socket.clone()),
+            shims: Shims::new(&config),
+            slots: Arc::new(Slots::new()),
+            resolvers: config.resolvers(),
+            config,
+        }
+    }
+}

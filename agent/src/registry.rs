@@ -1,0 +1,97 @@
+//! All sandboxes of this host, by id: who asks for one finds its handle here.
+//!
+//! An id is here from the moment its create is accepted until nothing of the sandbox is left, so two creates of one id cannot
+//! overlap, and a listing never misses a sandbox that exists.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use roost_common::ids::SandboxId;
+use tokio::sync::oneshot;
+
+use crate::host::Host;
+use crate::host::slots::SlotLease;
+use crate::sandbox::CreateFailure;
+use crate::sandbox::plan::Plan;
+use crate::sandbox::task::{self, Handle};
+
+/// Why a create was not accepted.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// The id is in use or in flight.
+    #[error("sandbox {0} exists already")]
+    Exists(SandboxId),
+    /// The host has as many as it may.
+    #[error("this host has {0} sandboxes, as many as it may")]
+    Full(usize),
+}
+
+/// The registry.
+#[derive(Debug)]
+pub struct Registry {
+    host: Arc<Host>,
+    sandboxes: Mutex<HashMap<SandboxId, Handle>>,
+}
+
+impl Registry {
+    /// An empty registry.
+    pub fn new(host: Arc<Host>) -> Arc<Self> {
+        Arc::new(Self {
+            host,
+            sandboxes: Mutex::default(),
+        })
+    }
+
+    /// The host of these sandboxes.
+    pub fn host(&self) -> &Arc<Host> {
+        &self.host
+    }
+
+    /// Accepts a create and starts it. The receiver has its outcome; dropping it stops the create.
+    ///
+    /// # Errors
+    /// Any [`Refusal`]; nothing has been started.
+    pub fn create(
+        self: &Arc<Self>,
+        plan: Plan,
+    ) -> Result<(Handle, oneshot::Receiver<Result<(), CreateFailure>>), Refusal> {
+        let max = usize::try_from(self.host.config.max_sandboxes).unwrap_or(usize::MAX);
+        let mut sandboxes = self.lock();
+        if sandboxes.contains_key(&plan.id) {
+            return Err(Refusal::Exists(plan.id));
+        }
+        let slot: Option<SlotLease> = if sandboxes.len() < max {
+            self.host.slots.lease()
+        } else {
+            None
+        };
+        let slot = slot.ok_or(Refusal::Full(sandboxes.len()))?;
+        let id = plan.id.clone();
+        let (handle, outcome) = task::spawn(self.clone(), self.host.clone(), plan, slot);
+        sandboxes.insert(id, handle.clone());
+        Ok((handle, outcome))
+    }
+
+    /// The sandbox of an id.
+    pub fn find(&self, id: &SandboxId) -> Option<Handle> {
+        self.lock().get(id).cloned()
+    }
+
+    /// All sandboxes, in order of their ids.
+    pub fn list(&self) -> Vec<Handle> {
+        let mut all: Vec<Handle> = self.lock().values().cloned().collect();
+        all.sort_by(|a, b| a.plan.id.cmp(&b.plan.id));
+        all
+    }
+
+    /// Takes a sandbox out; its task does, when nothing is left.
+    pub(crate) fn forget(&self, id: &SandboxId) {
+        self.lock().remove(id);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<SandboxId, Handle>> {
+        self.sandboxes
+            .lock()
+            .expect("nothing panics while it holds the registry")
+    }
+}

@@ -1,0 +1,157 @@
+//! The HTTPS listener: accepts, shakes hands, and gives each connection to the service. Everything before the handshake's end is
+//! bounded, and a client whose certificate is not listed gets one answer and no further.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use connectrpc::{ConnectError, ConnectRpcService, Limits, Router};
+use http::{Request, Response, StatusCode, header};
+use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
+use hyper::body::Incoming;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::io::AsyncWriteExt;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio_rustls::TlsAcceptor;
+use tower::ServiceExt;
+
+use crate::api::service::Service;
+use crate::errors::Chain;
+use crate::proto::hostagent::v1::HostAgentServiceExt;
+use crate::tls;
+
+/// Most connections at a time; more wait in the kernel's backlog.
+const MAX_CONNECTIONS: usize = 1024;
+/// Time that a client has for its handshake, and for the headers of a request.
+const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
+/// Largest request, and largest message in it.
+const MAX_REQUEST: usize = 4 << 20;
+/// The first byte of every TLS handshake.
+const TLS_HANDSHAKE: u8 = 0x16;
+/// What a client gets that speaks plain HTTP.
+const PLAIN_HTTP: &[u8] =
+    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nContent-Length: 70\r\nConnection: close\r\n\r\n\
+This port speaks HTTPS with client certificates. Use https:// instead.";
+
+/// Who may call, and how they are known.
+#[derive(Debug)]
+pub struct Access {
+    /// Our certificate and their CA.
+    pub tls: Arc<rustls::ServerConfig>,
+    /// Names of clients.
+    pub client_names: Vec<String>,
+}
+
+type Body = UnsyncBoxBody<Bytes, ConnectError>;
+
+/// Serves until the process ends.
+pub async fn serve(listener: TcpListener, access: Access, service: Arc<Service>) -> Infallible {
+    let limits = Limits::default()
+        .with_max_request_body_size(MAX_REQUEST)
+        .with_max_message_size(MAX_REQUEST);
+    let rpc = ConnectRpcService::new(service.register(Router::new())).with_limits(limits);
+    let access = Arc::new(access);
+    let acceptor = TlsAcceptor::from(access.tls.clone());
+    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    loop {
+        let place = places.clone().acquire_owned().await.expect("never closed");
+        let (stream, peer) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                // Out of descriptors, mostly: those that are open must close before another attempt makes sense.
+                tracing::error!(%error, "cannot accept a connection");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let (acceptor, rpc, access) = (acceptor.clone(), rpc.clone(), access.clone());
+        tokio::spawn(async move {
+            if let Err(error) = connection(stream, acceptor, rpc, &access).await {
+                tracing::info!(%peer, error = %Chain(error.as_ref()), "connection ended");
+            }
+            drop(place);
+        });
+    }
+}
+
+async fn connection(
+    stream: TcpStream,
+    acceptor: TlsAcceptor,
+    rpc: ConnectRpcService,
+    access: &Access,
+) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    stream.set_nodelay(true)?;
+    let handshake = async {
+        let mut first = [0];
+        if stream.peek(&mut first).await? == 0 {
+            return Ok(None);
+        }
+        if first[0] != TLS_HANDSHAKE {
+            let mut stream = stream;
+            stream.write_all(PLAIN_HTTP).await?;
+            stream.shutdown().await?;
+            return Ok(None);
+        }
+        acceptor.accept(stream).await.map(Some)
+    };
+    let Some(stream) = tokio::time::timeout(HANDSHAKE_LIMIT, handshake).await?? else {
+        return Ok(());
+    };
+    let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
+    let listed = certificate.is_some_and(|certificate| tls::client_is_listed(certificate, &access.client_names));
+    let service = hyper::service::service_fn(move |request: Request<Incoming>| {
+        let rpc = rpc.clone();
+        async move { Ok::<_, Infallible>(if listed { answer(rpc, request).await } else { refuse() }) }
+    });
+    let mut server = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
+    server
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HANDSHAKE_LIMIT)
+        .max_buf_size(64 << 10);
+    server
+        .http2()
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(128)
+        .max_header_list_size(64 << 10);
+    server.serve_connection(TokioIo::new(stream), service).await
+}
+
+async fn answer(rpc: ConnectRpcService, request: Request<Incoming>) -> Response<Body> {
+    let answer = rpc
+        .oneshot(request)
+        .await
+        .unwrap_or_else(|never: Infallible| match never {});
+    answer.map(|body| body.map_err(|never| match never {}).boxed_unsync())
+}
+
+/// The answer to a client whose certificate is of our CA but not of a listed name.
+fn refuse() -> Response<Body> {
+    let error = ConnectError::permission_denied("the client certificate's name is not among this agent's client_names");
+    let body = Full::new(error.to_json())
+        .map_err(|never| match never {})
+        .boxed_unsync();
+    Response::builder()
+        .status(StatusCode::FORBIDDEN)
+        .header(header::CONTENT_TYPE, "application/json")
+        .body(body)
+        .expect("constant parts")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_answer_to_plain_http_has_the_length_it_says() {
+        let text = std::str::from_utf8(PLAIN_HTTP).expect("ASCII");
+        let (head, body) = text.split_once("\r\n\r\n").expect("a head and a body");
+        assert!(
+            head.contains(&format!("Content-Length: {}\r\n", body.len())),
+            "the body has {} bytes",
+            body.len()
+        );
+    }
+}

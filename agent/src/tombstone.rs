@@ -1,0 +1,211 @@
+//! Why sandboxes ended that nobody asked to end: `tombstones/<id>.json`, kept for a day.
+
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use roost_common::ids::SandboxId;
+use roost_common::shim::{Exit, WaitStatus};
+use serde::{Deserialize, Serialize};
+
+use crate::errors::{Chain, FileError};
+use crate::host::files::{Layout, read_small, write_durably};
+
+/// How long a tombstone is kept.
+const KEPT: Duration = Duration::from_secs(24 * 60 * 60);
+/// Version of the file's format.
+const VERSION: u32 = 1;
+
+/// Why a sandbox ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reason {
+    /// The VMM ended by itself: the guest powered off or crashed, or the VMM did.
+    VmmExited,
+    /// A signal ended the VMM.
+    VmmKilled,
+    /// The kernel ended the VMM for want of memory.
+    OutOfMemory,
+    /// The shim ended, and the VMM with it.
+    ShimLost,
+    /// An agent started and found it running.
+    AgentRestarted,
+}
+
+/// The record of an end.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Tombstone {
+    /// Version of this format, 1.
+    pub version: u32,
+    /// The sandbox.
+    pub sandbox_id: String,
+    /// Why it ended.
+    pub reason: Reason,
+    /// Exit code of the VMM, where it exited.
+    pub exit_code: Option<i32>,
+    /// Signal that ended the VMM, where one did.
+    pub signal: Option<i32>,
+    /// When it was made, in seconds since 1970.
+    pub created_at_unix: i64,
+    /// When it ended, in seconds since 1970.
+    pub ended_at_unix: i64,
+    /// The end of the guest's console; anything but printable ASCII is escaped, for a guest wrote it.
+    pub console_tail: String,
+    /// The end of the VMM's own messages, escaped likewise.
+    pub vmm_log_tail: String,
+}
+
+impl Tombstone {
+    /// The record of a sandbox that ended now.
+    pub fn new(id: &SandboxId, created_at_unix: i64, end: End<'_>) -> Self {
+        let exit = match end {
+            End::Vmm(exit) => Some(exit),
+            End::ShimLost | End::AgentRestarted => None,
+        };
+        let reason = match end {
+            End::Vmm(exit) if exit.oom_kills > 0 => Reason::OutOfMemory,
+            End::Vmm(Exit {
+                wait: WaitStatus::Signaled(_),
+                ..
+            }) => Reason::VmmKilled,
+            End::Vmm(_) => Reason::VmmExited,
+            End::ShimLost => Reason::ShimLost,
+            End::AgentRestarted => Reason::AgentRestarted,
+        };
+        let lines = |tail: Option<&[u8]>| match tail {
+            Some(tail) => tail
+                .split(|byte| *byte == b'\n')
+                .map(|line| line.escape_ascii().to_string())
+                .collect::<Vec<_>>()
+                .join("\n"),
+            None => String::new(),
+        };
+        Self {
+            version: VERSION,
+            sandbox_id: id.to_string(),
+            reason,
+            exit_code: exit.and_then(|exit| match exit.wait {
+                WaitStatus::Exited(code) => Some(code),
+                WaitStatus::Signaled(_) => None,
+            }),
+            signal: exit.and_then(|exit| match exit.wait {
+                WaitStatus::Signaled(signal) => Some(signal),
+                WaitStatus::Exited(_) => None,
+            }),
+            created_at_unix,
+            ended_at_unix: crate::sandbox::unix_now(),
+            console_tail: lines(exit.map(|exit| exit.console.as_slice())),
+            vmm_log_tail: lines(exit.map(|exit| exit.log.as_slice())),
+        }
+    }
+
+    /// One clause for an error message.
+    pub fn summary(&self) -> String {
+        match (self.reason, self.exit_code, self.signal) {
+            (Reason::VmmExited, Some(code), _) => format!("its VMM ended with exit code {code}"),
+            (Reason::VmmKilled, _, Some(signal)) => format!("its VMM was ended by signal {signal}"),
+            (Reason::VmmExited | Reason::VmmKilled, _, _) => "its VMM ended".into(),
+            (Reason::OutOfMemory, _, _) => "its VMM ran out of memory".into(),
+            (Reason::ShimLost, _, _) => "its vmmshim ended, and the VMM with it".into(),
+            (Reason::AgentRestarted, _, _) => "the agent was started anew and ended it".into(),
+        }
+    }
+}
+
+/// What ended a sandbox.
+#[derive(Debug, Clone, Copy)]
+pub enum End<'a> {
+    /// The VMM ended, as its shim reports.
+    Vmm(&'a Exit),
+    /// The shim has gone.
+    ShimLost,
+    /// An agent started and found it.
+    AgentRestarted,
+}
+
+/// Writes a tombstone and removes those that are older than a day.
+///
+/// # Errors
+/// [`FileError`] naming the file that could not be written; one that could not be removed is only logged.
+pub fn bury(layout: &Layout, tombstone: &Tombstone) -> Result<(), FileError> {
+    let dir = layout.tombstones();
+    let content = serde_json::to_vec_pretty(tombstone).expect("strings and numbers serialise");
+    write_durably(&dir.join(format!("{}.json", tombstone.sandbox_id)), &content)?;
+    if let Err(error) = expire(&dir, SystemTime::now()) {
+        tracing::warn!(error = %Chain(&error), "old tombstones stay");
+    }
+    Ok(())
+}
+
+/// The tombstone of a sandbox, where there is one.
+pub fn find(layout: &Layout, id: &SandboxId) -> Option<Tombstone> {
+    let content = read_small(&layout.tombstones().join(format!("{id}.json"))).ok()?;
+    serde_json::from_slice(&content).ok()
+}
+
+fn expire(dir: &Path, now: SystemTime) -> Result<(), FileError> {
+    let failed = |source| FileError::new("tidying", dir, source);
+    for entry in std::fs::read_dir(dir).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        let written = entry
+            .metadata()
+            .and_then(|metadata| metadata.modified())
+            .map_err(failed)?;
+        if now.duration_since(written).is_ok_and(|age| age > KEPT) {
+            std::fs::remove_file(entry.path()).map_err(failed)?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn exit(wait: WaitStatus, oom_kills: u64) -> Exit {
+        Exit {
+            wait,
+            oom_kills,
+            console: b"one\n\x1b[31mtwo".to_vec(),
+            log: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn the_reason_says_what_ended_it() {
+        let id: SandboxId = "x".parse().expect("an id");
+        for (wait, oom, reason) in [
+            (WaitStatus::Exited(0), 0, Reason::VmmExited),
+            (WaitStatus::Signaled(9), 0, Reason::VmmKilled),
+            (WaitStatus::Signaled(9), 1, Reason::OutOfMemory),
+        ] {
+            assert_eq!(Tombstone::new(&id, 0, End::Vmm(&exit(wait, oom))).reason, reason);
+        }
+    }
+
+    #[test]
+    fn a_tombstone_is_found_again_and_carries_no_control_characters() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let layout = Layout::new(dir.path(), dir.path());
+        std::fs::create_dir(layout.tombstones()).expect("made");
+        let id: SandboxId = "x".parse().expect("an id");
+        assert!(find(&layout, &id).is_none());
+        bury(
+            &layout,
+            &Tombstone::new(&id, 5, End::Vmm(&exit(WaitStatus::Signaled(9), 0))),
+        )
+        .expect("written");
+        let found = find(&layout, &id).expect("found");
+        assert_eq!((found.signal, found.created_at_unix), (Some(9), 5));
+        assert_eq!(found.console_tail, "one\n\\x1b[31mtwo");
+    }
+
+    #[test]
+    fn tombstones_go_after_a_day() {
+        let dir = tempfile::tempdir().expect("a directory");
+        std::fs::write(dir.path().join("a.json"), "{}").expect("written");
+        expire(dir.path(), SystemTime::now() + Duration::from_secs(23 * 3600)).expect("tidied");
+        assert_eq!(std::fs::read_dir(dir.path()).expect("read").count(), 1);
+        expire(dir.path(), SystemTime::now() + Duration::from_secs(25 * 3600)).expect("tidied");
+        assert_eq!(std::fs::read_dir(dir.path()).expect("read").count(), 0);
+    }
+}

@@ -1,0 +1,206 @@
+//! The VMM's REST API, over the Unix socket in a VM's run directory. The other end runs hostile code at worst: every answer is
+//! bounded in size and time, and nothing in it is trusted beyond being printed.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{Method, Request, StatusCode};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper_util::rt::TokioIo;
+use tokio::net::UnixStream;
+
+/// How long one call may take.
+const CALL_LIMIT: Duration = Duration::from_secs(30);
+/// Largest answer that is read.
+const MAX_ANSWER: usize = 1 << 20;
+
+/// Why a call of the VMM has no result.
+#[derive(Debug, thiserror::Error)]
+pub enum VmmError {
+    /// The socket cannot be connected to.
+    #[error("cannot connect to the VMM at {}", path.display())]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The connection broke or what came is no HTTP.
+    #[error("the VMM did not answer {call}")]
+    Http {
+        /// Which call.
+        call: &'static str,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// It took too long.
+    #[error("the VMM did not answer {call} in time")]
+    Timeout {
+        /// Which call.
+        call: &'static str,
+    },
+    /// An answer other than success, or one that does not parse.
+    #[error("the VMM answered {call} with status {status}: {body}")]
+    Refused {
+        /// Which call.
+        call: &'static str,
+        /// The status.
+        status: StatusCode,
+        /// The beginning of the body, escaped.
+        body: String,
+    },
+}
+
+/// One VMM's API.
+#[derive(Debug, Clone)]
+pub struct Vmm {
+    socket: PathBuf,
+}
+
+impl Vmm {
+    /// The API at a socket; connects with each call.
+    pub fn new(socket: &Path) -> Self {
+        Self { socket: socket.into() }
+    }
+
+    /// The VMM's version, as it says.
+    ///
+    /// # Errors
+    /// Any [`VmmError`].
+    pub async fn version(&self) -> Result<String, VmmError> {
+        #[derive(serde::Deserialize)]
+        struct Ping {
+            version: String,
+        }
+        let call = "vmm.ping";
+        let body = self.call(Method::GET, call).await?;
+        let ping: Ping = serde_json::from_slice(&body).map_err(|_| VmmError::Refused {
+            call,
+            status: StatusCode::OK,
+            body: shorten(&body),
+        })?;
+        let printable = ping.version.chars().filter(|c| c.is_ascii_graphic()).take(64);
+        Ok(printable.collect())
+    }
+
+    async fn call(&self, method: Method, call: &'static str) -> Result<Bytes, VmmError> {
+        tokio::time::timeout(CALL_LIMIT, self.exchange(method, call))
+            .await
+            .map_err(|_| VmmError::Timeout { call })?
+    }
+
+    async fn exchange(&self, method: Method, call: &'static str) -> Result<Bytes, VmmError> {
+        let failed = |source: Box<dyn std::error::Error + Send + Sync>| VmmError::Http { call, source };
+        let stream = UnixStream::connect(&self.socket)
+            .await
+            .map_err(|source| VmmError::Connect {
+                path: self.socket.clone(),
+                source,
+            })?;
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(|error| failed(error.into()))?;
+        let request = Request::builder()
+            .method(method)
+            .uri(format!("/api/v1/{call}"))
+            .header(http::header::HOST, "localhost")
+            .body(Full::<Bytes>::default())
+            .expect("constant parts");
+        let exchange = async {
+            let answer = sender
+                .send_request(request)
+                .await
+                .map_err(|error| failed(error.into()))?;
+            let status = answer.status();
+            let body = Limited::new(answer.into_body(), MAX_ANSWER)
+                .collect()
+                .await
+                .map_err(failed)?
+                .to_bytes();
+            if status.is_success() {
+                Ok(body)
+            } else {
+                Err(VmmError::Refused {
+                    call,
+                    status,
+                    body: shorten(&body),
+                })
+            }
+        };
+        tokio::pin!(exchange);
+        tokio::select! {
+            outcome = &mut exchange => outcome,
+            // The connection's own end is an error of the exchange, which says more.
+            _ = connection => exchange.await,
+        }
+    }
+}
+
+fn shorten(body: &[u8]) -> String {
+    body[..body.len().min(200)].escape_ascii().to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::UnixListener;
+
+    use super::*;
+
+    /// Answers one connection with `answer`, then closes or keeps it.
+    async fn version_from(answer: &'static [u8]) -> Result<String, VmmError> {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("api.sock");
+        let listener = UnixListener::bind(&path).expect("bound");
+        let server = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.expect("accepted");
+            let mut request = [0; 1024];
+            let _read = stream.read(&mut request).await.expect("a request");
+            // A client that has seen enough closes early, which is its right.
+            drop(stream.write_all(answer).await);
+        });
+        let outcome = Vmm::new(&path).version().await;
+        server.await.expect("no panic");
+        outcome
+    }
+
+    #[tokio::test]
+    async fn the_version_is_what_the_vmm_says_without_what_is_not_printable() {
+        let answer = b"HTTP/1.1 200 OK\r\nContent-Length: 28\r\n\r\n{\"version\":\"v53.0\\u0007\\n<\"}   ";
+        assert_eq!(version_from(answer).await.expect("a version"), "v53.0<");
+    }
+
+    #[tokio::test]
+    async fn a_hostile_vmm_is_an_error() {
+        for answer in [
+            &b""[..],
+            b"garbage\r\n\r\n",
+            b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{}",
+            b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]",
+            b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999\r\n\r\n",
+            b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 1\r\n\r\n\x07",
+        ] {
+            assert!(version_from(answer).await.is_err(), "{}", answer.escape_ascii());
+        }
+    }
+
+    #[tokio::test]
+    async fn an_endless_answer_is_cut_off() {
+        static ENDLESS: std::sync::LazyLock<Vec<u8>> =
+            std::sync::LazyLock::new(|| [b"HTTP/1.1 200 OK\r\n\r\n".to_vec(), vec![b' '; 4 << 20]].concat());
+        assert!(matches!(version_from(&ENDLESS).await, Err(VmmError::Http { .. })));
+    }
+
+    #[tokio::test]
+    async fn a_vmm_that_is_not_there_is_named() {
+        let error = Vmm::new(Path::new("/nonexistent/api.sock"))
+            .version()
+            .await
+            .expect_err("nobody listens");
+        assert!(error.to_string().contains("/nonexistent/api.sock"));
+    }
+}
