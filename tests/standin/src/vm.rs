@@ -10,6 +10,7 @@
 //! end of a QEMU that nobody asked to end is the end of this process.
 
 use std::fs::{self, File, OpenOptions};
+use std::io::Seek;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::process::ExitStatus;
@@ -76,6 +77,9 @@ struct Live {
     launch: u64,
     gone: Receiver<ExitStatus>,
     state: State,
+    /// Memory as it was saved since the VM was paused. QEMU saves a stopped guest only once; the guest has not run since, so
+    /// a second snapshot is a copy.
+    saved: Option<File>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -238,6 +242,7 @@ impl Vmm {
         self.events.send("vm", events[0]);
         live.qemu.run(command, json!({}))?;
         live.state = to;
+        live.saved = None;
         self.events.send("vm", events[1]);
         Ok(())
     }
@@ -349,23 +354,37 @@ impl Driver {
             launch,
             gone,
             state: State::Running,
+            saved: None,
         })
     }
 }
 
 impl Live {
-    fn save(&self, directory: &Path) -> Result<()> {
+    fn save(&mut self, directory: &Path) -> Result<()> {
         let create = |name: &str| {
             let path = directory.join(name);
             let mut options = OpenOptions::new();
-            options.write(true).create_new(true).mode(0o600);
+            options.read(true).write(true).create_new(true).mode(0o600);
             options
                 .open(&path)
                 .with_context(|| format!("cannot make {}", path.display()))
         };
         serde_json::to_writer(create(CONFIG)?, &self.config)?;
         serde_json::to_writer(create(STATE)?, &json!({ "standin": VERSION }))?;
-        self.qemu.save(&create(MEMORY)?)
+        let mut memory = create(MEMORY)?;
+        match &mut self.saved {
+            Some(saved) => {
+                saved.rewind()?;
+                std::io::copy(saved, &mut memory)
+                    .map(drop)
+                    .context("cannot copy the memory saved before")
+            }
+            None => {
+                self.qemu.save(&memory)?;
+                self.saved = Some(memory);
+                Ok(())
+            }
+        }
     }
 
     /// Ends QEMU and waits until it has: then disk and tap are free.

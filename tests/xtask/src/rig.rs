@@ -35,6 +35,11 @@ pub(crate) const STATUS_TIMEOUT: u8 = 124;
 
 /// How long after QEMU's start the host may take to be up; ten seconds on an idle machine.
 const BOOT_LIMIT: Duration = Duration::from_secs(180);
+/// `--timeout` and `--memory` where none is given.
+const DEFAULT_SECONDS: u64 = 900;
+const DEFAULT_MEMORY_MB: u64 = 4096;
+/// How much of the command's output is kept for whoever asked for the run.
+const KEPT_OUTPUT: usize = 256 << 10;
 /// How many runs' logs are kept.
 const KEPT_RUNS: usize = 10;
 
@@ -52,10 +57,10 @@ pub(crate) struct Options {
     #[arg(long, value_name = "NAME=VALUE")]
     pub(crate) env: Vec<String>,
     /// Give up after this many seconds, counted from the start of QEMU
-    #[arg(long, value_name = "SECONDS", default_value_t = 900)]
+    #[arg(long, value_name = "SECONDS", default_value_t = DEFAULT_SECONDS)]
     pub(crate) timeout: u64,
     /// The rig's memory
-    #[arg(long, value_name = "MB", default_value_t = 4096)]
+    #[arg(long, value_name = "MB", default_value_t = DEFAULT_MEMORY_MB)]
     pub(crate) memory: u64,
     /// Start the daemons without systemd: agent as user roost, shims as its children
     #[arg(long, conflicts_with = "bare")]
@@ -71,16 +76,40 @@ pub(crate) struct Options {
     pub(crate) command: Vec<String>,
 }
 
+impl Options {
+    /// Defaults for running a command.
+    pub(crate) fn command(words: &[&str]) -> Self {
+        Self {
+            add: Vec::new(),
+            env: Vec::new(),
+            timeout: DEFAULT_SECONDS,
+            memory: DEFAULT_MEMORY_MB,
+            direct: false,
+            bare: false,
+            installed: false,
+            command: words.iter().map(|word| (*word).to_owned()).collect(),
+        }
+    }
+}
+
+/// How a run ended.
+pub(crate) struct End {
+    /// The command's exit status.
+    pub(crate) status: u8,
+    /// The last of its output.
+    pub(crate) tail: Vec<u8>,
+}
+
 /// Builds what is missing, boots the rig, runs the command; the command's exit status.
 pub(crate) fn run(options: &Options) -> Result<u8> {
     setup::run()?;
     let wanted = !options.bare || options.installed;
     let binaries = if wanted { Some(binaries::build()?) } else { None };
-    run_with(options, binaries.as_ref())
+    run_with(options, binaries.as_ref()).map(|end| end.status)
 }
 
 /// [`run`] with binaries that are built already.
-pub(crate) fn run_with(options: &Options, binaries: Option<&Binaries>) -> Result<u8> {
+pub(crate) fn run_with(options: &Options, binaries: Option<&Binaries>) -> Result<End> {
     let lock = cache::lock()?;
     let kernel = kernel::ensure()?;
     let host = host::ensure(&kernel)?;
@@ -288,7 +317,7 @@ enum News {
 }
 
 impl Machine<'_> {
-    fn boot(&self) -> Result<u8> {
+    fn boot(&self) -> Result<End> {
         let start = Instant::now();
         let (out, out_there) = port()?;
         let (ctl, ctl_there) = port()?;
@@ -317,8 +346,8 @@ impl Machine<'_> {
         qemu.wait().context("cannot wait for QEMU")?;
         let copied = output.join().map_err(|_| anyhow!("the output thread panicked"))?;
         journal.join().map_err(|_| anyhow!("the journal thread panicked"))?.ok();
-        copied.context("cannot pass on the command's output")?;
-        verdict
+        let tail = copied.context("cannot pass on the command's output")?;
+        verdict.map(|status| End { status, tail })
     }
 
     fn spawn(&self, ports: &[(&str, &OwnedFd)]) -> Result<Child> {
@@ -462,18 +491,23 @@ fn port() -> Result<(UnixStream, OwnedFd)> {
     Ok((UnixStream::from(ours), theirs))
 }
 
-/// Copies until the other side closes, flushing what has come.
-fn copy_live(mut from: impl Read, mut to: impl Write) -> std::io::Result<()> {
+/// Copies until the other side closes, flushing what has come; returns the last of it.
+fn copy_live(mut from: impl Read, mut to: impl Write) -> std::io::Result<Vec<u8>> {
     let mut chunk = vec![0; 64 << 10];
+    let mut tail = Vec::new();
     loop {
         let read = match from.read(&mut chunk) {
-            Ok(0) => return Ok(()),
+            Ok(0) => return Ok(tail),
             Ok(read) => read,
-            Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => return Ok(()),
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => return Ok(tail),
             Err(error) => return Err(error),
         };
         to.write_all(&chunk[..read])?;
         to.flush()?;
+        tail.extend_from_slice(&chunk[..read]);
+        if tail.len() > 2 * KEPT_OUTPUT {
+            tail.drain(..tail.len() - KEPT_OUTPUT);
+        }
     }
 }
 

@@ -1,13 +1,230 @@
-//! `cargo xtask test`.
+//! `cargo xtask test`: everything that CI checks, each part with its time; the end-to-end tests in the rig come last.
+//!
+//! Holds: a part that fails or cannot run fails the whole, and later parts run all the same, so that one run tells all. The
+//! last line is libtest's own.
 
-use anyhow::Result;
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, ensure};
 use clap::Args;
+
+use crate::binaries::{self, cargo};
+use crate::rig::{self, STATUS_RIG_FAILED};
+use crate::setup;
+use crate::step::{shown, step};
+
+/// Time for all rig tests, and for those of full size.
+const RIG_SECONDS: u64 = 1800;
+const RIG_SECONDS_ALL: u64 = 4 * 3600;
 
 /// Arguments of `cargo xtask test`.
 #[derive(Args)]
-pub(crate) struct Options {}
+pub(crate) struct Options {
+    /// Run the rig's tests at full size, which takes long
+    #[arg(long)]
+    all: bool,
+    /// Run the rig's tests alone
+    #[arg(long)]
+    rig: bool,
+    /// Run everything but the rig's tests
+    #[arg(long, conflicts_with = "rig")]
+    no_rig: bool,
+    /// Start the rig's daemons without systemd
+    #[arg(long)]
+    direct: bool,
+    /// The rig's memory
+    #[arg(long, value_name = "MB", default_value_t = 4096)]
+    memory: u64,
+    /// Arguments for the rig's test program, such as a part of a test's name
+    #[arg(last = true, value_name = "ARGUMENTS")]
+    arguments: Vec<String>,
+}
 
-/// Runs the test.
-pub(crate) fn run(_: &Options) -> Result<u8> {
-    anyhow::bail!("not yet")
+/// A check and the cargo calls that it consists of.
+struct Check {
+    title: &'static str,
+    calls: &'static [&'static [&'static str]],
+}
+
+const CHECKS: &[Check] = &[
+    Check {
+        title: "formatting",
+        calls: &[&["fmt", "--all", "--check"]],
+    },
+    Check {
+        title: "clippy",
+        calls: &[
+            &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"],
+            // Not among all targets: a plain `cargo test` leaves the rig's tests alone.
+            &[
+                "clippy",
+                "--package",
+                "roost-tests",
+                "--test",
+                "rig",
+                "--",
+                "-D",
+                "warnings",
+            ],
+            &[
+                "clippy",
+                "--package",
+                "roost-vmmshim",
+                "--all-targets",
+                "--features",
+                "foreign-profiles",
+                "--",
+                "-D",
+                "warnings",
+            ],
+        ],
+    },
+    Check {
+        title: "unit tests",
+        calls: &[&["test", "--workspace"]],
+    },
+    Check {
+        // In the workspace features of all crates add up; each must also build with what it asks for alone.
+        title: "each crate by itself",
+        calls: &[
+            &["check", "--package", "roost-common"],
+            &["check", "--package", "roost-privd"],
+            &["check", "--package", "roost-vmmshim"],
+            &["check", "--package", "roost-agent"],
+            &["check", "--package", "roost-envd"],
+        ],
+    },
+];
+
+/// One line of the summary.
+struct Line {
+    title: &'static str,
+    took: Duration,
+    failure: Option<String>,
+}
+
+/// Runs the checks; 0 when all of them passed.
+pub(crate) fn run(options: &Options) -> Result<u8> {
+    setup::run()?;
+    let mut summary = Vec::new();
+    if !options.rig {
+        for check in CHECKS {
+            record(&mut summary, check.title, || {
+                check
+                    .calls
+                    .iter()
+                    .try_for_each(|arguments| shown(cargo().args(*arguments)))
+            });
+        }
+    }
+    let mut closing = None;
+    if !options.no_rig {
+        record(&mut summary, "rig tests", || {
+            let end = run_in_rig(options)?;
+            closing = closing_lines(&end.tail);
+            match end.status {
+                0 => ensure!(closing.is_some(), "the test program ended without a result"),
+                STATUS_RIG_FAILED => return Err(anyhow!("the rig failed")),
+                status => return Err(anyhow!("status {status}")),
+            }
+            Ok(())
+        });
+    }
+    eprintln!("\nsummary:");
+    for line in &summary {
+        let verdict = line
+            .failure
+            .as_deref()
+            .map_or("ok".to_owned(), |failure| format!("FAILED: {failure}"));
+        eprintln!("  {:<22} {:>7.1} s  {verdict}", line.title, line.took.as_secs_f64());
+    }
+    if let Some(closing) = closing {
+        print!("{closing}");
+    }
+    Ok(u8::from(summary.iter().any(|line| line.failure.is_some())))
+}
+
+fn record(summary: &mut Vec<Line>, title: &'static str, work: impl FnOnce() -> Result<()>) {
+    let start = Instant::now();
+    let failure = step(title, work).err().map(|error| format!("{error:#}"));
+    if let Some(failure) = &failure {
+        eprintln!("    {title}: {failure}");
+    }
+    summary.push(Line {
+        title,
+        took: start.elapsed(),
+        failure,
+    });
+}
+
+fn run_in_rig(options: &Options) -> Result<rig::End> {
+    let binaries = binaries::build()?;
+    let program = step("building the rig's tests", build_tests)?;
+    let mut command = vec!["/usr/lib/roost-tests/rig", "--test-threads=1"];
+    command.extend(options.arguments.iter().map(String::as_str));
+    let mut rig = rig::Options {
+        add: vec![format!("{}:/usr/lib/roost-tests/rig", program.display())],
+        timeout: if options.all { RIG_SECONDS_ALL } else { RIG_SECONDS },
+        memory: options.memory,
+        direct: options.direct,
+        ..rig::Options::command(&command)
+    };
+    if options.all {
+        rig.env.push("ROOST_TESTS_ALL=1".to_owned());
+    }
+    rig::run_with(&rig, Some(&binaries))
+}
+
+/// Builds the test program and returns where cargo says it is.
+fn build_tests() -> Result<PathBuf> {
+    let output = cargo()
+        .args(["test", "--package", "roost-tests", "--test", "rig", "--no-run"])
+        .arg("--message-format=json-render-diagnostics")
+        .stderr(Stdio::inherit())
+        .output()
+        .context("cannot run cargo")?;
+    ensure!(output.status.success(), "cargo test --no-run: {}", output.status);
+    let lines = output.stdout.split(|byte| *byte == b'\n');
+    let messages = lines.filter_map(|line| serde_json::from_slice::<serde_json::Value>(line).ok());
+    let mut executables = messages.filter_map(|message| {
+        let ours = message.pointer("/target/name")? == "rig" && message.pointer("/profile/test")? == true;
+        ours.then(|| message.get("executable")?.as_str().map(PathBuf::from))
+            .flatten()
+    });
+    executables
+        .next_back()
+        .ok_or_else(|| anyhow!("cargo built no rig tests"))
+}
+
+/// libtest's result, and the failures it lists ahead of it.
+fn closing_lines(tail: &[u8]) -> Option<String> {
+    let text = String::from_utf8_lossy(tail);
+    let at = text.rfind("\ntest result:")?;
+    let from = text[..at].rfind("\nfailures:\n").unwrap_or(at);
+    let end = text[at + 1..]
+        .find('\n')
+        .map_or(text.len(), |length| at + 1 + length + 1);
+    Some(text[from..end].trim_end().to_owned() + "\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_closing_lines_are_the_last_list_of_failures_and_the_result() {
+        let output = "failures:\n\n---- a stdout ----\nx\n\nfailures:\n    a\n    b\n\ntest result: FAILED. 0 passed; 2 failed\n\nmore\n";
+        let closing = closing_lines(output.as_bytes()).unwrap();
+        assert_eq!(
+            closing,
+            "\nfailures:\n    a\n    b\n\ntest result: FAILED. 0 passed; 2 failed\n"
+        );
+        assert_eq!(
+            closing_lines(b"\n\ntest result: ok. 3 passed\n").unwrap(),
+            "\ntest result: ok. 3 passed\n"
+        );
+        assert_eq!(closing_lines(b"killed\n"), None);
+    }
 }
