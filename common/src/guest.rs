@@ -1,9 +1,9 @@
 //! The guest agent's protocol: what the host agent asks of `envd`, and what `envd` answers.
 //!
-//! [`process`] and [`filesystem`] are the Connect services, generated from `proto/`: messages, `…Client` for the agent, the
-//! service traits for `envd`. The types below are the bodies of the plain HTTP calls beside them. All of it is a published
-//! wire format, so the agent also works with another envd in the guest: every field that we read may be absent, and fields
-//! we do not know are ignored.
+//! [`process`] and [`filesystem`] are the Connect services, generated from `proto/`: messages, clients for the agent,
+//! the service traits for `envd`. The types below are the bodies of the plain HTTP calls beside them. All of it is a
+//! published wire format, so the agent also works with another envd in the guest: every field that we read may be
+//! absent, and fields we do not know are ignored.
 //!
 //! Not here: when to call what (the agent), what a call does (`envd`).
 
@@ -57,8 +57,8 @@ pub const SNAPSHOT_PREPARE_PATH: &str = "/snapshot/prepare";
 /// Most bytes of entropy that one [`InitRequest`] may carry.
 pub const MAX_ENTROPY: usize = 4096;
 
-/// The body of `POST /init`: who the guest is, and what it can have learnt from nobody else. Sent after every boot and every
-/// restore. What is absent stays as it was.
+/// The body of `POST /init`: who the guest is, and what it can have learnt from nobody else. Sent after every boot and
+/// every restore. What is absent stays as it was.
 ///
 /// Answers: 204; 400 a body that is not this; 401 a token other than the one set before.
 #[derive(Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -88,8 +88,8 @@ pub struct InitRequest {
     /// Seen in the guest as `E2B_TEMPLATE_ID` and `WRENN_TEMPLATE_ID`. roost's own field.
     #[serde(rename = "templateID", skip_serializing_if = "Option::is_none")]
     pub template_id: Option<String>,
-    /// Mixed into the kernel's random pool, which is then reseeded: two guests woken from one snapshot would otherwise draw
-    /// the same numbers. At most [`MAX_ENTROPY`] bytes, base64 on the wire. roost's own field.
+    /// Mixed into the kernel's random pool, which is then reseeded: two guests woken from one snapshot would otherwise
+    /// draw the same numbers. At most [`MAX_ENTROPY`] bytes, base64 on the wire. roost's own field.
     #[serde(with = "buffa::json_helpers::bytes", skip_serializing_if = "Vec::is_empty")]
     pub entropy: Vec<u8>,
     /// The resolvers of `/etc/resolv.conf`, in order; an empty list empties the file. roost's own field.

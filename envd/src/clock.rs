@@ -10,8 +10,8 @@ use nix::time::{ClockId, clock_settime};
 /// Behind the host by more than this is stepped: the message's own way takes less.
 const BEHIND: Duration = Duration::from_millis(50);
 
-/// Ahead of the host by more than this is stepped: less may be the host's message having waited, and clocks that go back
-/// break programs.
+/// Ahead of the host by more than this is stepped: less may be the host's message having waited, and clocks that go
+/// back break programs.
 const AHEAD: Duration = Duration::from_secs(5);
 
 /// What the host said before.

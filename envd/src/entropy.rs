@@ -6,8 +6,8 @@ use std::os::fd::AsFd as _;
 
 use crate::sys;
 
-/// Mixes `bytes` into the kernel's pool, credits them, and has the generator take a new key from it at once: without that
-/// it would hand out the snapshot's stream for up to a minute more.
+/// Mixes `bytes` into the kernel's pool, credits them, and has the generator take a new key from it at once: without
+/// that it would hand out the snapshot's stream for up to a minute more.
 ///
 /// # Errors
 /// EPERM without privilege; the pool may have been fed.

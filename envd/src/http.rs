@@ -27,8 +27,8 @@ use crate::rest::{Rest, RestError};
 /// Connections at a time; more wait in the kernel's queue.
 const MAX_CONNECTIONS: usize = 1024;
 
-/// How long a connection may be idle between requests: longer than the proxies in front of it keep theirs, so that none of
-/// them sends a request into a closing connection.
+/// How long a connection may be idle between requests: longer than the proxies in front of it keep theirs, so that none
+/// of them sends a request into a closing connection.
 const IDLE: Duration = Duration::from_secs(640);
 
 /// HTTP/2 calls on one connection, and the room for their headers.
@@ -163,8 +163,8 @@ fn is_procedure(path: &str) -> bool {
     parts.is_some_and(|(service, procedure)| service.contains('.') && !procedure.contains('/'))
 }
 
-/// Connections that broke before they were accepted are nothing to us. Without descriptors or memory, the connections that
-/// end give some back: wait for that rather than spin.
+/// Connections that broke before they were accepted are nothing to us. Without descriptors or memory, the connections
+/// that end give some back: wait for that rather than spin.
 async fn recover(error: &io::Error) {
     if matches!(
         error.raw_os_error(),

@@ -1,4 +1,5 @@
-//! Who the sandbox is, for the programs in it: variables and files under the names that programs of this family look for.
+//! Who the sandbox is, for the programs in it: variables and files under the names that programs of this family look
+//! for.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -51,7 +52,8 @@ pub(crate) fn write_resolvers(root: &Path, resolvers: &[IpAddr]) -> io::Result<(
     replace(&root.join("etc/resolv.conf"), text.as_bytes())
 }
 
-/// By rename: a reader sees the old or the new, and a symbolic link (as systemd-resolved leaves) is replaced, not followed.
+/// By rename: a reader sees the old or the new, and a symbolic link (as systemd-resolved leaves) is replaced, not
+/// followed.
 fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(".envd-new");

@@ -1,7 +1,7 @@
 //! envd: the guest's init and agent.
 //!
-//! One program in three places: `/init` of the initramfs (it becomes the next), PID 1 of a sandbox, and, with `--no-init`, an
-//! ordinary process on a machine that is not its own, for tests and development.
+//! One program in three places: `/init` of the initramfs (it becomes the next), PID 1 of a sandbox, and, with
+//! `--no-init`, an ordinary process on a machine that is not its own, for tests and development.
 //!
 //! | module | holds |
 //! |---|---|
@@ -52,8 +52,9 @@ use crate::rest::Rest;
 const USAGE: &str = "usage: envd --no-init [--listen ADDRESS:PORT] [--root DIRECTORY]
        (without --no-init it must be PID 1, and takes no options)";
 
-/// Threads that wait in system calls (starting processes, the disk); most of the time none.
-const BLOCKING_THREADS: usize = 32;
+/// Threads that wait in system calls (starting processes, the disk); most of the time none. Many, because a start in a
+/// directory on a dead network never comes back.
+const BLOCKING_THREADS: usize = 256;
 
 fn main() -> ExitCode {
     let result = if std::process::id() == 1 {

@@ -1,6 +1,7 @@
 //! The guest's interfaces: loopback, and the one that the `ip=` boot argument describes.
 //!
-//! By the old ioctls: three calls per interface, no netlink messages to build. Not here: resolvers, which come with `/init`.
+//! By the old ioctls: three calls per interface, no netlink messages to build. Not here: resolvers, which come with
+//! `/init`.
 
 use std::io;
 use std::net::Ipv4Addr;

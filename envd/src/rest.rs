@@ -18,8 +18,8 @@ use crate::identity;
 use crate::metrics::Sampler;
 use crate::process::spawn::is_variable;
 
-/// What clients read to learn what this envd can do: the highest version of this family's envd all of whose abilities it
-/// has. Each later part raises it; 0.1.4 is watching directories recursively.
+/// What clients read to learn what this envd can do: the highest version of this family's envd all of whose abilities
+/// it has. Each later part raises it; 0.1.4 is watching directories recursively.
 pub(crate) const VERSION: &str = "0.1.3";
 
 /// Most bytes of an `/init` body, and how long it may take to arrive.
@@ -117,7 +117,8 @@ impl Rest {
         to_json(&self.guest.settings().environment())
     }
 
-    /// `POST /init`. Checks all of the request before it applies any of it. Answers after the root filesystem has its size.
+    /// `POST /init`. Checks all of the request before it applies any of it. Answers after the root filesystem has its
+    /// size.
     pub(crate) async fn init(&self, headers: &HeaderMap, body: Incoming) -> RestResult {
         let request = read_request(body).await?;
         // The host's own header admits a change of token; without it the body must repeat the one that is set.
@@ -256,4 +257,26 @@ fn json(status: StatusCode, body: String) -> Response<Full<Bytes>> {
     let kind = header::HeaderValue::from_static("application/json");
     response.headers_mut().insert(header::CONTENT_TYPE, kind);
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn health_is_503_until_the_machine_is_set_up_and_says_why_it_cannot_be() {
+        let rest = Rest::new(Arc::new(Guest::new("/".into(), Machine::Own)));
+        let status = |rest: &Rest| {
+            rest.health()
+                .map_or_else(|error| error.status().0, |answer| answer.status())
+        };
+        assert_eq!(status(&rest), StatusCode::SERVICE_UNAVAILABLE);
+        rest.guest
+            .readiness
+            .send_replace(Readiness::Failed("no eth0".to_owned()));
+        assert_eq!(status(&rest), StatusCode::SERVICE_UNAVAILABLE);
+        assert!(rest.health().unwrap_err().to_string().contains("no eth0"));
+        rest.guest.readiness.send_replace(Readiness::Ready);
+        assert_eq!(status(&rest), StatusCode::NO_CONTENT);
+    }
 }

@@ -17,26 +17,37 @@ use crate::process::child::ChildSetup;
 /// Most bytes that one [`add_entropy`] takes.
 pub(crate) const MAX_ENTROPY: usize = roost_common::guest::MAX_ENTROPY;
 
-/// A child that has ended, if there is one; it is reaped. `None` while all children live.
+/// A child that has ended, if there is one. It stays to be reaped; until it is, the same may be answered again.
 ///
 /// # Errors
 /// ECHILD: there are no children.
-pub(crate) fn wait_any() -> io::Result<Option<(u32, ExitStatus)>> {
+pub(crate) fn peek_ended() -> io::Result<Option<u32>> {
+    // SAFETY: siginfo_t is plain data: all zero is a valid value.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+    // SAFETY: waitid writes one siginfo_t to the pointer, which is valid for the call.
+    let result = unsafe { libc::waitid(libc::P_ALL, 0, &raw mut info, flags) };
+    check(result.into())?;
+    // SAFETY: waitid has filled in the fields of a child, or left all of them zero.
+    let pid = unsafe { info.si_pid() };
+    Ok(u32::try_from(pid).ok().filter(|pid| *pid != 0))
+}
+
+/// Reaps a child if it has ended. `None` while it lives; also for a pid that is no child of ours.
+pub(crate) fn reap(pid: u32) -> Option<ExitStatus> {
+    let pid = i32::try_from(pid).ok().filter(|pid| *pid > 0)?;
     let mut status = 0;
     // SAFETY: waitpid writes one int to the pointer, which is valid for the call.
-    let pid = unsafe { libc::waitpid(-1, &raw mut status, libc::WNOHANG) };
-    match pid {
-        0 => Ok(None),
-        // `nix` fails here for signals it has no name for, after the child is gone: the status would be lost.
-        pid if pid > 0 => Ok(Some((pid.unsigned_abs(), ExitStatus::from_raw(status)))),
-        _ => Err(io::Error::last_os_error()),
-    }
+    let reaped = unsafe { libc::waitpid(pid, &raw mut status, libc::WNOHANG) };
+    // `nix` fails here for signals it has no name for, after the child is gone: the status would be lost.
+    (reaped == pid).then(|| ExitStatus::from_raw(status))
 }
 
 /// Has `setup` run in the child, between fork and exec.
 pub(crate) fn set_child_setup(command: &mut Command, setup: ChildSetup) {
-    // SAFETY: the closure runs in a forked child of a process with threads, so it may only make async-signal-safe calls;
-    // `ChildSetup::enter` is written to that rule (system calls on values made before the fork, no allocation, no lock).
+    // SAFETY: the closure runs in a forked child of a process with threads, so it may only make async-signal-safe
+    // calls; `ChildSetup::enter` is written to that rule (system calls on values made before the fork, no allocation,
+    // no lock).
     unsafe { command.pre_exec(move || setup.enter()) };
 }
 
@@ -50,8 +61,8 @@ pub(crate) fn close_on_exec_from(first: u32) -> io::Result<()> {
     check(result)
 }
 
-/// Gives a signal its default disposition; those that cannot be changed are left alone silently. Past libc, which refuses
-/// the two signals that it uses itself, although a program may have inherited them ignored.
+/// Gives a signal its default disposition; those that cannot be changed are left alone silently. Past libc, which
+/// refuses the two signals that it uses itself, although a program may have inherited them ignored.
 pub(crate) fn reset_signal(signal: i32) {
     /// The kernel's `struct sigaction`: handler (SIG_DFL is 0), flags, restorer, and a mask of 64 signals.
     const DEFAULT: [u64; 4] = [0; 4];
@@ -164,7 +175,8 @@ pub(crate) fn set_up(socket: BorrowedFd<'_>, name: &InterfaceName) -> io::Result
 /// # Errors
 /// EEXIST when there is one; ENETUNREACH when the gateway is not on a connected network.
 pub(crate) fn add_default_route(socket: BorrowedFd<'_>, gateway: Ipv4Addr) -> io::Result<()> {
-    // SAFETY: rtentry is plain data (integers, socket addresses and one pointer that may be null): all zero is a valid value.
+    // SAFETY: rtentry is plain data (integers, socket addresses and one pointer that may be null): all zero is a valid
+    // value.
     let mut route: libc::rtentry = unsafe { std::mem::zeroed() };
     route.rt_dst = socket_address(Ipv4Addr::UNSPECIFIED);
     route.rt_genmask = socket_address(Ipv4Addr::UNSPECIFIED);

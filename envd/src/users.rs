@@ -140,7 +140,8 @@ mod tests {
         bad:x:minus:1::/:\n\
         user:x:1000:1001:A User,,,:/home/user:/bin/zsh\n\
         bare:x:1002:1002:::\n";
-    const GROUP: &str = "root:x:0:\nuser:x:1001:\nsudo:x:27:other,user\nusers:x:100:user,user2\nlike:x:7:user2\nbad:x:y:user\nagain:x:27:user\n";
+    const GROUP: &str = "root:x:0:\nuser:x:1001:\nsudo:x:27:other,user\nusers:x:100:user,user2\n\
+        like:x:7:user2\nbad:x:y:user\nagain:x:27:user\n";
 
     fn root() -> Dir {
         let dir = Dir::new("users");

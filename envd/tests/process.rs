@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 
 use common::{Envd, PATIENCE, Ran, as_user, bash, command, eventually, exists, run, take};
 use connectrpc::ErrorCode;
-use connectrpc::client::{CallOptions, ClientTransport, HttpClient, ServerStream};
+use connectrpc::client::{CallOptions, ClientConfig, ClientTransport, HttpClient, ServerStream};
 use roost_common::guest::process::process_input::Input;
 use roost_common::guest::process::process_selector::Selector;
 use roost_common::guest::process::{
-    CloseStdinRequest, ConnectRequest, ConnectResponse, ListRequest, ListResponse, PTY, ProcessEvent, ProcessInput,
-    ProcessSelector, SendInputRequest, SendSignalRequest, Signal, StartRequest, StartResponse, StartResponseView,
-    UpdateRequest,
+    CloseStdinRequest, ConnectRequest, ConnectResponse, ListRequest, ListResponse, PTY, ProcessClient, ProcessEvent,
+    ProcessInput, ProcessSelector, SendInputRequest, SendSignalRequest, Signal, StartRequest, StartResponse,
+    StartResponseView, UpdateRequest,
 };
 
 fn pid(pid: u32) -> ProcessSelector {
@@ -528,6 +528,55 @@ async fn a_deadline_holds_while_the_client_does_not_read() {
     eventually("it runs", || !envd.children().is_empty()).await;
     eventually("it was killed", || envd.children().is_empty()).await;
     drop(stream);
+}
+
+#[tokio::test]
+async fn a_deadline_too_near_to_start_in_leaves_nothing_running() {
+    let envd = Envd::start();
+    for millis in ["0", "1", "2", "3", "5"] {
+        let options = CallOptions::default().with_header("connect-timeout-ms", millis);
+        // Either it never started, or it was killed: both are right, and both must leave nothing.
+        if let Ok(ran) = run(&envd, bash("sleep 1000"), options).await {
+            assert_eq!(ran.end.exit_code, -1);
+        }
+    }
+    eventually("nothing is left", || envd.children().is_empty()).await;
+}
+
+#[tokio::test]
+async fn starts_that_fail_and_starts_that_do_not_never_take_each_other_s_status() {
+    let envd = std::sync::Arc::new(Envd::start());
+    let mut both = Vec::new();
+    for _ in 0..50 {
+        let envd = std::sync::Arc::clone(&envd);
+        both.push(tokio::spawn(async move {
+            let refused = run(&envd, command("/no/such/program", &[]), CallOptions::default()).await;
+            let ran = run(&envd, bash("exit 5"), CallOptions::default()).await;
+            (refused.unwrap_err().code, ran.unwrap().end.exit_code)
+        }));
+    }
+    for both in both {
+        assert_eq!(both.await.unwrap(), (ErrorCode::NotFound, 5));
+    }
+    assert_eq!(envd.children(), [] as [u32; 0]);
+}
+
+#[tokio::test]
+async fn http_2_without_tls_carries_many_streams() {
+    let envd = Envd::start();
+    let config = ClientConfig::new(format!("http://{}", envd.address).parse().unwrap());
+    let client = ProcessClient::new(HttpClient::plaintext_http2_only(), config);
+    let mut streams = Vec::new();
+    for number in 0..20 {
+        streams.push(client.start(bash(&format!("sleep 0.2; echo {number}"))).await.unwrap());
+    }
+    for (number, stream) in streams.iter_mut().enumerate() {
+        let (mut ran, mut events) = (Ran::default(), Vec::new());
+        while events.last() != Some(&"end") {
+            take(&mut ran, &mut events, next(stream).await);
+        }
+        assert_eq!(ran.out(), format!("{number}\n"));
+    }
 }
 
 #[tokio::test]

@@ -1,5 +1,5 @@
-//! envd as PID 1: in the initramfs ([`stage_one`]), then on the real root, from a bare kernel to a machine that programs can
-//! run in.
+//! envd as PID 1: in the initramfs ([`stage_one`]), then on the real root, from a bare kernel to a machine that
+//! programs can run in.
 //!
 //! What every program needs comes first and is done before anything listens ([`mount_filesystems`]); the rest
 //! ([`set_up`], then [`grow`]) runs beside the listener, and readiness tells when it is done.

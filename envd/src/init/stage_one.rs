@@ -1,5 +1,5 @@
-//! Stage one: `/init` of the initramfs. Loads the drivers, mounts the disk, makes it the root, and becomes the envd that is
-//! on it, or, where there is none, itself: a template need not carry envd.
+//! Stage one: `/init` of the initramfs. Loads the drivers, mounts the disk, makes it the root, and becomes the envd
+//! that is on it, or, where there is none, itself: a template need not carry envd.
 //!
 //! ```text
 //! initramfs:  /init (this program)   /modules/order (one file name a line)   /modules/*.ko
@@ -42,8 +42,8 @@ pub(crate) fn run() -> anyhow::Result<std::convert::Infallible> {
     mounts::ensure_mounted("devtmpfs", Path::new("/dev"), MsFlags::MS_NOSUID, "mode=0755")?;
     // The kernel opens the console for us only where the initramfs has its node.
     open_console().context("cannot open /dev/console")?;
-    mounts::ensure_mounted("proc", Path::new("/proc"), MsFlags::empty(), "")?;
-    mounts::ensure_mounted("sysfs", Path::new("/sys"), MsFlags::empty(), "")?;
+    mounts::ensure_mounted("proc", Path::new("/proc"), mounts::NO_EXEC, "")?;
+    mounts::ensure_mounted("sysfs", Path::new("/sys"), mounts::NO_EXEC, "")?;
     let cmdline = fs::read_to_string("/proc/cmdline").context("cannot read /proc/cmdline")?;
     let root = RootArguments::parse(&cmdline)?;
     load_modules();
@@ -172,8 +172,8 @@ fn switch_root() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Removes what is on the filesystem `device` below `directory`, and nothing that is mounted there. What stays only takes
-/// memory.
+/// Removes what is on the filesystem `device` below `directory`, and nothing that is mounted there. What stays only
+/// takes memory.
 fn remove_contents(directory: &Path, device: u64) {
     let Ok(entries) = fs::read_dir(directory) else { return };
     for entry in entries.flatten() {

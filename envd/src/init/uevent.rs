@@ -57,7 +57,8 @@ fn listen_to_kernel() -> nix::Result<OwnedFd> {
     Ok(events)
 }
 
-/// What exactly was announced does not matter: the path is looked at again. ENOBUFS (too many) is an answer like any other.
+/// What exactly was announced does not matter: the path is looked at again. ENOBUFS (too many) is an answer like any
+/// other.
 fn drain(events: &OwnedFd) {
     let mut message = [0; 4096];
     while recv(events.as_raw_fd(), &mut message, MsgFlags::MSG_DONTWAIT).is_ok() {}

@@ -1,7 +1,7 @@
 //! What happens in a child between fork and exec.
 //!
-//! Invariant: everything here is a system call on values made before the fork. The child of a process with threads may not
-//! allocate or take a lock: whoever held it is not there to let go.
+//! Invariant: everything here is a system call on values made before the fork. The child of a process with threads may
+//! not allocate or take a lock: whoever held it is not there to let go.
 
 use std::ffi::{CStr, CString};
 use std::io;
@@ -68,7 +68,8 @@ impl ChildSetup {
     }
 
     fn steps(&self) -> Result<(), (Step, Errno)> {
-        // Ignored signals stay ignored across exec, and Rust programs ignore SIGPIPE. The signal mask is std's to reset.
+        // Ignored signals stay ignored across exec, and Rust programs ignore SIGPIPE. The signal mask is std's to
+        // reset.
         (1..=64).for_each(sys::reset_signal);
         // A session of its own: a signal to the process group reaches what the program starts, and never envd.
         setsid().map_err(|errno| (Step::Session, errno))?;

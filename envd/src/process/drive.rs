@@ -6,9 +6,9 @@
 //! reaper or deadline ----> exited
 //! ```
 //!
-//! Holds: memory is bounded, whatever a process writes: a client that reads slowly fills its queue, then the copy waits, then
-//! the pipe fills and the process waits. A client that leaves takes its queue along; without clients output is discarded, so
-//! that nobody's leaving stops or ends a process.
+//! Holds: memory is bounded, whatever a process writes: a client that reads slowly fills its queue, then the copy
+//! waits, then the pipe fills and the process waits. A client that leaves takes its queue along; without clients output
+//! is discarded, so that nobody's leaving stops or ends a process.
 
 use std::io::ErrorKind;
 use std::os::unix::process::ExitStatusExt as _;
@@ -30,8 +30,8 @@ use super::reaper::Reaper;
 /// The most that one `data` event carries.
 const CHUNK: usize = 32 * 1024;
 
-/// How long output is waited for that others write after the process has ended, such as the last words of `> >(tee log)`.
-/// A background program that keeps the pipe open costs its caller this much, no more.
+/// How long output is waited for that others write after the process has ended, such as the last words of `> >(tee
+/// log)`. A background program that keeps the pipe open costs its caller this much, no more.
 const GRACE: Duration = Duration::from_millis(250);
 
 /// Taken from a pipe after [`GRACE`]: a pipe's capacity, so all that the process itself wrote is among it.

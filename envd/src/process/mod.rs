@@ -80,8 +80,8 @@ impl Processes {
         }
     }
 
-    /// Starts a process, and accompanies it on the runtime until it ends, whatever becomes of the caller. Blocks for a fork
-    /// and an exec.
+    /// Starts a process, and accompanies it on the runtime until it ends, whatever becomes of the caller. Blocks for a
+    /// fork and an exec.
     ///
     /// # Errors
     /// Nothing was started, or it has been reaped.

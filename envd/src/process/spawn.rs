@@ -24,7 +24,8 @@ pub(crate) struct Plan {
     pub(crate) user: User,
     pub(crate) program: String,
     pub(crate) args: Vec<String>,
-    /// The default environment with the caller's over it; HOME and the like come from the user unless it says otherwise.
+    /// The default environment with the caller's over it; HOME and the like come from the user unless it says
+    /// otherwise.
     pub(crate) environment: BTreeMap<String, String>,
     /// What the caller or the sandbox's default named; the user's home when neither did.
     pub(crate) workdir: Option<String>,
