@@ -1,0 +1,71 @@
+//! One line per call: who, what, with which arguments, how it ended, how long it took. At `info` whatever the outcome, so that
+//! the journal of this daemon is the list of everything that was ever made by it.
+
+use std::fmt::{self, Write as _};
+use std::time::Duration;
+
+use roost_common::privd::{EgressPolicy, Internet, PrivdError};
+
+use crate::check::Peer;
+
+/// A call, as its line shows it.
+#[derive(Debug)]
+pub(crate) struct Entry {
+    /// The verb.
+    pub(crate) op: &'static str,
+    /// Its arguments, then what was made: `name=value` pairs.
+    fields: String,
+}
+
+impl Entry {
+    /// A call of `op`.
+    pub(crate) fn new(op: &'static str) -> Self {
+        Self {
+            op,
+            fields: String::new(),
+        }
+    }
+
+    /// Adds a field. Values are numbers, ids and addresses, checked by their types, so they need no quoting.
+    pub(crate) fn with(mut self, name: &str, value: impl fmt::Display) -> Self {
+        self.add(name, value);
+        self
+    }
+
+    /// Adds a field.
+    pub(crate) fn add(&mut self, name: &str, value: impl fmt::Display) {
+        let space = if self.fields.is_empty() { "" } else { " " };
+        write!(self.fields, "{space}{name}={value}").expect("writing to a string does not fail");
+    }
+
+    /// Adds a policy's fields.
+    pub(crate) fn with_policy(self, policy: &EgressPolicy) -> Self {
+        let internet = match policy.internet {
+            Internet::Open => "open",
+            Internet::Closed => "closed",
+        };
+        let resolvers: Vec<_> = policy.resolvers.iter().map(ToString::to_string).collect();
+        self.with("internet", internet)
+            .with("resolvers", format_args!("[{}]", resolvers.join(",")))
+    }
+
+    /// Writes the line.
+    pub(crate) fn write(&self, peer: Peer, outcome: Result<(), &PrivdError>, elapsed: Duration) {
+        let elapsed_ms = elapsed.as_secs_f64() * 1000.0;
+        let Self { op, fields } = self;
+        let Peer { uid, pid } = peer;
+        match outcome {
+            Ok(()) => tracing::info!(
+                peer_uid = uid,
+                peer_pid = pid,
+                op,
+                elapsed_ms,
+                result = "done",
+                "{fields}"
+            ),
+            Err(error) => {
+                tracing::info!(peer_uid = uid, peer_pid = pid, op, elapsed_ms, result = "refused", %error, "{fields}");
+            }
+        }
+    }
+}

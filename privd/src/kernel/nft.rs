@@ -1,0 +1,706 @@
+//! Packet filter rules: as data, as what the kernel loads, and their counters.
+//!
+//! Two tables. `inet roost` on the host is static, the same for one sandbox or ten thousand. `inet roost-sandbox` lives in each
+//! sandbox's namespace and dies with it; its chains `cut` and `egress` are the policy and can be replaced while it runs:
+//!
+//! ```text
+//! prerouting: IPv6, spoofed --> drop         forward: invalid --> drop
+//!             to the host address --> DNAT            from tap0 --> cut (internet closed: all but answers to the host)
+//! input:      established; ping to the gateway        established --> accept
+//!             else drop                               from tap0 to eth0 --> egress (resolvers, closed ranges, internet)
+//! postrouting: from the guest --> SNAT                from eth0 to tap0: the host's end only
+//!                                                     else drop
+//! ```
+//!
+//! Rules are data ([`Chain`], [`Line`]) so that tests can ask them about packets without a kernel. Every counted rule carries its
+//! [`Rule`]'s name as a comment, by which its counter is found again.
+//! ARP is not of this family; the guest's neighbour entry is permanent (`netns`), so it has nothing to forge.
+
+use std::ffi::{CStr, CString};
+use std::io;
+use std::net::Ipv4Addr;
+
+use netlink_packet_core::{NLM_F_ACK, NetlinkSerializable, NlasIterator};
+use nftnl::expr::{
+    Bitwise, Cmp, CmpOp, Conntrack, Counter, Immediate, InterfaceName, Ipv4HeaderField, LLHeaderField, Masquerade,
+    Meta, Nat, NatType, NetworkHeaderField, Payload, Register, States, TransportHeaderField,
+};
+use nftnl::{Batch, ChainType, FinalizedBatch, Hook, MsgType, ProtoFamily};
+use nix::sys::socket::SockProtocol;
+use roost_common::net::{GATEWAY, GUEST, GUEST_MAC, SlotAddresses, VETH_NET};
+use roost_common::privd::{EgressPolicy, Internet, Rule, RuleCounter};
+
+use super::netlink::{Kind, Netlink, messages};
+
+/// The host's table.
+const HOST_TABLE: &CStr = c"roost";
+/// A sandbox's table.
+const SANDBOX_TABLE: &CStr = c"roost-sandbox";
+
+/// Where chains of the same hook stand to each other; from `linux/netfilter_ipv4.h`.
+mod priority {
+    /// Before connection tracking.
+    pub(super) const RAW: i32 = -300;
+    pub(super) const DNAT: i32 = -100;
+    pub(super) const FILTER: i32 = 0;
+    pub(super) const SNAT: i32 = 100;
+}
+
+/// What no guest reaches as a public address: this host's, other sandboxes' and private networks, link-local (metadata services
+/// of clouds among them), multicast, reserved, broadcast. 10/8 holds our own 10.11/16 and 10.12/16.
+const CLOSED: [(Ipv4Addr, u8); 12] = [
+    (Ipv4Addr::new(0, 0, 0, 0), 8),
+    (Ipv4Addr::new(10, 0, 0, 0), 8),
+    (Ipv4Addr::new(100, 64, 0, 0), 10),
+    (Ipv4Addr::new(127, 0, 0, 0), 8),
+    (Ipv4Addr::new(169, 254, 0, 0), 16),
+    (Ipv4Addr::new(172, 16, 0, 0), 12),
+    (Ipv4Addr::new(192, 0, 0, 0), 24),
+    (Ipv4Addr::new(192, 88, 99, 0), 24),
+    (Ipv4Addr::new(192, 168, 0, 0), 16),
+    (Ipv4Addr::new(198, 18, 0, 0), 15),
+    (Ipv4Addr::new(224, 0, 0, 0), 4),
+    (Ipv4Addr::new(240, 0, 0, 0), 4),
+];
+
+/// Most addresses of the host that get a rule each; its own table closes the host to sandboxes in any case.
+const MAX_OWN: usize = 128;
+
+/// Port of name servers.
+const DNS: u16 = 53;
+
+/// A chain of rules.
+#[derive(Debug, Clone)]
+pub(crate) struct Chain {
+    name: &'static CStr,
+    base: Option<Base>,
+    lines: Vec<Line>,
+}
+
+/// What makes a chain be asked.
+#[derive(Debug, Clone, Copy)]
+struct Base {
+    hook: Hook,
+    priority: i32,
+    kind: ChainType,
+    policy: nftnl::Policy,
+}
+
+/// One rule.
+#[derive(Debug, Clone)]
+struct Line {
+    matches: Vec<Match>,
+    count: Option<Rule>,
+    verdict: Verdict,
+}
+
+/// A condition; all of a rule's have to hold.
+#[derive(Debug, Clone, PartialEq)]
+enum Match {
+    In(Interface),
+    Out(Interface),
+    NotOut(Interface),
+    Ipv6,
+    SourceMacIsNot([u8; 6]),
+    Source(Ipv4Addr, u8),
+    SourceIsNot(Ipv4Addr, u8),
+    Destination(Ipv4Addr, u8),
+    Protocol(u8),
+    DestinationPort(u16),
+    IcmpType(u8),
+    State(States),
+    /// The connection was opened from outside, to the host address.
+    Translated,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Interface {
+    Is(&'static CStr),
+    StartsWith(&'static CStr),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Verdict {
+    Accept,
+    Drop,
+    Return,
+    Jump(&'static CStr),
+    Dnat(Ipv4Addr),
+    Snat(Ipv4Addr),
+    Masquerade,
+}
+
+const TAP: Interface = Interface::Is(super::tap::NAME);
+const UPLINK: Interface = Interface::Is(c"eth0");
+const VETHS: Interface = Interface::StartsWith(c"roost-v");
+
+const CUT: &CStr = c"cut";
+const EGRESS: &CStr = c"egress";
+
+/// `IPPROTO_*` and the ICMP type that rules name.
+const ICMP: u8 = 1;
+const TCP: u8 = 6;
+const UDP: u8 = 17;
+const ECHO_REQUEST: u8 = 8;
+/// `IPS_DST_NAT` of `linux/netfilter/nf_conntrack_common.h`.
+const IPS_DST_NAT: u32 = 1 << 5;
+
+fn line(matches: impl Into<Vec<Match>>, count: impl Into<Option<Rule>>, verdict: Verdict) -> Line {
+    Line {
+        matches: matches.into(),
+        count: count.into(),
+        verdict,
+    }
+}
+
+fn chain(
+    name: &'static CStr,
+    hook: Hook,
+    priority: i32,
+    kind: ChainType,
+    policy: nftnl::Policy,
+    lines: Vec<Line>,
+) -> Chain {
+    let base = Base {
+        hook,
+        priority,
+        kind,
+        policy,
+    };
+    Chain {
+        name,
+        base: Some(base),
+        lines,
+    }
+}
+
+fn known() -> Match {
+    Match::State(States::ESTABLISHED | States::RELATED)
+}
+
+/// The host's table: sandboxes reach neither the host nor each other, and nobody but the host opens connections to them.
+pub(crate) fn host_chains() -> Vec<Chain> {
+    use nftnl::Policy::Accept;
+    let (veths, length) = VETH_NET;
+    vec![
+        chain(
+            c"input",
+            Hook::In,
+            priority::FILTER,
+            ChainType::Filter,
+            Accept,
+            vec![
+                line(
+                    [Match::In(VETHS), Match::SourceIsNot(veths, length)],
+                    None,
+                    Verdict::Drop,
+                ),
+                line([Match::In(VETHS), known()], None, Verdict::Accept),
+                line([Match::In(VETHS)], None, Verdict::Drop),
+            ],
+        ),
+        chain(
+            c"forward",
+            Hook::Forward,
+            priority::FILTER,
+            ChainType::Filter,
+            Accept,
+            vec![
+                line([Match::In(VETHS), Match::Ipv6], None, Verdict::Drop),
+                line(
+                    [Match::In(VETHS), Match::SourceIsNot(veths, length)],
+                    None,
+                    Verdict::Drop,
+                ),
+                line([Match::In(VETHS), Match::Out(VETHS)], None, Verdict::Drop),
+                line([Match::Out(VETHS), known()], None, Verdict::Accept),
+                line([Match::Out(VETHS)], None, Verdict::Drop),
+            ],
+        ),
+        chain(
+            c"postrouting",
+            Hook::PostRouting,
+            priority::SNAT,
+            ChainType::Nat,
+            Accept,
+            vec![line(
+                [Match::Source(veths, length), Match::NotOut(VETHS)],
+                None,
+                Verdict::Masquerade,
+            )],
+        ),
+    ]
+}
+
+/// The part of a sandbox's table that never changes.
+fn sandbox_chains(addresses: &SlotAddresses) -> Vec<Chain> {
+    use nftnl::Policy::{Accept, Drop};
+    vec![
+        chain(
+            c"guard",
+            Hook::PreRouting,
+            priority::RAW,
+            ChainType::Filter,
+            Accept,
+            vec![
+                line([Match::Ipv6], Rule::Ipv6, Verdict::Drop),
+                line(
+                    [Match::In(TAP), Match::SourceMacIsNot(GUEST_MAC)],
+                    Rule::Spoofed,
+                    Verdict::Drop,
+                ),
+                line(
+                    [Match::In(TAP), Match::SourceIsNot(GUEST, 32)],
+                    Rule::Spoofed,
+                    Verdict::Drop,
+                ),
+            ],
+        ),
+        chain(
+            c"prerouting",
+            Hook::PreRouting,
+            priority::DNAT,
+            ChainType::Nat,
+            Accept,
+            vec![line(
+                [Match::In(UPLINK), Match::Destination(addresses.host, 32)],
+                None,
+                Verdict::Dnat(GUEST),
+            )],
+        ),
+        chain(
+            c"postrouting",
+            Hook::PostRouting,
+            priority::SNAT,
+            ChainType::Nat,
+            Accept,
+            vec![line(
+                [Match::Out(UPLINK), Match::Source(GUEST, 32)],
+                None,
+                Verdict::Snat(addresses.veth_namespace),
+            )],
+        ),
+        chain(
+            c"input",
+            Hook::In,
+            priority::FILTER,
+            ChainType::Filter,
+            Drop,
+            vec![
+                line(
+                    [
+                        Match::In(TAP),
+                        Match::Destination(GATEWAY, 32),
+                        Match::Protocol(ICMP),
+                        Match::IcmpType(ECHO_REQUEST),
+                    ],
+                    Rule::Gateway,
+                    Verdict::Accept,
+                ),
+                // All addresses of the namespace are in closed ranges.
+                line([Match::In(TAP)], Rule::ClosedRange, Verdict::Drop),
+                line([known()], Rule::Established, Verdict::Accept),
+                line([Match::In(UPLINK)], Rule::FromElsewhere, Verdict::Drop),
+            ],
+        ),
+        chain(
+            c"forward",
+            Hook::Forward,
+            priority::FILTER,
+            ChainType::Filter,
+            Drop,
+            vec![
+                line([Match::State(States::INVALID)], Rule::Invalid, Verdict::Drop),
+                line([Match::In(TAP)], None, Verdict::Jump(CUT)),
+                line([known()], Rule::Established, Verdict::Accept),
+                line([Match::In(TAP), Match::Out(UPLINK)], None, Verdict::Jump(EGRESS)),
+                line(
+                    [
+                        Match::In(UPLINK),
+                        Match::Out(TAP),
+                        Match::Source(addresses.veth_host, 32),
+                        Match::Translated,
+                    ],
+                    Rule::FromHost,
+                    Verdict::Accept,
+                ),
+                line([Match::In(UPLINK)], Rule::FromElsewhere, Verdict::Drop),
+            ],
+        ),
+    ]
+}
+
+/// The part of a sandbox's table that is its policy. `own` are the host's addresses.
+fn policy_chains(policy: &EgressPolicy, own: &[Ipv4Addr]) -> [Chain; 2] {
+    let (mut cut, mut egress) = (Vec::new(), Vec::new());
+    match policy.internet {
+        Internet::Closed => {
+            // Ahead of the rule for established connections, so that closing the internet ends those that are open.
+            cut.push(line([Match::Translated], None, Verdict::Return));
+            cut.push(line([], Rule::NoInternet, Verdict::Drop));
+        }
+        Internet::Open => {
+            for resolver in &policy.resolvers {
+                for protocol in [UDP, TCP] {
+                    let matches = [
+                        Match::Destination(*resolver, 32),
+                        Match::Protocol(protocol),
+                        Match::DestinationPort(DNS),
+                    ];
+                    egress.push(line(matches, Rule::Resolver, Verdict::Accept));
+                }
+            }
+            let own = own.iter().filter(|address| !is_closed(**address)).take(MAX_OWN);
+            for (network, length) in CLOSED.into_iter().chain(own.map(|address| (*address, 32))) {
+                egress.push(line(
+                    [Match::Destination(network, length)],
+                    Rule::ClosedRange,
+                    Verdict::Drop,
+                ));
+            }
+            egress.push(line([], Rule::Internet, Verdict::Accept));
+        }
+    }
+    [(CUT, cut), (EGRESS, egress)].map(|(name, lines)| Chain {
+        name,
+        base: None,
+        lines,
+    })
+}
+
+fn is_closed(address: Ipv4Addr) -> bool {
+    CLOSED
+        .iter()
+        .any(|(network, length)| within(address, *network, *length))
+}
+
+fn mask(length: u8) -> u32 {
+    u32::MAX.checked_shl(32 - u32::from(length.min(32))).unwrap_or(0)
+}
+
+fn within(address: Ipv4Addr, network: Ipv4Addr, length: u8) -> bool {
+    (address.to_bits() ^ network.to_bits()) & mask(length) == 0
+}
+
+/// The packet filter of the network namespace in which it was opened.
+pub(crate) struct Rules(Netlink);
+
+impl Rules {
+    /// The packet filter of the calling thread's network namespace.
+    pub(crate) fn open() -> io::Result<Self> {
+        Netlink::open(SockProtocol::NetlinkNetFilter, 0).map(Self)
+    }
+
+    /// Puts the host's table in place of whatever is there, in one step.
+    pub(crate) fn ensure_host(&mut self, chains: Vec<Chain>) -> io::Result<()> {
+        let table = nftnl::Table::new(HOST_TABLE, ProtoFamily::Inet);
+        let mut batch = Batch::new();
+        // Made first so that deleting it cannot fail.
+        batch.add(&table, MsgType::Add);
+        batch.add(&table, MsgType::Del);
+        batch.add(&table, MsgType::Add);
+        add_chains(&mut batch, &table, &chains);
+        self.commit(&batch.finalize())
+    }
+
+    /// Loads a sandbox's table into a namespace that has none.
+    pub(crate) fn load_sandbox(
+        &mut self,
+        addresses: &SlotAddresses,
+        policy: &EgressPolicy,
+        own: &[Ipv4Addr],
+    ) -> io::Result<()> {
+        let table = nftnl::Table::new(SANDBOX_TABLE, ProtoFamily::Inet);
+        let mut batch = Batch::new();
+        batch.add(&table, MsgType::Add);
+        let mut chains = policy_chains(policy, own).to_vec();
+        chains.extend(sandbox_chains(addresses));
+        add_chains(&mut batch, &table, &chains);
+        self.commit(&batch.finalize())
+    }
+
+    /// Replaces a sandbox's policy, in one step; `NotFound` where there is none.
+    pub(crate) fn replace_policy(&mut self, policy: &EgressPolicy, own: &[Ipv4Addr]) -> io::Result<()> {
+        let table = nftnl::Table::new(SANDBOX_TABLE, ProtoFamily::Inet);
+        let mut batch = Batch::new();
+        for chain in policy_chains(policy, own) {
+            let target = nftnl::Chain::new(chain.name, &table);
+            // A rule without a handle stands for all rules of its chain.
+            batch.add(&nftnl::Rule::new(&target), MsgType::Del);
+            for line in &chain.lines {
+                batch.add(&line.rule(&target), MsgType::Add);
+            }
+        }
+        self.commit(&batch.finalize())
+    }
+
+    /// The counters of a sandbox's table, added up by rule; empty where there is no such table.
+    pub(crate) fn counters(&mut self) -> io::Result<Vec<RuleCounter>> {
+        let mut found = Vec::new();
+        self.0.request(ListRules(SANDBOX_TABLE), Kind::List, |payload| {
+            found.extend(rule_counter(payload));
+        })?;
+        if found.is_empty() {
+            return Ok(Vec::new());
+        }
+        let total = |rule| {
+            let counters = found.iter().filter(|counter| counter.rule == rule);
+            counters.fold(
+                RuleCounter {
+                    rule,
+                    packets: 0,
+                    bytes: 0,
+                },
+                |sum, one| RuleCounter {
+                    rule,
+                    packets: sum.packets.saturating_add(one.packets),
+                    bytes: sum.bytes.saturating_add(one.bytes),
+                },
+            )
+        };
+        Ok(Rule::ALL.map(total).to_vec())
+    }
+
+    /// Has the kernel take all of a batch, or nothing of it.
+    fn commit(&mut self, batch: &FinalizedBatch) -> io::Result<()> {
+        let bytes = batch.iter().collect::<Vec<_>>().concat();
+        let mut expected = 0;
+        for message in messages(&bytes) {
+            expected += usize::from(message?.flags() & NLM_F_ACK != 0);
+        }
+        self.0.send(&bytes)?;
+        self.0.acknowledgements(expected)
+    }
+}
+
+fn add_chains(batch: &mut Batch, table: &nftnl::Table, chains: &[Chain]) {
+    let targets: Vec<_> = chains.iter().map(|chain| chain.target(table)).collect();
+    // All chains first: a rule may jump to any of them.
+    for target in &targets {
+        batch.add(target, MsgType::Add);
+    }
+    for (chain, target) in chains.iter().zip(&targets) {
+        for line in &chain.lines {
+            batch.add(&line.rule(target), MsgType::Add);
+        }
+    }
+}
+
+impl Chain {
+    fn target<'a>(&self, table: &'a nftnl::Table) -> nftnl::Chain<'a> {
+        let mut target = nftnl::Chain::new(self.name, table);
+        if let Some(base) = self.base {
+            target.set_hook(base.hook, base.priority);
+            target.set_type(base.kind);
+            target.set_policy(base.policy);
+        }
+        target
+    }
+}
+
+impl Line {
+    fn rule<'a>(&self, chain: &'a nftnl::Chain<'_>) -> nftnl::Rule<'a> {
+        let mut rule = nftnl::Rule::new(chain);
+        for condition in &self.matches {
+            condition.add_to(&mut rule);
+        }
+        if let Some(count) = self.count {
+            rule.add_expr(&Counter);
+            let comment = CString::new(count.to_string()).expect("names of rules have no NUL");
+            rule.set_comment(comment).expect("names of rules are short");
+        }
+        self.verdict.add_to(&mut rule);
+        rule
+    }
+}
+
+impl Match {
+    fn add_to(&self, rule: &mut nftnl::Rule<'_>) {
+        match *self {
+            Self::In(interface) => {
+                rule.add_expr(&Meta::IifName);
+                rule.add_expr(&Cmp::new(CmpOp::Eq, interface.name()));
+            }
+            Self::Out(interface) => {
+                rule.add_expr(&Meta::OifName);
+                rule.add_expr(&Cmp::new(CmpOp::Eq, interface.name()));
+            }
+            Self::NotOut(interface) => {
+                rule.add_expr(&Meta::OifName);
+                rule.add_expr(&Cmp::new(CmpOp::Neq, interface.name()));
+            }
+            Self::Ipv6 => family(rule, libc::NFPROTO_IPV6),
+            Self::SourceMacIsNot(mac) => {
+                rule.add_expr(&Payload::LinkLayer(LLHeaderField::Saddr));
+                rule.add_expr(&Cmp::new(CmpOp::Neq, &mac[..]));
+            }
+            Self::Source(network, length) => address(rule, Ipv4HeaderField::Saddr, CmpOp::Eq, network, length),
+            Self::SourceIsNot(network, length) => address(rule, Ipv4HeaderField::Saddr, CmpOp::Neq, network, length),
+            Self::Destination(network, length) => address(rule, Ipv4HeaderField::Daddr, CmpOp::Eq, network, length),
+            Self::Protocol(protocol) => {
+                rule.add_expr(&Meta::L4Proto);
+                rule.add_expr(&Cmp::new(CmpOp::Eq, protocol));
+            }
+            Self::DestinationPort(port) => {
+                // At the same place in TCP and UDP; a rule names the protocol before it.
+                transport(rule, 2, 2);
+                rule.add_expr(&Cmp::new(CmpOp::Eq, &port.to_be_bytes()[..]));
+            }
+            Self::IcmpType(kind) => {
+                transport(rule, 0, 1);
+                rule.add_expr(&Cmp::new(CmpOp::Eq, kind));
+            }
+            Self::State(states) => {
+                rule.add_expr(&Conntrack::State);
+                any_of(rule, states.bits());
+            }
+            Self::Translated => {
+                rule.add_expr(&Conntrack::Status);
+                any_of(rule, IPS_DST_NAT);
+            }
+        }
+    }
+}
+
+fn family(rule: &mut nftnl::Rule<'_>, family: i32) {
+    rule.add_expr(&Meta::NfProto);
+    rule.add_expr(&Cmp::new(CmpOp::Eq, u8::try_from(family).expect("NFPROTO_* are small")));
+}
+
+fn address(rule: &mut nftnl::Rule<'_>, field: Ipv4HeaderField, op: CmpOp, network: Ipv4Addr, length: u8) {
+    family(rule, libc::NFPROTO_IPV4);
+    rule.add_expr(&Payload::Network(NetworkHeaderField::Ipv4(field)));
+    if length < 32 {
+        rule.add_expr(&Bitwise::new(&mask(length).to_be_bytes()[..], &[0u8; 4][..]));
+    }
+    rule.add_expr(&Cmp::new(op, network));
+}
+
+fn transport(rule: &mut nftnl::Rule<'_>, offset: u32, length: u32) {
+    // Bytes, whatever the fields are called: they go into the expression as they are.
+    rule.add_expr(&Payload::Transport(TransportHeaderField::Raw {
+        offset_bits: offset,
+        length_bits: length,
+    }));
+}
+
+fn any_of(rule: &mut nftnl::Rule<'_>, bits: u32) {
+    rule.add_expr(&Bitwise::new(bits, 0u32));
+    rule.add_expr(&Cmp::new(CmpOp::Neq, 0u32));
+}
+
+impl Interface {
+    fn name(self) -> InterfaceName {
+        match self {
+            Self::Is(name) => InterfaceName::Exact(name.to_owned()),
+            Self::StartsWith(name) => InterfaceName::StartingWith(name.to_owned()),
+        }
+    }
+}
+
+impl Verdict {
+    fn add_to(self, rule: &mut nftnl::Rule<'_>) {
+        match self {
+            Self::Accept => rule.add_expr(&nftnl::expr::Verdict::Accept),
+            Self::Drop => rule.add_expr(&nftnl::expr::Verdict::Drop),
+            Self::Return => rule.add_expr(&nftnl::expr::Verdict::Return),
+            Self::Jump(chain) => rule.add_expr(&nftnl::expr::Verdict::Jump {
+                chain: chain.to_owned(),
+            }),
+            Self::Dnat(to) => translate(rule, NatType::DNat, to),
+            Self::Snat(to) => translate(rule, NatType::SNat, to),
+            Self::Masquerade => rule.add_expr(&Masquerade),
+        }
+    }
+}
+
+fn translate(rule: &mut nftnl::Rule<'_>, nat_type: NatType, to: Ipv4Addr) {
+    rule.add_expr(&Immediate::new(to.octets(), Register::Reg1));
+    rule.add_expr(&Nat {
+        nat_type,
+        family: ProtoFamily::Ipv4,
+        ip_register: Register::Reg1,
+        port_register: None,
+    });
+}
+
+/// Asks for the rules of one table, counters included.
+struct ListRules(&'static CStr);
+
+impl ListRules {
+    /// `struct nfgenmsg`, then the table's name as an attribute.
+    fn payload(&self) -> Vec<u8> {
+        let name = self.0.to_bytes_with_nul();
+        let length = u16::try_from(4 + name.len()).expect("names of tables are short");
+        let mut bytes = vec![ProtoFamily::Inet as u8, 0, 0, 0];
+        bytes.extend(length.to_ne_bytes());
+        bytes.extend(attributes::RULE_TABLE.to_ne_bytes());
+        bytes.extend(name);
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        bytes
+    }
+}
+
+impl NetlinkSerializable for ListRules {
+    fn message_type(&self) -> u16 {
+        let (subsystem, message) = (libc::NFNL_SUBSYS_NFTABLES, libc::NFT_MSG_GETRULE);
+        u16::try_from(subsystem << 8 | message).expect("subsystem and message are a byte each")
+    }
+
+    fn buffer_len(&self) -> usize {
+        self.payload().len()
+    }
+
+    fn serialize(&self, buffer: &mut [u8]) {
+        buffer.copy_from_slice(&self.payload());
+    }
+}
+
+/// Attribute numbers of `linux/netfilter/nf_tables.h`.
+mod attributes {
+    pub(super) const RULE_TABLE: u16 = 1;
+    pub(super) const RULE_EXPRESSIONS: u16 = 4;
+    pub(super) const RULE_USERDATA: u16 = 7;
+    pub(super) const LIST_ELEM: u16 = 1;
+    pub(super) const EXPR_NAME: u16 = 1;
+    pub(super) const EXPR_DATA: u16 = 2;
+    pub(super) const COUNTER_BYTES: u16 = 1;
+    pub(super) const COUNTER_PACKETS: u16 = 2;
+    /// In user data, a format of nft's own: type and length in a byte each, then a NUL-terminated comment.
+    pub(super) const USERDATA_COMMENT: u8 = 0;
+}
+
+/// The counter of a rule that the kernel listed, if it is one of ours that counts.
+fn rule_counter(payload: &[u8]) -> Option<RuleCounter> {
+    // Behind `struct nfgenmsg`.
+    let rule = payload.get(4..)?;
+    let (kind, length, comment) = match attribute(rule, attributes::RULE_USERDATA)? {
+        [kind, length, comment @ ..] => (*kind, usize::from(*length), comment),
+        _ => return None,
+    };
+    let comment = comment.get(..length).filter(|_| kind == attributes::USERDATA_COMMENT)?;
+    let name = CStr::from_bytes_until_nul(comment).ok()?.to_str().ok()?;
+    let rule_is = Rule::ALL.into_iter().find(|rule| rule.to_string() == name)?;
+
+    let expressions = attribute(rule, attributes::RULE_EXPRESSIONS)?;
+    let counter = nested(expressions, attributes::LIST_ELEM)
+        .find(|expression| attribute(expression, attributes::EXPR_NAME) == Some(b"counter\0"))?;
+    let data = attribute(counter, attributes::EXPR_DATA)?;
+    let number = |kind| attribute(data, kind)?.try_into().ok().map(u64::from_be_bytes);
+    Some(RuleCounter {
+        rule: rule_is,
+        packets: number(attributes::COUNTER_PACKETS)?,
+        bytes: number(attributes::COUNTER_BYTES)?,
+    })
+}
+
+fn nested(bytes: &[u8], kind: u16) -> impl Iterator<Item = &[u8]> {
+    NlasIterator::new(bytes)
+        .map_while(Result::ok)
+        .filter(move |attribute| attribute.kind() == kind)
+        .filter_map(|attribute| attribute.into_inner().get(4..usize::from(attribute.length())))
+}
+
+fn attribute(bytes: &[u8], kind: u16) -> Option<&[u8]> {
+    nested(bytes, kind).next()
+}
