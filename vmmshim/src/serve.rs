@@ -1,0 +1,248 @@
+//! The shim's loop: one thread, poll, and nothing that a peer or the VMM could make it wait for.
+//!
+//! ```text
+//! Idle --Launch--> Running --VMM ends--> report, write the exit record, end
+//!   |                 |
+//!   EOF, Kill: end    EOF: nothing changes; Kill: SIGKILL to the VMM
+//! ```
+//!
+//! A connection that cannot take a packet, or sends one that does not decode, is dropped; so is the oldest one where there are
+//! [`MAX_CONNECTIONS`] already, so that a new agent always gets in.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{Shutdown, getsockopt, shutdown, sockopt};
+use nix::unistd::getuid;
+use roost_common::ipc::{self, IpcError};
+use roost_common::ring::MAX_WRITE;
+use roost_common::shim::{FromShim, PROTOCOL, ShimError, Status, ToShim};
+
+use crate::Options;
+use crate::launch::launch;
+use crate::vm::{Cgroup, Vm};
+
+/// Agents at once: one, its successor, and some to look at it with.
+const MAX_CONNECTIONS: usize = 4;
+
+/// The life of a shim.
+enum State {
+    Idle,
+    Running(Box<Vm>),
+}
+
+/// Whether to go on.
+#[derive(PartialEq, Eq)]
+enum Then {
+    Go,
+    End,
+}
+
+/// What poll found.
+#[derive(Default)]
+struct Ready {
+    connections: Vec<usize>,
+    outputs: Vec<usize>,
+    listener: bool,
+    ended: bool,
+}
+
+struct Shim {
+    options: Options,
+    connections: VecDeque<OwnedFd>,
+    state: State,
+    buffer: Vec<u8>,
+}
+
+/// Serves the agent's connection, and later ones, until the VMM has ended or there is nobody left to launch one.
+///
+/// # Errors
+/// The loop's own system calls.
+pub(crate) fn serve(options: Options, connection: OwnedFd) -> io::Result<()> {
+    let mut shim = Shim {
+        options,
+        connections: VecDeque::new(),
+        state: State::Idle,
+        buffer: vec![0; MAX_WRITE],
+    };
+    shim.welcome(connection)?;
+    loop {
+        let ready = shim.wait()?;
+        // From the last one, because serving one may remove it.
+        for &index in ready.connections.iter().rev() {
+            if shim.serve(index) == Then::End {
+                return Ok(());
+            }
+        }
+        let State::Running(vm) = &mut shim.state else {
+            if shim.connections.is_empty() {
+                return Ok(());
+            }
+            continue;
+        };
+        for index in ready.outputs {
+            vm.copy(index, &mut shim.buffer);
+        }
+        if ready.ended {
+            shim.report();
+            return Ok(());
+        }
+        if ready.listener {
+            shim.accept();
+        }
+    }
+}
+
+impl Shim {
+    /// Waits until something can be done.
+    fn wait(&self) -> io::Result<Ready> {
+        enum Source {
+            Connection(usize),
+            Output(usize),
+            Listener,
+            Process,
+        }
+        let mut sources: Vec<(Source, PollFd<'_>)> = Vec::new();
+        let readable = |fd| PollFd::new(fd, PollFlags::POLLIN);
+        for (index, connection) in self.connections.iter().enumerate() {
+            sources.push((Source::Connection(index), readable(connection.as_fd())));
+        }
+        if let State::Running(vm) = &self.state {
+            for (index, output) in vm.outputs.iter().enumerate() {
+                if let Some(pipe) = &output.pipe {
+                    sources.push((Source::Output(index), readable(pipe.as_fd())));
+                }
+            }
+            sources.push((Source::Listener, readable(vm.listener.as_fd())));
+            sources.push((Source::Process, readable(vm.process.pidfd.as_fd())));
+        }
+        let (sources, mut polled): (Vec<_>, Vec<_>) = sources.into_iter().unzip();
+        match poll(&mut polled, PollTimeout::NONE) {
+            Err(Errno::EINTR) => return Ok(Ready::default()),
+            outcome => outcome?,
+        };
+        let mut ready = Ready::default();
+        for (source, _) in sources.iter().zip(&polled).filter(|(_, fd)| fd.any().unwrap_or(true)) {
+            match source {
+                Source::Connection(index) => ready.connections.push(*index),
+                Source::Output(index) => ready.outputs.push(*index),
+                Source::Listener => ready.listener = true,
+                Source::Process => ready.ended = true,
+            }
+        }
+        Ok(ready)
+    }
+
+    /// Takes a connection and says hello; a peer that cannot take even that is left alone.
+    fn welcome(&mut self, connection: OwnedFd) -> io::Result<()> {
+        fcntl(&connection, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+        if self.connections.len() == MAX_CONNECTIONS {
+            self.connections.pop_front();
+        }
+        match ipc::send(connection.as_fd(), &FromShim::Hello { protocol: PROTOCOL }) {
+            Ok(()) => self.connections.push_back(connection),
+            Err(error) => crate::log!("connection dropped: {error}"),
+        }
+        Ok(())
+    }
+
+    /// Accepts an agent at `shim.sock`. The directory admits only the agent and this uid, and under PrivateUsers= every foreign
+    /// uid reads as the overflow uid, so what can be refused is this uid: it is the VMM's, unless this is the agent's child.
+    fn accept(&mut self) {
+        let State::Running(vm) = &self.state else { return };
+        let outcome = vm.listener.accept().and_then(|(stream, _)| {
+            let peer = getsockopt(&stream, sockopt::PeerCredentials)?;
+            if peer.uid() == getuid().as_raw() && !self.options.child {
+                return Err(io::ErrorKind::PermissionDenied.into());
+            }
+            self.welcome(stream.into())
+        });
+        match outcome {
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => crate::log!("a connection was refused: {error}"),
+            Ok(()) | Err(_) => {}
+        }
+    }
+
+    /// Answers one request of one connection, which is dropped where it breaks the rules or cannot take the answer.
+    fn serve(&mut self, index: usize) -> Then {
+        let request = match ipc::receive(self.connections[index].as_fd()) {
+            Ok((request, _)) => request,
+            Err(IpcError::Socket(error)) if error.kind() == io::ErrorKind::WouldBlock => return Then::Go,
+            Err(error) => {
+                if !matches!(error, IpcError::Closed) {
+                    crate::log!("connection dropped: {error}");
+                }
+                self.connections.remove(index);
+                return Then::Go;
+            }
+        };
+        let (answer, then) = self.answer(request);
+        if let Err(error) = ipc::send(self.connections[index].as_fd(), &answer) {
+            crate::log!("connection dropped: {error}");
+            self.connections.remove(index);
+        }
+        then
+    }
+
+    fn answer(&mut self, request: ToShim) -> (FromShim, Then) {
+        let answer = match (&self.state, request) {
+            (State::Idle, ToShim::Launch(request)) => match launch(&self.options, *request) {
+                Ok(vm) => {
+                    let (id, pid, profile) = (&vm.spec.sandbox, vm.started.pid, &self.options.profile.name);
+                    crate::log!("sandbox_id={id} vmm_pid={pid}: VMM started under the profile {profile}");
+                    let started = vm.started.clone();
+                    self.state = State::Running(Box::new(vm));
+                    FromShim::Started(started)
+                }
+                Err(error) => {
+                    crate::log!("launch refused: {error}");
+                    FromShim::Refused(error)
+                }
+            },
+            (State::Running(_), ToShim::Launch(_)) => FromShim::Refused(ShimError::AlreadyLaunched),
+            (State::Idle, ToShim::Status) => FromShim::Status(Status::Idle),
+            (State::Running(vm), ToShim::Status) => FromShim::Status(vm.status()),
+            (State::Idle, ToShim::Kill) => return (FromShim::Killed, Then::End),
+            (State::Running(vm), ToShim::Kill) => {
+                vm.kill();
+                FromShim::Killed
+            }
+            (State::Idle, ToShim::Lend(_) | ToShim::Publish { .. }) => FromShim::Refused(ShimError::NotRunning),
+            (State::Running(vm), ToShim::Lend(what)) => match vm.lend(what) {
+                Ok(descriptor) => FromShim::Lent(descriptor.into()),
+                Err(error) => FromShim::Refused(error),
+            },
+            (State::Running(vm), ToShim::Publish { attempt }) => match vm.publish(attempt) {
+                Ok(()) => FromShim::Published,
+                Err(error) => FromShim::Refused(error),
+            },
+        };
+        (answer, Then::Go)
+    }
+
+    /// Tells everybody how the VMM ended.
+    fn report(&mut self) {
+        let State::Running(vm) = &mut self.state else { return };
+        let cgroup = if self.options.child {
+            Cgroup::Shared
+        } else {
+            Cgroup::Own
+        };
+        let exit = vm.reap(&mut self.buffer, cgroup);
+        crate::log!("sandbox_id={}: VMM ended: {}", vm.spec.sandbox, exit.wait);
+        for connection in &self.connections {
+            if let Err(error) = ipc::send(connection.as_fd(), &FromShim::Exited(exit.clone())) {
+                crate::log!("connection not told: {error}");
+                continue;
+            }
+            // A socket closed with unread requests in it resets its peer, which then does not get to see our last packet: no more
+            // requests from here on, and read away those that are there.
+            shutdown(connection.as_raw_fd(), Shutdown::Read).ok();
+            while ipc::receive::<ToShim>(connection.as_fd()).is_ok() {}
+        }
+    }
+}

@@ -1,0 +1,195 @@
+//! A VMM that runs, what it runs on, and what can be asked about it. The shim copies what it writes and parses none of it.
+
+use std::fs::{self, File, Permissions};
+use std::io::{self, ErrorKind, Read};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+
+use nix::dir::Dir;
+use nix::fcntl::{OFlag, openat};
+use nix::sys::stat::Mode;
+use nix::unistd::getuid;
+use roost_common::shim::{EXIT_FILE, Exit, LaunchStep, Lendable, MAX_TAIL, ShimError, Started, Status, VmSpec};
+
+use crate::confine::{Process, failure, sys};
+use crate::ring::Ring;
+
+/// Index of the ring of the guest's serial console.
+pub(crate) const CONSOLE: usize = 0;
+/// Index of the ring of the VMM's messages and events.
+pub(crate) const LOG: usize = 1;
+
+/// Most a pipe can hold (`/proc/sys/fs/pipe-max-size` for an unprivileged writer): what is left in it when the VMM has gone.
+const MAX_PIPE: usize = 1 << 20;
+/// Most files in a snapshot attempt; the VMM makes three.
+const MAX_SNAPSHOT_FILES: usize = 64;
+
+/// A pipe that the VMM writes to, and the ring its bytes go to.
+pub(crate) struct Output {
+    /// `None` from its end of file on.
+    pub(crate) pipe: Option<File>,
+    ring: usize,
+}
+
+impl Output {
+    pub(crate) fn new(pipe: File, ring: usize) -> Self {
+        Self { pipe: Some(pipe), ring }
+    }
+}
+
+/// A running VMM.
+pub(crate) struct Vm {
+    pub(crate) spec: VmSpec,
+    pub(crate) started: Started,
+    pub(crate) process: Process,
+    pub(crate) disk: OwnedFd,
+    pub(crate) tap: OwnedFd,
+    /// An `O_PATH` descriptor.
+    pub(crate) vm_dir: OwnedFd,
+    pub(crate) run_dir: PathBuf,
+    /// `shim.sock`.
+    pub(crate) listener: UnixListener,
+    pub(crate) outputs: [Output; 3],
+    pub(crate) rings: [Ring; 2],
+}
+
+impl Vm {
+    pub(crate) fn status(&self) -> Status {
+        Status::Running {
+            spec: self.spec.clone(),
+            started: self.started.clone(),
+        }
+    }
+
+    /// Sends SIGKILL; a VMM that has ended but is not reaped takes it too.
+    pub(crate) fn kill(&self) {
+        if let Err(error) = sys::kill(self.process.pidfd.as_fd()) {
+            crate::log!("sandbox_id={}: cannot kill the VMM: {error}", self.spec.sandbox);
+        }
+    }
+
+    pub(crate) fn lend(&self, what: Lendable) -> Result<OwnedFd, ShimError> {
+        let descriptor = match what {
+            Lendable::Disk => &self.disk,
+            Lendable::Tap => &self.tap,
+        };
+        descriptor
+            .try_clone()
+            .map_err(|error| failure(LaunchStep::LendDescriptor, &error))
+    }
+
+    /// Copies what one output has for us, at most `buffer` at a time. `false` when there is nothing more for now.
+    pub(crate) fn copy(&mut self, index: usize, buffer: &mut [u8]) -> bool {
+        let output = &mut self.outputs[index];
+        let Some(pipe) = &mut output.pipe else { return false };
+        match pipe.read(buffer) {
+            Ok(0) => output.pipe = None,
+            Ok(length) => {
+                // A full file system costs output, never the draining of the pipe: the VMM would stop on it.
+                self.rings[output.ring].append(&buffer[..length]).ok();
+                return true;
+            }
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
+            Err(_) => output.pipe = None,
+        }
+        false
+    }
+
+    /// Opens the files of a snapshot attempt to the agent. The VMM had the directory: only regular files of our own are touched,
+    /// by descriptor, and anything else in it refuses the whole.
+    pub(crate) fn publish(&self, attempt: u32) -> Result<(), ShimError> {
+        self.publish_files(attempt)
+            .map_err(|error| failure(LaunchStep::PublishFiles, &error))
+    }
+
+    fn publish_files(&self, attempt: u32) -> io::Result<()> {
+        let only = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
+        let number = attempt.to_string();
+        let mut directory = Dir::openat(&self.vm_dir, number.as_str(), only | OFlag::O_DIRECTORY, Mode::empty())?;
+        let mut names = Vec::new();
+        for entry in directory.iter().take(MAX_SNAPSHOT_FILES + 3) {
+            let name = entry?.file_name().to_owned();
+            if !matches!(name.to_bytes(), b"." | b"..") {
+                names.push(name);
+            }
+        }
+        if names.len() > MAX_SNAPSHOT_FILES {
+            return Err(io::Error::from_raw_os_error(libc::E2BIG));
+        }
+        let mut files = Vec::new();
+        for name in names {
+            let file = File::from(openat(&directory, name.as_c_str(), only, Mode::empty())?);
+            let found = file.metadata()?;
+            if !found.file_type().is_file() || found.uid() != getuid().as_raw() || found.nlink() != 1 {
+                return Err(io::Error::from_raw_os_error(libc::EINVAL));
+            }
+            files.push(file);
+        }
+        files
+            .iter()
+            .try_for_each(|file| file.set_permissions(Permissions::from_mode(0o640)))
+    }
+
+    /// Reaps the VMM after its pidfd says that it has ended, and tells how.
+    pub(crate) fn reap(&mut self, buffer: &mut [u8], cgroup: Cgroup) -> Exit {
+        let wait = sys::reap(self.process.pidfd.as_fd()).expect("a child that nobody else reaps can be reaped");
+        for index in 0..self.outputs.len() {
+            // Bounded: a descendant of the VMM could hold the pipe and write on.
+            for _ in 0..MAX_PIPE.div_ceil(buffer.len()) {
+                if !self.copy(index, buffer) {
+                    break;
+                }
+            }
+        }
+        let exit = Exit {
+            wait,
+            oom_kills: match cgroup {
+                Cgroup::Own => oom_kills(&self.started.cgroup),
+                Cgroup::Shared => 0,
+            },
+            console: self.rings[CONSOLE].tail(MAX_TAIL),
+            log: self.rings[LOG].tail(MAX_TAIL),
+        };
+        if let Err(error) = self.record(&exit) {
+            crate::log!(
+                "sandbox_id={}: cannot write the exit record: {error}",
+                self.spec.sandbox
+            );
+        }
+        exit
+    }
+
+    /// Writes the exit record; it is whole or absent.
+    fn record(&self, exit: &Exit) -> io::Result<()> {
+        let unfinished = self.run_dir.join(".exit.new");
+        fs::write(&unfinished, exit.to_json())?;
+        fs::set_permissions(&unfinished, Permissions::from_mode(0o644))?;
+        fs::rename(&unfinished, self.run_dir.join(EXIT_FILE))
+    }
+}
+
+/// Whether the VMM's cgroup is that of this sandbox alone.
+#[derive(Clone, Copy)]
+pub(crate) enum Cgroup {
+    Own,
+    Shared,
+}
+
+/// This process's cgroup in the unified hierarchy; empty where there is none.
+pub(crate) fn own_cgroup() -> String {
+    let text = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    text.lines()
+        .find_map(|line| line.strip_prefix("0::"))
+        .unwrap_or_default()
+        .to_owned()
+}
+
+fn oom_kills(cgroup: &str) -> u64 {
+    let events = fs::read_to_string(format!("/sys/fs/cgroup{cgroup}/memory.events")).unwrap_or_default();
+    events
+        .lines()
+        .find_map(|line| line.strip_prefix("oom_kill ")?.parse().ok())
+        .unwrap_or(0)
+}

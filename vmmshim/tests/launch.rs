@@ -1,0 +1,527 @@
+//! A shim that launches: the probe runs in the place of a VMM, under a profile that only this kind of build takes.
+//!
+//! Needs Landlock (a kernel without it fails these tests, loudly), no root, no devices.
+
+mod harness;
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+
+use harness::{Agent, Place, Shim, is_gone, null, wait_for};
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::stat::Mode;
+use nix::unistd::{getuid, mkfifo};
+use roost_common::ring::{self, RING_BYTES};
+use roost_common::shim::{
+    API_SOCKET, CONSOLE_FILE, EXIT_FILE, Exit, FromShim, LOG_FILE, LaunchStep, Lendable, ShimError, Start, Started,
+    Status, ToShim, VmSpec, WaitStatus,
+};
+
+const PROFILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/probe-profile.json");
+const PROBE: &str = env!("CARGO_BIN_EXE_roost-cage-probe");
+
+fn shim() -> Shim {
+    let shim = Shim::start(["--vmm", PROBE, "--profile", PROFILE, "--child"]);
+    assert!(matches!(shim.agent.receive(), Ok(FromShim::Hello { .. })));
+    shim
+}
+
+/// Runs a program of the probe to its end.
+fn run(place: &Place, program: &str) -> Exit {
+    let mut shim = shim();
+    shim.agent.started(&place.spec(program));
+    let exit = shim.agent.exited();
+    assert_eq!(shim.ended().code(), Some(0), "the shim's own exit");
+    exit
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).expect("the probe writes ASCII")
+}
+
+/// Waits until the console holds a line.
+fn wait_for_console(place: &Place, line: &str) {
+    wait_for(line, || {
+        let file = File::open(place.run_dir.join(CONSOLE_FILE)).expect("a console");
+        text(&ring::read(&file, usize::MAX).expect("a ring")).contains(line)
+    });
+}
+
+/// A probe that waits, and its shim.
+fn waiting(place: &Place) -> (Shim, VmSpec, Started) {
+    let shim = shim();
+    let spec = place.spec("status\nwait");
+    let started = shim.agent.started(&spec);
+    wait_for_console(place, "status:");
+    (shim, spec, started)
+}
+
+fn mode(path: &Path) -> u32 {
+    fs::metadata(path).expect("metadata").permissions().mode() & 0o7777
+}
+
+#[test]
+fn a_vmm_runs_and_its_end_is_told_to_the_agent_and_in_the_exit_record() {
+    let place = Place::new();
+    let mut shim = shim();
+    let started = shim.agent.started(&place.spec("log broken\nevent paniced\nexit 7"));
+    assert_eq!(started.uid, getuid().as_raw());
+    let exit = shim.agent.exited();
+    assert_eq!((exit.wait, exit.oom_kills), (WaitStatus::Exited(7), 0));
+    assert_eq!(text(&exit.console), "log broken: done\nevent paniced: done\n");
+    assert!(text(&exit.log).contains("broken\n") && text(&exit.log).contains("paniced"));
+    let record = fs::read(place.run_dir.join(EXIT_FILE)).expect("an exit record");
+    assert_eq!(Exit::from_json(&record), Ok(exit));
+    assert_eq!(mode(&place.run_dir.join(EXIT_FILE)), 0o644);
+    assert_eq!(shim.ended().code(), Some(0));
+    assert!(shim.agent.is_closed());
+    assert!(is_gone(started.pid));
+}
+
+#[test]
+fn a_vmm_that_dies_of_a_signal_is_told_as_such() {
+    assert_eq!(run(&Place::new(), "abort").wait, WaitStatus::Signaled(libc::SIGABRT));
+}
+
+#[test]
+fn the_vmm_is_given_exactly_its_command_line_and_an_empty_environment() {
+    let place = Place::new();
+    let console = text(&run(&place, "arguments\nenvironment\ndirectory\nexit 0").console);
+    let kernel = place.root.join("vmlinux");
+    let wanted = format!(
+        "arguments: --api-socket fd=4 --kernel {} --cmdline console=ttyS0 ",
+        kernel.display()
+    );
+    assert!(console.starts_with(&wanted), "{console}");
+    assert!(
+        console.contains("--disk path=/dev/dm-3,image_type=raw,id=rootfs --net fd=3,"),
+        "{console}"
+    );
+    assert!(console.contains("\nenvironment: \ndirectory: /\n"), "{console}");
+}
+
+#[test]
+fn the_vmm_has_no_descriptor_but_its_six() {
+    let place = Place::new();
+    // A leak on purpose: the agent's side opens a file that stays open across exec.
+    let canary = File::open("/etc/hostname").expect("opened");
+    fcntl(&canary, FcntlArg::F_SETFD(FdFlag::empty())).expect("F_SETFD");
+    let shim = shim();
+    let inherited = fs::read_dir(format!("/proc/{}/fd", shim.process.id())).map_or(usize::MAX, Iterator::count);
+    assert!(inherited > 3, "the shim itself did not inherit the canary");
+    shim.agent.started(&place.spec("descriptors\nexit 0"));
+    assert_eq!(text(&shim.agent.exited().console), "descriptors: 0 1 2 3 4 5\n");
+}
+
+#[test]
+fn the_vmm_has_no_capability_no_way_to_gain_one_and_default_signals() {
+    let console = text(&run(&Place::new(), "status\nexit 0").console);
+    let none = "0000000000000000";
+    for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
+        assert!(console.contains(&format!("{set}:{none}")), "{set}: {console}");
+    }
+    // Without CAP_SETPCAP the bounding set is the unit's to empty.
+    if getuid().is_root() {
+        assert!(console.contains(&format!("CapBnd:{none}")), "{console}");
+    }
+    assert!(console.contains("NoNewPrivs:1"), "{console}");
+    assert!(console.contains(&format!("SigBlk:{none}")), "{console}");
+}
+
+#[test]
+fn the_vmm_touches_no_file_but_those_of_its_sandbox() {
+    let place = Place::new();
+    fs::create_dir(place.vm_dir.join("1")).expect("made");
+    fs::create_dir(place.root.join("sandboxes/other")).expect("made");
+    fs::write(place.root.join("sandboxes/other/disk"), "").expect("written");
+    let socket = place.root.join("someone.sock");
+    let _listener = UnixListener::bind(&socket).expect("bound");
+    let (root, vm, run_dir) = (place.root.display(), place.vm_dir.display(), place.run_dir.display());
+    let allowed = [
+        format!("create {vm}/1/state.json"),
+        format!("read {vm}/1/state.json"),
+        format!("write {vm}/1/state.json"),
+        format!("truncate {vm}/1/state.json"),
+        format!("list {vm}/1"),
+        format!("read {root}/vmlinux"),
+        "read /dev/urandom".into(),
+    ];
+    let refused = [
+        "read /etc/passwd".into(),
+        "read /proc/1/environ".into(),
+        "list /".into(),
+        "list /dev".into(),
+        "write /dev/urandom".into(),
+        "write /dev/null".into(),
+        format!("write {root}/vmlinux"),
+        format!("read {root}/sandboxes/other/disk"),
+        format!("create {root}/sandboxes/other/x"),
+        format!("create {run_dir}/x"),
+        format!("read {run_dir}/{CONSOLE_FILE}"),
+        format!("write {run_dir}/{CONSOLE_FILE}"),
+        format!("remove {run_dir}/{API_SOCKET}"),
+        format!("create {}/roost-probe", std::env::temp_dir().display()),
+        format!("mkdir {vm}/2"),
+        format!("symlink {vm}/1/config.json"),
+        format!("rename {vm}/1/state.json {vm}/1/config.json"),
+        format!("rename {vm}/1/state.json {vm}/state.json"),
+        format!("remove {vm}/1/state.json"),
+        "execute /bin/sh".into(),
+        "execute /usr/bin/env".into(),
+    ];
+    let program: Vec<String> = allowed
+        .iter()
+        .chain(&refused)
+        .cloned()
+        .chain(["exit 0".into()])
+        .collect();
+    let console = text(&run(&place, &program.join("\n")).console);
+    let outcome = |command: &str| {
+        let line = console
+            .lines()
+            .find_map(|line| line.strip_prefix(&format!("{command}: ")));
+        line.unwrap_or_else(|| panic!("{command} was not tried: {console}"))
+            .to_owned()
+    };
+    for command in &allowed {
+        assert_eq!(outcome(command), "done", "{command}");
+    }
+    for command in &refused {
+        // A move between directories without the right to it is told as EXDEV.
+        let errno = if command.ends_with("/vm/state.json") {
+            libc::EXDEV
+        } else {
+            libc::EACCES
+        };
+        let got = outcome(command);
+        assert!(
+            got == format!("error {}", libc::EACCES) || got == format!("error {errno}"),
+            "{command}: {got}"
+        );
+    }
+}
+
+#[test]
+fn the_vmm_reaches_no_network_and_no_process_where_the_kernel_can_forbid_it() {
+    let place = Place::new();
+    let abi = landlock_abi();
+    let console = text(&run(&place, "tcp bind\ntcp connect\nsignal 1\nexit 0").console);
+    let eperm = format!("signal 1: error {}", libc::EPERM);
+    if abi >= 4 {
+        assert!(
+            console.contains(&format!("tcp bind: error {}", libc::EACCES)),
+            "{console}"
+        );
+        assert!(
+            console.contains(&format!("tcp connect: error {}", libc::EACCES)),
+            "{console}"
+        );
+    }
+    if abi >= 6 {
+        assert!(console.contains(&eperm), "{console}");
+    }
+    println!("Landlock ABI {abi}: {console}");
+}
+
+/// The kernel's Landlock ABI, found by what it restricts: the probe's own view is under test, so this is from the outside.
+fn landlock_abi() -> u32 {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").expect("a release");
+    let mut numbers = release.split(['.', '-']).map(|part| part.parse::<u32>().unwrap_or(0));
+    match (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) {
+        (7.., _) | (6, 12..) => 6,
+        (6, 7..) => 4,
+        _ => 1,
+    }
+}
+
+#[test]
+fn there_is_never_a_second_vmm() {
+    let place = Place::new();
+    let (shim, spec, _) = waiting(&place);
+    let again = shim.agent.launch(&spec);
+    assert!(
+        matches!(again, FromShim::Refused(ShimError::AlreadyLaunched)),
+        "{again:?}"
+    );
+    // Nor one of another shim in the same run directory; and what is there stays.
+    let before = place.run_files();
+    let other = self::shim();
+    let answer = other.agent.launch(&spec);
+    let taken = ShimError::Step {
+        step: LaunchStep::BindApiSocket,
+        errno: libc::EADDRINUSE,
+    };
+    assert!(
+        matches!(&answer, FromShim::Refused(error) if *error == taken),
+        "{answer:?}"
+    );
+    assert_eq!(place.run_files(), before);
+    assert!(matches!(
+        shim.agent.ask(&ToShim::Status),
+        FromShim::Status(Status::Running { .. })
+    ));
+}
+
+#[test]
+fn kill_ends_the_vmm_and_with_it_the_shim() {
+    let place = Place::new();
+    let (mut shim, ..) = waiting(&place);
+    assert!(matches!(shim.agent.ask(&ToShim::Kill), FromShim::Killed));
+    assert_eq!(shim.agent.exited().wait, WaitStatus::Signaled(libc::SIGKILL));
+    assert_eq!(shim.ended().code(), Some(0));
+}
+
+#[test]
+fn an_exit_reaches_an_agent_that_was_just_asking_something() {
+    for _ in 0..20 {
+        let place = Place::new();
+        let (mut shim, ..) = waiting(&place);
+        shim.agent.send(&ToShim::Kill);
+        // Requests that the shim may or may not get to.
+        let status = roost_common::ipc::Packet::encode(&ToShim::Status).expect("encoded");
+        for _ in 0..20 {
+            if status.send(shim.agent.0.as_fd()).is_err() {
+                break;
+            }
+        }
+        let exit = loop {
+            match shim.agent.receive().expect("an exit before the end") {
+                FromShim::Exited(exit) => break exit,
+                FromShim::Killed | FromShim::Status(_) => {}
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(exit.wait, WaitStatus::Signaled(libc::SIGKILL));
+        shim.ended();
+    }
+}
+
+#[test]
+fn a_vmm_dies_with_its_shim() {
+    let place = Place::new();
+    let (mut shim, _, started) = waiting(&place);
+    assert!(!is_gone(started.pid));
+    shim.process.kill().expect("killed");
+    wait_for("the VMM's end", || is_gone(started.pid));
+}
+
+#[test]
+fn an_agent_that_goes_after_the_launch_changes_nothing_and_another_takes_over() {
+    let place = Place::new();
+    let (mut shim, spec, started) = waiting(&place);
+    drop(std::mem::replace(&mut shim.agent, Agent(null())));
+    let next = place.connect().expect("connected").hello();
+    match next.ask(&ToShim::Status) {
+        FromShim::Status(Status::Running {
+            spec: told,
+            started: by,
+        }) => assert_eq!((told, by), (spec, started)),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(mode(&place.run_dir.join("shim.sock")), 0o666);
+    assert_eq!(mode(&place.run_dir.join(API_SOCKET)), 0o666);
+    next.send(&ToShim::Kill);
+    assert!(matches!(next.receive(), Ok(FromShim::Killed)));
+    assert_eq!(next.exited().wait, WaitStatus::Signaled(libc::SIGKILL));
+}
+
+#[test]
+fn a_new_agent_gets_in_however_many_hang_on() {
+    let place = Place::new();
+    let (_shim, ..) = waiting(&place);
+    let agents: Vec<Agent> = (0..10).map(|_| place.connect().expect("connected").hello()).collect();
+    let newest = agents.last().expect("ten of them");
+    assert!(matches!(
+        newest.ask(&ToShim::Status),
+        FromShim::Status(Status::Running { .. })
+    ));
+    assert!(agents[0].is_closed(), "the oldest was not dropped");
+}
+
+#[test]
+fn peers_of_its_own_uid_are_refused_unless_it_is_the_agents_child() {
+    let place = Place::new();
+    let shim = Shim::start(["--vmm", PROBE, "--profile", PROFILE]);
+    assert!(matches!(shim.agent.receive(), Ok(FromShim::Hello { .. })));
+    shim.agent.started(&place.spec("wait"));
+    assert!(place.connect().expect("queued").is_closed());
+    assert!(matches!(
+        shim.agent.ask(&ToShim::Status),
+        FromShim::Status(Status::Running { .. })
+    ));
+}
+
+#[test]
+fn garbage_from_an_agent_costs_its_connection_and_nothing_else() {
+    let place = Place::new();
+    let (shim, ..) = waiting(&place);
+    let second = place.connect().expect("connected").hello();
+    let text = "not a request at all, and rather long".to_owned();
+    roost_common::ipc::send(second.0.as_fd(), &(u32::MAX, text)).expect("sent");
+    assert!(second.is_closed());
+    assert!(matches!(
+        shim.agent.ask(&ToShim::Status),
+        FromShim::Status(Status::Running { .. })
+    ));
+}
+
+#[test]
+fn lent_descriptors_are_those_of_the_launch() {
+    let place = Place::new();
+    fs::write(place.root.join("disk"), "the disk").expect("written");
+    let shim = shim();
+    let disk = File::open(place.root.join("disk")).expect("opened");
+    let answer = shim.agent.launch_with(&place.spec("wait"), null(), disk.into());
+    assert!(matches!(answer, FromShim::Started(_)), "{answer:?}");
+    for _ in 0..3 {
+        let FromShim::Lent(disk) = shim.agent.ask(&ToShim::Lend(Lendable::Disk)) else {
+            panic!("not lent");
+        };
+        let mut content = String::new();
+        let mut disk = File::from(disk.into_owned().expect("owned"));
+        std::io::Seek::rewind(&mut disk).expect("rewound");
+        disk.read_to_string(&mut content).expect("read");
+        assert_eq!(content, "the disk");
+    }
+    assert!(matches!(
+        shim.agent.ask(&ToShim::Lend(Lendable::Tap)),
+        FromShim::Lent(_)
+    ));
+}
+
+#[test]
+fn a_flood_on_every_output_is_drained_and_stays_bounded() {
+    let place = Place::new();
+    let shim = shim();
+    shim.agent.started(&place.spec("flood 1024\nwait"));
+    // Nobody listens meanwhile.
+    wait_for_console(&place, "flood 1024: done");
+    for name in [CONSOLE_FILE, LOG_FILE] {
+        let length = fs::metadata(place.run_dir.join(name)).expect("a ring").len();
+        assert!(length <= RING_BYTES + 16, "{name}: {length} bytes");
+    }
+    let status = fs::read_to_string(format!("/proc/{}/status", shim.process.id())).expect("status");
+    let peak = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))
+        .expect("a peak");
+    let peak: u64 = peak.trim().trim_end_matches(" kB").parse().expect("a number");
+    assert!(peak < 16 * 1024, "{peak} KiB");
+}
+
+#[test]
+fn published_are_regular_files_and_nothing_else() {
+    let place = Place::new();
+    let attempt = |number: u32| place.vm_dir.join(number.to_string());
+    for number in 1..=6 {
+        fs::create_dir(attempt(number)).expect("made");
+        for name in ["config.json", "memory-ranges"] {
+            fs::write(attempt(number).join(name), "{}").expect("written");
+            fs::set_permissions(attempt(number).join(name), PermissionsExt::from_mode(0o600)).expect("set");
+        }
+    }
+    let outside = place.root.join("outside");
+    fs::write(&outside, "").expect("written");
+    fs::set_permissions(&outside, PermissionsExt::from_mode(0o600)).expect("set");
+    symlink(&outside, attempt(2).join("state.json")).expect("linked");
+    mkfifo(&attempt(3).join("state.json"), Mode::S_IRWXU).expect("made");
+    fs::create_dir(attempt(4).join("state.json")).expect("made");
+    fs::hard_link(&outside, attempt(5).join("state.json")).expect("linked");
+    for number in 0..100 {
+        fs::write(attempt(6).join(number.to_string()), "").expect("written");
+    }
+    symlink(attempt(1), attempt(7)).expect("linked");
+
+    let (shim, ..) = waiting(&place);
+    for number in [2, 3, 4, 5, 6, 7, 8] {
+        let answer = shim.agent.ask(&ToShim::Publish { attempt: number });
+        assert!(
+            matches!(
+                answer,
+                FromShim::Refused(ShimError::Step {
+                    step: LaunchStep::PublishFiles,
+                    ..
+                })
+            ),
+            "attempt {number}: {answer:?}"
+        );
+    }
+    assert_eq!(mode(&outside), 0o600);
+    assert_eq!(mode(&attempt(1).join("config.json")), 0o600);
+    let answer = shim.agent.ask(&ToShim::Publish { attempt: 1 });
+    assert!(matches!(answer, FromShim::Published), "{answer:?}");
+    for name in ["config.json", "memory-ranges"] {
+        assert_eq!(mode(&attempt(1).join(name)), 0o640, "{name}");
+    }
+}
+
+#[test]
+fn a_step_that_fails_in_the_child_is_told_and_leaves_nothing() {
+    let place = Place::new();
+    let broken = place.root.join("no-program");
+    fs::write(&broken, "not a program").expect("written");
+    fs::set_permissions(&broken, PermissionsExt::from_mode(0o755)).expect("set");
+    let vmm = broken.to_str().expect("plain");
+    let shim = Shim::start(["--vmm", vmm, "--profile", PROFILE, "--child"]);
+    assert!(matches!(shim.agent.receive(), Ok(FromShim::Hello { .. })));
+    let answer = shim.agent.launch(&place.spec(""));
+    let no_exec = ShimError::Step {
+        step: LaunchStep::Exec,
+        errno: libc::ENOEXEC,
+    };
+    assert!(
+        matches!(&answer, FromShim::Refused(error) if *error == no_exec),
+        "{answer:?}"
+    );
+    assert!(place.run_files().is_empty(), "{:?}", place.run_files());
+    let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", shim.process.id()));
+    assert!(children.is_ok_and(|children| children.is_empty()), "a child is left");
+    // And it may try again.
+    assert!(matches!(
+        shim.agent.ask(&ToShim::Status),
+        FromShim::Status(Status::Idle)
+    ));
+}
+
+#[test]
+fn missing_files_and_directories_are_told() {
+    let place = Place::new();
+    let shim = shim();
+    let good = place.spec("exit 0");
+    let missing = place.root.join("missing").to_str().expect("plain").to_owned();
+    let directory = place.root.to_str().expect("plain").to_owned();
+    let boot = |kernel: &str, initramfs: Option<String>| Start::Boot {
+        kernel: kernel.into(),
+        initramfs,
+    };
+    let kernel = place.root.join("vmlinux").to_str().expect("plain").to_owned();
+    let restore = Start::Restore {
+        attempt: 9,
+        memory: roost_common::shim::RestoreMode::Copy,
+        initramfs: None,
+    };
+    for (start, errno) in [
+        (boot(&missing, None), libc::ENOENT),
+        (boot(&directory, None), libc::EINVAL),
+        (boot(&kernel, Some(missing.clone())), libc::ENOENT),
+        (restore, libc::ENOENT),
+    ] {
+        let spec = VmSpec { start, ..good.clone() };
+        let answer = shim.agent.launch(&spec);
+        let wanted = ShimError::Step {
+            step: LaunchStep::OpenFiles,
+            errno,
+        };
+        assert!(
+            matches!(&answer, FromShim::Refused(error) if *error == wanted),
+            "{:?}: {answer:?}",
+            spec.start
+        );
+        assert!(place.run_files().is_empty());
+    }
+    shim.agent.started(&good);
+}
