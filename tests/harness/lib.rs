@@ -1,1 +1,61 @@
-//! Placeholder.
+//! What the rig's tests are made of: a census of everything roost makes on a host, and roost as a person uses it.
+//!
+//! Every test runs inside [`in_rig`], which compares the census before and after: every end-to-end test is a leak test. Tests run
+//! one at a time, because a census is of the whole host.
+
+pub mod census;
+pub mod internet;
+pub mod roost;
+
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use census::Census;
+
+/// Longest time that the kernel, systemd and an emulated machine may take for anything a test waits for.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+/// Runs a test, then waits until the host is as it was before.
+///
+/// # Panics
+/// When the test does, when something is left, and outside the rig.
+pub fn in_rig(test: impl FnOnce()) {
+    assert!(
+        std::path::Path::new("/rig/settings").exists(),
+        "this test needs the rig: run it by `cargo xtask test`, or `cargo xtask rig`"
+    );
+    // A test that failed has said so; the next one starts from its own census.
+    let _one = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let before = Census::take();
+    test();
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let left = Census::take().differences(&before);
+        if left.is_empty() {
+            return;
+        }
+        assert!(
+            Instant::now() < deadline,
+            "the test left on the host:\n{}",
+            left.join("\n")
+        );
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Waits for a value to be there.
+///
+/// # Panics
+/// After [`PATIENCE`], saying what was waited for.
+pub fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(value) = look() {
+            return value;
+        }
+        assert!(Instant::now() < deadline, "waited in vain for {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}

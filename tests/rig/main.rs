@@ -1,2 +1,12 @@
-//! Placeholder.
-fn main() {}
+//! The rig's tests: the built binaries on a real kernel, from outside.
+//!
+//! `cargo xtask test` builds this program, boots the rig with this build installed and runs it there. What every test leaves on
+//! the host is compared with what was there before it (`in_rig`).
+
+mod bad_input;
+mod concurrency;
+mod faults;
+mod isolation;
+mod lifecycle;
+mod privd;
+mod shim;

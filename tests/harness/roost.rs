@@ -1,0 +1,240 @@
+//! roost as a person uses it: the command line, and the API by hand.
+
+use std::process::{Child, Command, Output, Stdio};
+
+use serde_json::Value;
+
+use crate::eventually;
+
+/// Certificates of the rig's host.
+pub const PKI: &str = "/etc/roost/pki";
+
+/// Runs `roost` with arguments.
+///
+/// # Panics
+/// When it cannot be run at all.
+pub fn roost(args: &[&str]) -> Output {
+    Command::new("roost").args(args).output().expect("roost runs")
+}
+
+/// Starts `roost` and leaves it running.
+///
+/// # Panics
+/// When it cannot be run at all.
+pub fn start(args: &[&str]) -> Child {
+    Command::new("roost")
+        .args(args)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("roost runs")
+}
+
+/// Standard output of an invocation that must succeed.
+///
+/// # Panics
+/// When it fails.
+pub fn ok(args: &[&str]) -> String {
+    let output = roost(args);
+    assert!(
+        output.status.success(),
+        "roost {args:?} failed: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout).expect("UTF-8")
+}
+
+/// Standard error of an invocation that must fail.
+///
+/// # Panics
+/// When it succeeds.
+pub fn fails(args: &[&str]) -> String {
+    let output = roost(args);
+    assert!(!output.status.success(), "roost {args:?} succeeded");
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// A sandbox that is destroyed with this value.
+#[derive(Debug)]
+pub struct Sandbox {
+    /// Its id.
+    pub id: String,
+}
+
+impl Sandbox {
+    /// Makes a sandbox with further arguments of `roost create`.
+    ///
+    /// # Panics
+    /// When that fails.
+    pub fn create(args: &[&str]) -> Self {
+        let id = ok(&[&["create"], args].concat()).trim().to_owned();
+        Self { id }
+    }
+
+    /// Runs a command in it.
+    pub fn exec(&self, command: &[&str]) -> Output {
+        roost(&[&["exec", &self.id, "--"], command].concat())
+    }
+
+    /// Runs a shell script in it that must succeed; its standard output.
+    ///
+    /// # Panics
+    /// When it fails.
+    pub fn sh(&self, script: &str) -> String {
+        let output = self.exec(&["/bin/bash", "-c", script]);
+        assert!(
+            output.status.success(),
+            "{script:?} ended with {}: {}{}",
+            output.status,
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        );
+        String::from_utf8_lossy(&output.stdout).trim().to_owned()
+    }
+
+    /// The address under which the host reaches it.
+    ///
+    /// # Panics
+    /// When it is not listed.
+    pub fn host_ip(&self) -> String {
+        let listed = find(&self.id).expect("listed");
+        listed["hostIp"].as_str().expect("an address").to_owned()
+    }
+
+    /// Forgets it without destroying it.
+    pub fn forget(mut self) -> String {
+        std::mem::take(&mut self.id)
+    }
+}
+
+impl Drop for Sandbox {
+    fn drop(&mut self) {
+        if self.id.is_empty() {
+            return;
+        }
+        let output = roost(&["rm", &self.id]);
+        // A test that fails anyway says why itself.
+        if !std::thread::panicking() {
+            assert!(
+                output.status.success(),
+                "not removed: {}",
+                String::from_utf8_lossy(&output.stderr)
+            );
+        }
+    }
+}
+
+/// The listing of one sandbox.
+pub fn find(id: &str) -> Option<Value> {
+    let listing: Value = serde_json::from_str(&ok(&["ls", "--json"])).expect("JSON");
+    listing["sandboxes"]
+        .as_array()?
+        .iter()
+        .find(|sandbox| sandbox["sandboxId"] == id)
+        .cloned()
+}
+
+/// An answer of the API.
+#[derive(Debug)]
+pub struct Answer {
+    /// HTTP status; 0 where there was none.
+    pub status: u16,
+    /// The body, as JSON where it is some.
+    pub body: Value,
+    /// The body as it came.
+    pub text: String,
+    /// What curl said of what went wrong.
+    pub error: String,
+}
+
+/// Calls the API with curl: `curl` are further arguments, certificates included.
+///
+/// # Panics
+/// When curl cannot be run.
+pub fn curl(curl: &[&str]) -> Answer {
+    let output = Command::new("curl")
+        .args([
+            "--silent",
+            "--show-error",
+            "--max-time",
+            "100",
+            "--write-out",
+            "\n%{http_code}",
+        ])
+        .args(curl)
+        .output()
+        .expect("curl runs");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let (body, status) = text.rsplit_once('\n').unwrap_or(("", "0"));
+    Answer {
+        status: status.trim().parse().unwrap_or(0),
+        body: serde_json::from_str(body).unwrap_or(Value::Null),
+        text: body.to_owned(),
+        error: String::from_utf8_lossy(&output.stderr).into_owned(),
+    }
+}
+
+/// Arguments of curl for the certificates of a directory.
+pub fn certificates(dir: &str) -> Vec<String> {
+    [
+        ("--cacert", "ca.pem"),
+        ("--cert", "client.pem"),
+        ("--key", "client-key.pem"),
+    ]
+    .iter()
+    .flat_map(|(option, file)| [(*option).to_owned(), format!("{dir}/{file}")])
+    .collect()
+}
+
+/// Calls a procedure of `hostagent.v1` in JSON.
+pub fn call(procedure: &str, request: &Value) -> Answer {
+    let url = format!("https://127.0.0.1:50051/hostagent.v1.HostAgentService/{procedure}");
+    let body = request.to_string();
+    let certificates = certificates(PKI);
+    let mut args: Vec<&str> = certificates.iter().map(String::as_str).collect();
+    args.extend(["--header", "Content-Type: application/json", "--data", &body, &url]);
+    curl(&args)
+}
+
+/// Process ids of a command's name, as the kernel has it (cut to 15 letters).
+pub fn pids(command: &str) -> Vec<i32> {
+    let Ok(entries) = std::fs::read_dir("/proc") else {
+        return Vec::new();
+    };
+    entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_string_lossy().parse::<i32>().ok())
+        .filter(|pid| {
+            let comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            comm.trim() == command
+        })
+        .collect()
+}
+
+/// Name of the VMM's process, as the kernel has it.
+pub fn vmm_command() -> &'static str {
+    if std::path::Path::new("/usr/bin/cloud-hypervisor").exists() {
+        "cloud-hyperviso"
+    } else {
+        "standin-vmm"
+    }
+}
+
+/// Kills every process of a name; there must be one.
+///
+/// # Panics
+/// When there is none.
+pub fn kill_9(command: &str) {
+    let pids = pids(command);
+    assert!(!pids.is_empty(), "no {command} runs");
+    for pid in pids {
+        let killed = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+        // One that has ended meanwhile is as good as killed.
+        assert!(matches!(killed, Ok(()) | Err(nix::errno::Errno::ESRCH)), "{killed:?}");
+    }
+}
+
+/// Waits until the agent serves again.
+pub fn wait_for_agent() {
+    eventually("the agent to serve", || roost(&["ls"]).status.success().then_some(()));
+}

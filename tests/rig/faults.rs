@@ -1,0 +1,131 @@
+//! `kill -9` of every process while a sandbox runs.
+
+use roost_tests::census::Census;
+use roost_tests::roost::{self, Sandbox, find, kill_9, pids, vmm_command, wait_for_agent};
+use roost_tests::{eventually, in_rig};
+
+/// The tombstone of a sandbox.
+fn tombstone(id: &str) -> serde_json::Value {
+    eventually("the tombstone", || {
+        let text = std::fs::read(format!("/var/lib/roost/tombstones/{id}.json")).ok()?;
+        serde_json::from_slice(&text).ok()
+    })
+}
+
+#[test]
+fn a_killed_vmm_is_a_sandbox_gone_with_its_reason() {
+    in_rig(|| {
+        let id = Sandbox::create(&["--memory", "256"]).forget();
+        kill_9(vmm_command());
+        eventually("the sandbox to be gone", || find(&id).is_none().then_some(()));
+        let tombstone = tombstone(&id);
+        assert_eq!(
+            (&tombstone["reason"], &tombstone["signal"]),
+            (&"vmm_killed".into(), &9.into()),
+            "{tombstone}"
+        );
+        let error = roost::fails(&["exec", &id, "--", "true"]);
+        assert!(error.contains("signal 9"), "{error}");
+    });
+}
+
+#[test]
+fn a_guest_that_powers_off_is_a_sandbox_gone_with_its_console() {
+    in_rig(|| {
+        let sandbox = Sandbox::create(&["--memory", "256"]);
+        // The answer is lost with the guest.
+        drop(sandbox.exec(&[
+            "/bin/bash",
+            "-c",
+            "echo last words > /dev/console; echo o > /proc/sysrq-trigger; sleep 60",
+        ]));
+        let id = sandbox.forget();
+        eventually("the sandbox to be gone", || find(&id).is_none().then_some(()));
+        let tombstone = tombstone(&id);
+        assert_eq!(tombstone["reason"], "vmm_exited", "{tombstone}");
+        assert!(
+            tombstone["console_tail"]
+                .as_str()
+                .is_some_and(|tail| tail.contains("last words")),
+            "{tombstone}"
+        );
+    });
+}
+
+#[test]
+fn a_killed_shim_takes_its_vmm_along() {
+    in_rig(|| {
+        let id = Sandbox::create(&["--memory", "256"]).forget();
+        kill_9("roost-vmmshim");
+        eventually("the VMM to be gone", || pids(vmm_command()).is_empty().then_some(()));
+        eventually("the sandbox to be gone", || find(&id).is_none().then_some(()));
+        assert_eq!(tombstone(&id)["reason"], "shim_lost");
+    });
+}
+
+#[test]
+fn a_killed_privd_is_not_noticed_by_a_sandbox_nor_by_the_next_create() {
+    in_rig(|| {
+        let sandbox = Sandbox::create(&["--memory", "256"]);
+        kill_9("roost-privd");
+        assert_eq!(
+            sandbox.sh("echo still here; dd if=/dev/zero of=/x bs=1M count=8 oflag=direct 2>/dev/null; sync"),
+            "still here"
+        );
+        let next = Sandbox::create(&["--memory", "256"]);
+        assert_eq!(next.sh("echo and one more"), "and one more");
+    });
+}
+
+#[test]
+fn a_killed_agent_leaves_guests_running_and_the_next_one_ends_them() {
+    in_rig(|| {
+        let sandbox = Sandbox::create(&["--memory", "256"]);
+        let ip = sandbox.host_ip();
+        let vmm = pids(vmm_command());
+        assert_eq!(vmm.len(), 1);
+        let id = sandbox.forget();
+        // Without systemd starting it anew at once, so that there is a time without an agent to look at.
+        systemctl(&["stop", "--no-block", "roost-agent.service"]);
+        eventually("the agent to be gone", || pids("roost-agent").is_empty().then_some(()));
+        assert_eq!(pids(vmm_command()), vmm, "the VMM ended with the agent");
+        let health = roost::curl(&[&format!("http://{ip}:49983/health")]);
+        assert_eq!(health.status, 204, "the guest does not answer: {health:?}");
+
+        systemctl(&["start", "roost-agent.service"]);
+        wait_for_agent();
+        assert!(find(&id).is_none());
+        eventually("the VMM to be ended", || pids(vmm_command()).is_empty().then_some(()));
+        assert_eq!(tombstone(&id)["reason"], "agent_restarted");
+    });
+}
+
+#[test]
+fn an_agent_killed_in_the_middle_of_creates_leaves_nothing() {
+    in_rig(|| {
+        for moment in 0..4 {
+            let create = roost::start(&["create", "--memory", "256", "--id", "half"]);
+            eventually("the create to be accepted", || find("half"));
+            std::thread::sleep(std::time::Duration::from_millis(500 * moment));
+            kill_9("roost-agent");
+            create.wait_with_output().expect("it ends");
+            wait_for_agent();
+            eventually("recovery to remove it", || {
+                let census = Census::take();
+                (find("half").is_none() && census.count("file") == 0 && census.count("process") == 0).then_some(())
+            });
+        }
+    });
+}
+
+fn systemctl(args: &[&str]) {
+    let output = std::process::Command::new("systemctl")
+        .args(args)
+        .output()
+        .expect("it runs");
+    assert!(
+        output.status.success(),
+        "systemctl {args:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
