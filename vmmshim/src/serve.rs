@@ -3,7 +3,8 @@
 //! ```text
 //! Idle --Launch--> Running --VMM ends--> report, write the exit record, end
 //!   |                 |
-//!   EOF, Kill: end    EOF: nothing changes; Kill: SIGKILL to the VMM
+//!   EOF, Kill,        EOF: nothing changes
+//!   SIGTERM: end      Kill, SIGTERM: SIGKILL to the VMM
 //! ```
 //!
 //! A connection that cannot take a packet, or sends one that does not decode, is dropped; so is the oldest one where there are
@@ -16,6 +17,8 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{Shutdown, getsockopt, shutdown, sockopt};
 use nix::unistd::getuid;
 use roost_common::ipc::{self, IpcError};
@@ -49,12 +52,15 @@ struct Ready {
     outputs: Vec<usize>,
     listener: bool,
     ended: bool,
+    terminate: bool,
 }
 
 struct Shim {
     options: Options,
-    connections: VecDeque<OwnedFd>,
+    signals: SignalFd,
     state: State,
+    /// Last of what is held, so last to be closed: an agent takes the end of its connection to mean that disk and tap are free.
+    connections: VecDeque<OwnedFd>,
     buffer: Vec<u8>,
 }
 
@@ -65,8 +71,9 @@ struct Shim {
 pub(crate) fn serve(options: Options, connection: OwnedFd) -> io::Result<()> {
     let mut shim = Shim {
         options,
-        connections: VecDeque::new(),
+        signals: terminations()?,
         state: State::Idle,
+        connections: VecDeque::new(),
         buffer: vec![0; MAX_WRITE],
     };
     shim.welcome(connection)?;
@@ -79,11 +86,15 @@ pub(crate) fn serve(options: Options, connection: OwnedFd) -> io::Result<()> {
             }
         }
         let State::Running(vm) = &mut shim.state else {
-            if shim.connections.is_empty() {
+            if ready.terminate || shim.connections.is_empty() {
                 return Ok(());
             }
             continue;
         };
+        if ready.terminate && shim.signals.read_signal()?.is_some() {
+            crate::log!("sandbox_id={}: SIGTERM, the VMM is killed", vm.spec.sandbox);
+            vm.kill();
+        }
         for index in ready.outputs {
             vm.copy(index, &mut shim.buffer);
         }
@@ -97,6 +108,17 @@ pub(crate) fn serve(options: Options, connection: OwnedFd) -> io::Result<()> {
     }
 }
 
+/// SIGTERM as something to poll: systemd stops the shim with it, alone, and the VMM's end is to be reported.
+fn terminations() -> io::Result<SignalFd> {
+    let mut signals = SigSet::empty();
+    signals.add(Signal::SIGTERM);
+    signals.thread_block()?; // the child empties its mask before exec
+    Ok(SignalFd::with_flags(
+        &signals,
+        SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK,
+    )?)
+}
+
 impl Shim {
     /// Waits until something can be done.
     fn wait(&self) -> io::Result<Ready> {
@@ -105,9 +127,11 @@ impl Shim {
             Output(usize),
             Listener,
             Process,
+            Signal,
         }
         let mut sources: Vec<(Source, PollFd<'_>)> = Vec::new();
         let readable = |fd| PollFd::new(fd, PollFlags::POLLIN);
+        sources.push((Source::Signal, readable(self.signals.as_fd())));
         for (index, connection) in self.connections.iter().enumerate() {
             sources.push((Source::Connection(index), readable(connection.as_fd())));
         }
@@ -132,6 +156,7 @@ impl Shim {
                 Source::Output(index) => ready.outputs.push(*index),
                 Source::Listener => ready.listener = true,
                 Source::Process => ready.ended = true,
+                Source::Signal => ready.terminate = true,
             }
         }
         Ok(ready)

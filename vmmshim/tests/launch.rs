@@ -276,6 +276,34 @@ fn kill_ends_the_vmm_and_with_it_the_shim() {
 }
 
 #[test]
+fn a_shim_that_is_told_to_stop_kills_its_vmm_and_reports_it() {
+    let place = Place::new();
+    let (mut shim, ..) = waiting(&place);
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(shim.process.id()).expect("a pid"));
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).expect("sent");
+    assert_eq!(shim.agent.exited().wait, WaitStatus::Signaled(libc::SIGKILL));
+    assert_eq!(shim.ended().code(), Some(0));
+    assert!(place.run_dir.join(EXIT_FILE).exists());
+}
+
+#[test]
+fn the_connection_ends_only_when_disk_and_tap_have_been_closed() {
+    for _ in 0..20 {
+        let place = Place::new();
+        let shim = shim();
+        let (disk, ours) = std::io::pipe()
+            .map(|(reader, writer)| (writer, reader))
+            .expect("a pipe");
+        let started = shim.agent.launch_with(&place.spec("exit 0"), null(), disk.into());
+        assert!(matches!(started, FromShim::Started(_)), "{started:?}");
+        while shim.agent.receive().is_ok() {}
+        fcntl(&ours, FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK)).expect("F_SETFL");
+        // An end of file: no copy of the writing end is left.
+        assert_eq!((&ours).read(&mut [0; 1]).expect("the disk is still held"), 0);
+    }
+}
+
+#[test]
 fn an_exit_reaches_an_agent_that_was_just_asking_something() {
     for _ in 0..20 {
         let place = Place::new();
