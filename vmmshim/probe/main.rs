@@ -49,6 +49,16 @@ fn main() {
             ["flood", mebibytes] => flood(mebibytes.parse().expect("a number")),
             ["log", text] => done(writeln!(io::stderr(), "{text}")),
             ["event", text] => done(fs::write("/proc/self/fd/5", text)),
+            ["memory", mebibytes] => {
+                let size = mebibytes.parse::<usize>().expect("a number") << 20;
+                Ok(vec![1u8; size].iter().filter(|byte| **byte == 1).count().to_string())
+            }
+            ["await", path] => {
+                while !Path::new(path).exists() {
+                    std::thread::sleep(std::time::Duration::from_millis(20));
+                }
+                Ok("done".into())
+            }
             ["wait"] => loop {
                 std::thread::park();
             },
@@ -91,7 +101,6 @@ fn status() -> io::Result<String> {
         "CapAmb",
         "NoNewPrivs",
         "Threads",
-        "SigIgn",
         "SigBlk",
     ];
     let text = fs::read_to_string("/proc/self/status")?;

@@ -458,7 +458,7 @@ fn published_are_regular_files_and_nothing_else() {
     symlink(&outside, attempt(2).join("state.json")).expect("linked");
     mkfifo(&attempt(3).join("state.json"), Mode::S_IRWXU).expect("made");
     fs::create_dir(attempt(4).join("state.json")).expect("made");
-    fs::hard_link(&outside, attempt(5).join("state.json")).expect("linked");
+    fs::hard_link(attempt(5).join("config.json"), attempt(5).join("state.json")).expect("linked");
     for number in 0..100 {
         fs::write(attempt(6).join(number.to_string()), "").expect("written");
     }

@@ -13,7 +13,14 @@ use crate::rig::install;
 use crate::step::{shown, step};
 
 /// Installed in /usr/bin of the rig.
-const PROGRAMS: &[&str] = &["roost-privd", "roost-vmmshim", "roost-agent", "roost", "standin-vmm"];
+const PROGRAMS: &[&str] = &[
+    "roost-privd",
+    "roost-vmmshim",
+    "roost-cage-probe",
+    "roost-agent",
+    "roost",
+    "standin-vmm",
+];
 
 /// Folder below `packaging/` and where its files go.
 const PACKAGING: &[(&str, &str)] = &[

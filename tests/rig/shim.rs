@@ -1,0 +1,414 @@
+//! The shim as systemd starts it, on a host's kernel: each VM's own uid and cgroup, its cage, what it takes for a disk.
+//!
+//! The cage probe runs in the place of the VMM and tells on its console what it can do. What needs a real VMM, a real disk and a
+//! real tap is shown by the sandboxes of the other tests.
+
+use std::fs::{self, File};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, chown};
+use std::path::PathBuf;
+use std::process::Command;
+
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt};
+use nix::sys::time::TimeVal;
+use roost_common::ipc;
+use roost_common::shim::{
+    Exit, FromShim, Launch, PROTOCOL, SOCKET, ShimError, SpecField, Start, Started, ToShim, VmSpec, WaitStatus,
+};
+use roost_common::units::{Mebibytes, Vcpus};
+use roost_tests::{PATIENCE, eventually, in_rig};
+
+/// Arguments of the next shims, read by the unit.
+const ARGUMENTS: &str = "/etc/roost/vmmshim.env";
+const PROFILE: &str = "/etc/roost/cage-probe.json";
+/// The one of the shim's own tests.
+const PROBE_PROFILE: &str = include_str!("../../vmmshim/tests/probe-profile.json");
+/// What systemd gives DynamicUser= services.
+const DYNAMIC_UIDS: std::ops::RangeInclusive<u32> = 61184..=65519;
+
+/// A shim that systemd started for us, and the directories of its sandbox.
+struct Shim {
+    socket: OwnedFd,
+    uid: u32,
+    id: String,
+    run_dir: PathBuf,
+    sandbox_dir: PathBuf,
+    kernel: PathBuf,
+}
+
+impl Shim {
+    /// Connects, with the probe as VMM; under its foreign profile, or the one compiled in.
+    fn start(id: &str, profile: &str) -> Self {
+        fs::write(PROFILE, PROBE_PROFILE).expect("written");
+        let before = fs::read(ARGUMENTS).expect("the unit's arguments");
+        fs::write(
+            ARGUMENTS,
+            format!("ROOST_SHIM_ARGS=\"--vmm /usr/bin/roost-cage-probe {profile}\"\n"),
+        )
+        .expect("written");
+        let socket = packets(SOCKET);
+        let hello = ipc::receive::<FromShim>(socket.as_fd());
+        fs::write(ARGUMENTS, before).expect("restored");
+        let (message, sender) = hello.expect("a hello");
+        assert!(matches!(message, FromShim::Hello { protocol: PROTOCOL }), "{message:?}");
+        let uid = sender.expect("credentials").uid;
+        let sandbox_dir = PathBuf::from("/var/lib/roost/sandboxes").join(id);
+        let shim = Self {
+            socket,
+            uid,
+            id: id.into(),
+            run_dir: PathBuf::from("/run/roost/vm").join(id),
+            kernel: PathBuf::from("/var/lib/roost/kernels").join(id),
+            sandbox_dir,
+        };
+        for directory in [
+            &shim.run_dir,
+            &shim.sandbox_dir,
+            &shim.vm_dir(),
+            &shim.vm_dir().join("1"),
+        ] {
+            fs::create_dir(directory).expect("made");
+            chown(directory, Some(uid), None).expect("given to the VM");
+        }
+        shim
+    }
+
+    fn vm_dir(&self) -> PathBuf {
+        self.sandbox_dir.join("vm")
+    }
+
+    fn ask(&self, request: &ToShim) -> FromShim {
+        ipc::send(self.socket.as_fd(), request).expect("sent");
+        self.receive()
+    }
+
+    fn receive(&self) -> FromShim {
+        ipc::receive(self.socket.as_fd()).expect("a packet").0
+    }
+
+    /// Asks for a launch of a program of the probe.
+    fn launch(&self, program: &str, tap: OwnedFd, disk: OwnedFd, disk_minor: u32) -> FromShim {
+        fs::write(&self.kernel, program).expect("written");
+        let text = |path: &PathBuf| path.to_str().expect("UTF-8").to_owned();
+        let spec = VmSpec {
+            sandbox: self.id.parse().expect("an id"),
+            vcpus: Vcpus(1),
+            memory: Mebibytes(128),
+            disk_minor,
+            start: Start::Boot {
+                kernel: text(&self.kernel),
+                initramfs: None,
+            },
+            run_dir: text(&self.run_dir),
+            vm_dir: text(&self.vm_dir()),
+        };
+        self.ask(&ToShim::Launch(Box::new(Launch {
+            spec,
+            tap: tap.into(),
+            disk: disk.into(),
+        })))
+    }
+
+    fn run(&self, program: &str) -> Started {
+        match self.launch(program, null(), null(), 0) {
+            FromShim::Started(started) => started,
+            other => panic!("not started but {other:?}"),
+        }
+    }
+
+    fn exited(&self) -> Exit {
+        match self.receive() {
+            FromShim::Exited(exit) => exit,
+            other => panic!("no exit but {other:?}"),
+        }
+    }
+}
+
+impl Drop for Shim {
+    fn drop(&mut self) {
+        // Ends what still runs; a shim that has ended does not mind.
+        if ipc::send(self.socket.as_fd(), &ToShim::Kill).is_ok() {
+            while ipc::receive::<FromShim>(self.socket.as_fd()).is_ok() {}
+        }
+        for directory in [&self.run_dir, &self.sandbox_dir] {
+            fs::remove_dir_all(directory).ok();
+        }
+        fs::remove_file(&self.kernel).ok();
+        fs::remove_file(PROFILE).ok();
+    }
+}
+
+fn packets(path: &str) -> OwnedFd {
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let socket = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).expect("a socket");
+    setsockopt(&socket, sockopt::PassCred, &true).expect("SO_PASSCRED");
+    let limit = TimeVal::new(PATIENCE.as_secs().cast_signed(), 0);
+    setsockopt(&socket, sockopt::ReceiveTimeout, &limit).expect("SO_RCVTIMEO");
+    let address = UnixAddr::new(path).expect("a short path");
+    connect(std::os::fd::AsRawFd::as_raw_fd(&socket), &address).expect("connected");
+    socket
+}
+
+fn null() -> OwnedFd {
+    File::open("/dev/null").expect("opened").into()
+}
+
+fn foreign() -> String {
+    format!("--profile {PROFILE}")
+}
+
+/// A field of `/proc/<pid>/status`.
+fn status(pid: u32, field: &str) -> String {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).expect("status");
+    let line = text.lines().find_map(|line| line.strip_prefix(&format!("{field}:")));
+    line.unwrap_or_else(|| panic!("no {field}"))
+        .split_whitespace()
+        .collect::<Vec<_>>()
+        .join(" ")
+}
+
+fn command(program: &str, arguments: &[&str]) -> String {
+    let output = Command::new(program).args(arguments).output().expect("runs");
+    assert!(
+        output.status.success(),
+        "{program} {arguments:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout).expect("UTF-8").trim().to_owned()
+}
+
+fn group(name: &str) -> String {
+    let line = command("getent", &["group", name]);
+    line.split(':').nth(2).expect("a gid").to_owned()
+}
+
+#[test]
+fn each_vm_has_a_uid_and_a_cgroup_of_its_own_no_capability_and_six_descriptors() {
+    in_rig(|| {
+        let shims = [Shim::start("cage-1", &foreign()), Shim::start("cage-2", &foreign())];
+        assert_ne!(shims[0].uid, shims[1].uid, "two VMs share a uid");
+        let mut cgroups = Vec::new();
+        for shim in &shims {
+            assert!(DYNAMIC_UIDS.contains(&shim.uid), "uid {}", shim.uid);
+            let started = shim.run("descriptors\nwait");
+            assert_eq!(started.uid, shim.uid);
+            let pid = started.pid;
+            let uid = shim.uid.to_string();
+            assert_eq!(status(pid, "Uid"), [uid.as_str(); 4].join(" "));
+            for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+                assert_eq!(status(pid, set), "0000000000000000", "{set}");
+            }
+            assert_eq!(
+                (status(pid, "NoNewPrivs"), status(pid, "Seccomp")),
+                ("1".into(), "2".into())
+            );
+            let mut groups: Vec<String> = status(pid, "Groups").split(' ').map(Into::into).collect();
+            groups.retain(|gid| *gid != uid);
+            let mut wanted = vec![group("kvm"), group("roost-vm")];
+            groups.sort();
+            wanted.sort();
+            assert_eq!(groups, wanted);
+            let own = fs::read_to_string(format!("/proc/{pid}/cgroup")).expect("a cgroup");
+            assert_eq!(own.trim(), format!("0::{}", started.cgroup));
+            assert!(started.cgroup.contains("roost-vmmshim@"), "{}", started.cgroup);
+            cgroups.push(started.cgroup);
+            eventually("six descriptors", || {
+                let mut numbers: Vec<u32> = fs::read_dir(format!("/proc/{pid}/fd"))
+                    .expect("descriptors")
+                    .map(|entry| {
+                        entry
+                            .expect("an entry")
+                            .file_name()
+                            .to_string_lossy()
+                            .parse()
+                            .expect("a number")
+                    })
+                    .collect();
+                numbers.sort_unstable();
+                (numbers == [0, 1, 2, 3, 4, 5]).then_some(())
+            });
+        }
+        assert_ne!(cgroups[0], cgroups[1]);
+        // Neither can do anything to the other.
+        let shim = Shim::start("cage-3", &foreign());
+        let other = fs::read_to_string(format!("/sys/fs/cgroup{}/cgroup.procs", cgroups[0])).expect("processes");
+        let victim = other.split_whitespace().last().expect("a process");
+        shim.run(&format!(
+            "signal {victim}\nread /proc/{victim}/mem\nlist /proc/{victim}/fd\nexit 0"
+        ));
+        let console = String::from_utf8_lossy(&shim.exited().console).into_owned();
+        assert!(!console.contains("done"), "{console}");
+        assert_eq!(console.matches("error").count(), 3, "{console}");
+    });
+}
+
+#[test]
+fn the_cage_holds_on_this_kernel() {
+    in_rig(|| {
+        let shim = Shim::start("cage", &foreign());
+        let vm = shim.vm_dir();
+        let (vm, run_dir) = (vm.display(), shim.run_dir.display());
+        let allowed = [
+            format!("create {vm}/1/state.json"),
+            format!("read {vm}/1/state.json"),
+            format!("truncate {vm}/1/state.json"),
+            "read /dev/urandom".into(),
+        ];
+        let refused = [
+            "read /etc/passwd".to_owned(),
+            "read /proc/1/environ".into(),
+            "read /var/lib/roost/images/minimal/rootfs.ext4".into(),
+            "write /dev/net/tun".into(),
+            "write /dev/kvm".into(),
+            "list /var/lib/roost/sandboxes".into(),
+            "create /tmp/x".into(),
+            format!("create {run_dir}/x"),
+            format!("read {run_dir}/console.log"),
+            format!("write {}", shim.kernel.display()),
+            format!("mkdir {vm}/2"),
+            format!("symlink {vm}/1/config.json"),
+            format!("remove {vm}/1/state.json"),
+            "execute /bin/sh".into(),
+            "tcp connect".into(),
+            "tcp bind".into(),
+        ];
+        let program: Vec<&str> = allowed
+            .iter()
+            .chain(&refused)
+            .map(String::as_str)
+            .chain(["exit 3"])
+            .collect();
+        shim.run(&program.join("\n"));
+        let exit = shim.exited();
+        let console = String::from_utf8_lossy(&exit.console).into_owned();
+        assert_eq!(exit.wait, WaitStatus::Exited(3), "{console}");
+        for command in &allowed {
+            assert!(console.contains(&format!("{command}: done\n")), "{command}: {console}");
+        }
+        for command in &refused {
+            assert!(console.contains(&format!("{command}: error ")), "{command}: {console}");
+        }
+    });
+}
+
+#[test]
+fn the_files_of_an_attempt_are_published_to_the_agent() {
+    in_rig(|| {
+        let shim = Shim::start("publish", &foreign());
+        let file = shim.vm_dir().join("1/state.json");
+        shim.run(&format!("create {}\nwait", file.display()));
+        let found = eventually("the VM's file", || fs::metadata(&file).ok());
+        assert_eq!((found.mode() & 0o777, found.uid()), (0o600, shim.uid));
+        let answer = shim.ask(&ToShim::Publish { attempt: 1 });
+        assert!(matches!(answer, FromShim::Published), "{answer:?}");
+        assert_eq!(fs::metadata(&file).expect("still there").mode() & 0o777, 0o640);
+    });
+}
+
+#[test]
+fn a_stopped_unit_reports_the_end_of_its_vmm() {
+    in_rig(|| {
+        let shim = Shim::start("stopped", &foreign());
+        let started = shim.run("wait");
+        let unit = started.cgroup.rsplit('/').next().expect("a unit").to_owned();
+        command("systemctl", &["stop", &unit]);
+        assert_eq!(shim.exited().wait, WaitStatus::Signaled(libc::SIGKILL));
+        assert!(shim.run_dir.join("exit").exists());
+    });
+}
+
+#[test]
+fn a_vmm_that_is_killed_for_memory_is_told_as_such() {
+    in_rig(|| {
+        let shim = Shim::start("oom", &foreign());
+        let go = shim.vm_dir().join("1/go");
+        let started = shim.run(&format!("await {}\nmemory 512\nexit 0", go.display()));
+        let unit = started.cgroup.rsplit('/').next().expect("a unit").to_owned();
+        command(
+            "systemctl",
+            &["set-property", "--runtime", &unit, "MemoryMax=64M", "MemorySwapMax=0"],
+        );
+        fs::write(go, "").expect("written");
+        let exit = shim.exited();
+        assert_eq!((exit.wait, exit.oom_kills), (WaitStatus::Signaled(libc::SIGKILL), 1));
+    });
+}
+
+/// A device-mapper device over a loop, with a name of our choice.
+struct Device {
+    name: String,
+    loop_device: String,
+    file: PathBuf,
+    minor: u32,
+}
+
+impl Device {
+    fn make(name: &str) -> Self {
+        let file = PathBuf::from(format!("/var/tmp/{name}"));
+        File::create(&file).expect("made").set_len(1 << 20).expect("sized");
+        let loop_device = command("losetup", &["--find", "--show", file.to_str().expect("UTF-8")]);
+        let table = format!("0 2048 linear {loop_device} 0");
+        command("dmsetup", &["create", name, "--table", &table]);
+        let minor = command("dmsetup", &["info", "-c", "--noheadings", "-o", "minor", name]);
+        Self {
+            name: name.into(),
+            loop_device,
+            file,
+            minor: minor.parse().expect("a number"),
+        }
+    }
+
+    fn open(&self) -> OwnedFd {
+        let node = format!("/dev/dm-{}", self.minor);
+        let node = eventually("the node", || File::options().read(true).write(true).open(&node).ok());
+        node.into()
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        command("dmsetup", &["remove", "--retry", &self.name]);
+        command("losetup", &["--detach", &self.loop_device]);
+        fs::remove_file(&self.file).expect("removed");
+    }
+}
+
+#[test]
+fn only_a_sandboxs_own_disk_and_a_tap_are_launched_on() {
+    in_rig(|| {
+        // Under the profile that is compiled in, which checks devices.
+        let shim = Shim::start("checks", "");
+        let own = Device::make("roost-s-checks");
+        let foreign = Device::make("roost-s-checks-2");
+        let refused = |tap: OwnedFd, disk: OwnedFd, minor: u32| match shim.launch("exit 0", tap, disk, minor) {
+            FromShim::Refused(ShimError::BadSpec { field }) => field,
+            other => panic!("not refused for a field but {other:?}"),
+        };
+        assert_eq!(refused(null(), null(), own.minor), SpecField::Disk, "no device");
+        assert_eq!(
+            refused(null(), foreign.open(), foreign.minor),
+            SpecField::Disk,
+            "another's"
+        );
+        assert_eq!(
+            refused(null(), own.open(), foreign.minor),
+            SpecField::Disk,
+            "another's node"
+        );
+        assert_eq!(refused(null(), own.open(), 4000), SpecField::Disk, "no node");
+        let loop_device: OwnedFd = File::open(&own.loop_device).expect("opened").into();
+        assert_eq!(refused(null(), loop_device, own.minor), SpecField::Disk, "a loop");
+        // The disk is accepted, so the next one is the tap's turn.
+        assert_eq!(refused(null(), own.open(), own.minor), SpecField::Tap, "no tap");
+        let unattached: OwnedFd = File::open("/dev/net/tun").expect("opened").into();
+        assert_eq!(
+            refused(unattached, own.open(), own.minor),
+            SpecField::Tap,
+            "a tun without interface"
+        );
+        assert!(
+            fs::read_dir(&shim.run_dir).expect("listed").next().is_none(),
+            "something is left"
+        );
+    });
+}
