@@ -16,7 +16,7 @@ awk "/MemTotal/ { print \"memory:\", int(\$2 / 1024), \"MiB\" }" /proc/meminfo
 step() {
     local title=$1 start=$EPOCHREALTIME status
     shift
-    printf '\n--- %s\n$ %s\n' "$title" "${*/$PROGRAM/\"\$PROGRAM\"}"
+    printf '\n--- %s\n$ %s\n' "$title" "$*"
     "$@"
     status=$?
     printf '    (%s s, status %d)\n' "$(since "$start")" "$status"
