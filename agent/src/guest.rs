@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use connectrpc::client::{CallOptions, ClientConfig, HttpClient};
@@ -76,6 +76,9 @@ pub enum GuestError {
     #[error("the guest's stream of the command {0}")]
     BadStream(&'static str),
 }
+
+/// The exit code of a command that SIGKILL ended.
+const KILLED: i32 = 128 + 9;
 
 /// What a guest is told at the start.
 #[derive(Debug, Clone)]
@@ -212,10 +215,12 @@ impl Guest {
         limit: Duration,
         max_output: u64,
     ) -> Result<Finished, GuestError> {
-        // envd ends the process at this deadline even when we are not there to see it.
+        // envd ends the process at this deadline even when we are not there to see it. As a header only: the client's own
+        // timeout would end the call before envd has told how the process ended.
         let options = CallOptions::default()
-            .with_timeout(limit)
+            .with_header("connect-timeout-ms", limit.as_millis().to_string())
             .with_header(KEEPALIVE_HEADER, KEEPALIVE_SECONDS);
+        let started = Instant::now();
         let request = StartRequest {
             process: ProcessConfig {
                 cmd: command,
@@ -238,6 +243,10 @@ impl Guest {
                 Err(GuestError::TimedOut(limit))
             }
             Ok(Err(GuestError::Process(error))) if error.code == ErrorCode::DeadlineExceeded => {
+                Err(GuestError::TimedOut(limit))
+            }
+            // Killed, and not before the deadline: then it was the deadline that killed it.
+            Ok(Ok(finished)) if finished.exit_code == KILLED && started.elapsed() >= limit => {
                 Err(GuestError::TimedOut(limit))
             }
             Ok(Err(error @ GuestError::TooMuchOutput(_))) => {

@@ -142,11 +142,18 @@ enum CliError {
     #[error(transparent)]
     Client(#[from] ClientError),
     #[error("{}", words(.0))]
-    Call(#[from] ConnectError),
+    Call(ConnectError),
     #[error(transparent)]
     Pki(#[from] pki::PkiError),
     #[error("cannot write output")]
     Output(#[from] io::Error),
+}
+
+/// By hand, without naming the error as a source: its text is the whole of ours already.
+impl From<ConnectError> for CliError {
+    fn from(error: ConnectError) -> Self {
+        Self::Call(error)
+    }
 }
 
 /// What the agent or the transport said: of the agent's errors the text, which says it all.
