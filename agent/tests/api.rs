@@ -1,0 +1,280 @@
+//! The API from outside, over real TLS, on a host that has no image, no privd and no shim: who may call, and what is refused before
+//! anything of the host is needed. What needs a host is tested in the rig.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::process::{Command, Output};
+use std::sync::Arc;
+
+use roost_agent::api::service::Service;
+use roost_agent::config::Config;
+use roost_agent::host::Host;
+use roost_agent::registry::Registry;
+use roost_agent::serve::{Access, serve};
+use roost_agent::{pki, recover, tls};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+
+struct Agent {
+    address: SocketAddr,
+    dir: tempfile::TempDir,
+    service: Arc<Service>,
+    host: Arc<Host>,
+}
+
+impl Agent {
+    /// An agent that has recovered, on a port of its own.
+    async fn start() -> Self {
+        let agent = Self::start_recovering(&["roost-cli"]).await;
+        recover::recover(&agent.host).await.expect("recovered");
+        agent.service.recovered();
+        agent
+    }
+
+    /// An agent that is not there yet.
+    async fn start_recovering(client_names: &[&str]) -> Self {
+        let dir = tempfile::tempdir().expect("a directory");
+        let below = |name: &str| dir.path().join(name);
+        for name in ["lib/kernels", "lib/images", "lib/sandboxes", "lib/tombstones", "run"] {
+            std::fs::create_dir_all(below(name)).expect("made");
+        }
+        pki::init(&below("pki"), &[]).expect("certificates");
+        let config = Config {
+            dir: below("lib"),
+            vm_run_dir: below("run"),
+            pki_dir: below("pki"),
+            privd_socket: below("no-privd.sock"),
+            shim_socket: below("no-shim.sock"),
+            client_names: client_names.iter().map(|name| (*name).to_owned()).collect(),
+            ..Config::default()
+        };
+        let access = Access {
+            tls: tls::server(&config.pki_dir).expect("usable"),
+            client_names: config.client_names.clone(),
+        };
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
+        let address = listener.local_addr().expect("an address");
+        let host = Arc::new(Host::new(config));
+        let service = Service::new(Registry::new(host.clone()));
+        tokio::spawn(serve(listener, access, service.clone()));
+        Self {
+            address,
+            dir,
+            service,
+            host,
+        }
+    }
+
+    fn pki(&self) -> std::path::PathBuf {
+        self.dir.path().join("pki")
+    }
+
+    /// Runs the command line against this agent, with the certificates of a directory.
+    async fn roost_with(&self, pki: &Path, args: &[&str]) -> Output {
+        let (address, pki) = (self.address.to_string(), pki.to_owned());
+        let args: Vec<String> = args.iter().map(|arg| (*arg).to_owned()).collect();
+        let run = tokio::task::spawn_blocking(move || {
+            Command::new(env!("CARGO_BIN_EXE_roost"))
+                .args(["--host", &address, "--pki"])
+                .arg(pki)
+                .args(args)
+                .output()
+                .expect("roost runs")
+        });
+        run.await.expect("no panic")
+    }
+
+    async fn roost(&self, args: &[&str]) -> Output {
+        self.roost_with(&self.pki(), args).await
+    }
+
+    /// Standard error of an invocation that must fail.
+    async fn refusal(&self, args: &[&str]) -> String {
+        let output = self.roost(args).await;
+        assert!(!output.status.success(), "roost {args:?} succeeded");
+        String::from_utf8(output.stderr).expect("UTF-8")
+    }
+}
+
+#[tokio::test]
+async fn a_listed_client_is_served() {
+    let agent = Agent::start().await;
+    let output = agent.roost(&["ls"]).await;
+    assert!(output.status.success(), "{output:?}");
+    assert!(output.stdout.starts_with(b"ID"));
+    let output = agent.roost(&["ls", "--json"]).await;
+    assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "{}");
+}
+
+#[tokio::test]
+async fn an_agent_that_recovers_says_so() {
+    let agent = Agent::start_recovering(&["roost-cli"]).await;
+    for args in [
+        &["ls"][..],
+        &["create"],
+        &["ping", "x"],
+        &["rm", "x"],
+        &["exec", "x", "true"],
+    ] {
+        let said = agent.refusal(args).await;
+        assert!(
+            said.contains("recovering") && said.contains("unavailable"),
+            "{args:?}: {said}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_certificate_of_another_ca_is_refused_and_the_person_told() {
+    let agent = Agent::start().await;
+    let other = agent.dir.path().join("other");
+    pki::init(&other, &[]).expect("certificates");
+    // Their CA does not sign our server.
+    let output = agent.roost_with(&other, &["ls"]).await;
+    assert!(!output.status.success());
+    assert!(
+        String::from_utf8_lossy(&output.stderr).contains("certificate"),
+        "{output:?}"
+    );
+    // With our CA, so that it is the server that refuses.
+    std::fs::copy(agent.pki().join("ca.pem"), other.join("ca.pem")).expect("copied");
+    let output = agent.roost_with(&other, &["ls"]).await;
+    assert!(!output.status.success());
+    assert!(
+        String::from_utf8_lossy(&output.stderr).contains("certificate"),
+        "{output:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_certificate_of_our_ca_with_another_name_is_refused() {
+    let agent = Agent::start_recovering(&["somebody-else"]).await;
+    let said = agent.refusal(&["ls"]).await;
+    assert!(
+        said.contains("client_names") && said.contains("permission_denied"),
+        "{said}"
+    );
+}
+
+#[tokio::test]
+async fn an_agent_that_is_not_there_is_named() {
+    let agent = Agent::start().await;
+    let output = Command::new(env!("CARGO_BIN_EXE_roost"))
+        .args(["--host", "127.0.0.1:1", "ls", "--pki"])
+        .arg(agent.pki())
+        .output()
+        .expect("it runs");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(
+        said.contains("127.0.0.1:1") && said.contains("is roost-agent running"),
+        "{said}"
+    );
+    let output = Command::new(env!("CARGO_BIN_EXE_roost"))
+        .args(["exec", "--pki", "/nonexistent", "x", "true"])
+        .output()
+        .expect("it runs");
+    assert_eq!(output.status.code(), Some(125));
+    assert!(
+        String::from_utf8_lossy(&output.stderr).contains("roost pki init"),
+        "{output:?}"
+    );
+}
+
+#[tokio::test]
+async fn plain_http_gets_one_clear_answer() {
+    let agent = Agent::start().await;
+    let mut stream = TcpStream::connect(agent.address).await.expect("connected");
+    stream
+        .write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        .await
+        .expect("sent");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.expect("read to the end");
+    assert!(
+        answer.starts_with("HTTP/1.1 400") && answer.contains("HTTPS"),
+        "{answer}"
+    );
+}
+
+#[tokio::test]
+async fn creates_that_cannot_be_are_refused_and_leave_nothing() {
+    let agent = Agent::start().await;
+    let uuid = "67e55044-10b1-426f-9247-bb680e5fe0c8";
+    for (args, says) in [
+        (&["create", "--id", "../x"][..], "sandbox_id"),
+        (&["create", "--template", "x"], "template_id"),
+        (&["create", "--template", uuid], uuid),
+        (&["create", "--vcpus", "1000"], "vcpus"),
+        (&["create", "--memory=-1"], "memory_mb"),
+        // An image is missing here, which is the host's fault and named as such.
+        (&["create"], "no template"),
+    ] {
+        let said = agent.refusal(args).await;
+        assert!(said.contains(says), "{args:?}: {said}");
+    }
+    let lib = agent.dir.path().join("lib");
+    for dir in [
+        lib.join("sandboxes"),
+        lib.join("tombstones"),
+        agent.dir.path().join("run"),
+    ] {
+        assert_eq!(
+            std::fs::read_dir(&dir).expect("read").count(),
+            0,
+            "{} is not empty",
+            dir.display()
+        );
+    }
+    assert_eq!(agent.roost(&["ls", "--json"]).await.stdout, b"{}\n");
+}
+
+#[tokio::test]
+async fn a_host_without_privd_or_shims_says_which_socket_and_undoes_the_create() {
+    let agent = Agent::start().await;
+    let lib = agent.dir.path().join("lib");
+    std::fs::create_dir(lib.join("images/minimal")).expect("made");
+    std::fs::write(lib.join("images/minimal/rootfs.ext4"), vec![0; 8192]).expect("written");
+    let said = agent.refusal(&["create"]).await;
+    assert!(said.contains("vmlinux-<version>"), "{said}");
+    std::fs::write(lib.join("kernels/vmlinux-6.1"), "").expect("written");
+    let said = agent.refusal(&["create", "--id", "x"]).await;
+    assert!(said.contains("no-shim.sock"), "{said}");
+    assert_eq!(std::fs::read_dir(lib.join("sandboxes")).expect("read").count(), 0);
+    assert!(agent.refusal(&["ping", "x"]).await.contains("no sandbox x"));
+}
+
+#[tokio::test]
+async fn recovery_removes_what_an_earlier_agent_left_and_says_why_it_ended() {
+    let agent = Agent::start_recovering(&["roost-cli"]).await;
+    let lib = agent.dir.path().join("lib");
+    for dir in [
+        "lib/sandboxes/ran/vm",
+        "lib/sandboxes/half",
+        "lib/sandboxes/.removing-gone/vm",
+        "run/ran",
+        "run/lost",
+    ] {
+        std::fs::create_dir_all(agent.dir.path().join(dir)).expect("made");
+    }
+    let plan = roost_agent::sandbox::plan::Plan::check(
+        roost_agent::sandbox::plan::Wish {
+            id: "ran".into(),
+            ..Default::default()
+        },
+        &Config::default(),
+        || unreachable!("it has an id"),
+    );
+    let phase = roost_agent::sandbox::record::Phase::Running;
+    let record = roost_agent::sandbox::record::Record::new(phase, 1, plan.expect("checked"), 5);
+    record.write(&agent.host.layout).expect("written");
+    recover::recover(&agent.host).await.expect("recovered");
+    agent.service.recovered();
+    assert_eq!(std::fs::read_dir(lib.join("sandboxes")).expect("read").count(), 0);
+    assert_eq!(
+        std::fs::read_dir(agent.dir.path().join("run")).expect("read").count(),
+        0
+    );
+    let said = agent.refusal(&["ping", "ran"]).await;
+    assert!(said.contains("started anew"), "{said}");
+    assert!(!agent.refusal(&["ping", "half"]).await.contains("started anew"));
+}
