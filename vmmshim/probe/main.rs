@@ -49,6 +49,12 @@ fn main() {
             ["flood", mebibytes] => flood(mebibytes.parse().expect("a number")),
             ["log", text] => done(writeln!(io::stderr(), "{text}")),
             ["event", text] => done(fs::write("/proc/self/fd/5", text)),
+            ["grow", "console"] => nix::fcntl::fcntl(io::stdout(), nix::fcntl::FcntlArg::F_SETPIPE_SZ(1 << 20))
+                .map(|size| size.to_string())
+                .map_err(io::Error::from),
+            ["burst", kibibytes] => {
+                done(io::stdout().write_all(&vec![b'.'; kibibytes.parse::<usize>().expect("a number") << 10]))
+            }
             ["memory", mebibytes] => {
                 let size = mebibytes.parse::<usize>().expect("a number") << 20;
                 Ok(vec![1u8; size].iter().filter(|byte| **byte == 1).count().to_string())

@@ -133,6 +133,44 @@ fn the_vmm_has_no_capability_no_way_to_gain_one_and_default_signals() {
 }
 
 #[test]
+fn ambient_capabilities_end_at_the_vmm() {
+    if !getuid().is_root() {
+        println!("not root: there is no capability to give away");
+        return;
+    }
+    let place = Place::new();
+    // Without CAP_SETPCAP, so that the bounding set stays, and without what root gains at exec.
+    let shim = Shim::start_by(
+        "setpriv",
+        [
+            "--inh-caps=-all,+net_raw",
+            "--ambient-caps=+net_raw",
+            "--securebits=+noroot,+noroot_locked",
+            env!("CARGO_BIN_EXE_roost-vmmshim"),
+            "--vmm",
+            PROBE,
+            "--profile",
+            PROFILE,
+        ],
+    );
+    assert!(matches!(shim.agent.receive(), Ok(FromShim::Hello { .. })));
+    let own = fs::read_to_string(format!("/proc/{}/status", shim.process.id())).expect("status");
+    assert!(
+        own.contains("CapAmb:\t0000000000002000"),
+        "the shim was given nothing: {own}"
+    );
+    shim.agent.started(&place.spec("status\nexit 0"));
+    let console = text(&shim.agent.exited().console);
+    for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
+        assert!(console.contains(&format!("{set}:0000000000000000")), "{set}: {console}");
+    }
+    assert!(
+        !console.contains("CapBnd:0000000000000000"),
+        "the bounding set hides it: {console}"
+    );
+}
+
+#[test]
 fn the_vmm_touches_no_file_but_those_of_its_sandbox() {
     let place = Place::new();
     fs::create_dir(place.vm_dir.join("1")).expect("made");
@@ -164,7 +202,7 @@ fn the_vmm_touches_no_file_but_those_of_its_sandbox() {
         format!("read {run_dir}/{CONSOLE_FILE}"),
         format!("write {run_dir}/{CONSOLE_FILE}"),
         format!("remove {run_dir}/{API_SOCKET}"),
-        format!("create {}/roost-probe", std::env::temp_dir().display()),
+        format!("create {root}/x"),
         format!("mkdir {vm}/2"),
         format!("symlink {vm}/1/config.json"),
         format!("rename {vm}/1/state.json {vm}/1/config.json"),
@@ -287,20 +325,22 @@ fn a_shim_that_is_told_to_stop_kills_its_vmm_and_reports_it() {
 }
 
 #[test]
-fn the_connection_ends_only_when_disk_and_tap_have_been_closed() {
-    for _ in 0..20 {
-        let place = Place::new();
-        let shim = shim();
-        let (disk, ours) = std::io::pipe()
-            .map(|(reader, writer)| (writer, reader))
-            .expect("a pipe");
-        let started = shim.agent.launch_with(&place.spec("exit 0"), null(), disk.into());
-        assert!(matches!(started, FromShim::Started(_)), "{started:?}");
-        while shim.agent.receive().is_ok() {}
-        fcntl(&ours, FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK)).expect("F_SETFL");
-        // An end of file: no copy of the writing end is left.
-        assert_eq!((&ours).read(&mut [0; 1]).expect("the disk is still held"), 0);
-    }
+fn the_last_words_of_a_vmm_are_kept_however_far_the_shim_was_behind() {
+    let place = Place::new();
+    fs::create_dir(place.vm_dir.join("1")).expect("made");
+    let go = place.vm_dir.join("1/go");
+    let shim = shim();
+    let program = format!("grow console\nawait {}\nburst 800\nexit 9", go.display());
+    let started = shim.agent.started(&place.spec(&program));
+    wait_for_console(&place, "grow console: 1048576");
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(shim.process.id()).expect("a pid"));
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP).expect("stopped");
+    fs::write(go, "").expect("written");
+    wait_for("the VMM's end", || is_gone(started.pid));
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGCONT).expect("continued");
+    let exit = shim.agent.exited();
+    assert_eq!(exit.wait, WaitStatus::Exited(9));
+    assert!(text(&exit.console).ends_with("burst 800: done\n"), "the end is lost");
 }
 
 #[test]

@@ -82,9 +82,14 @@ pub(crate) struct Shim {
 
 impl Shim {
     pub(crate) fn start<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Self {
+        Self::start_by(env!("CARGO_BIN_EXE_roost-vmmshim"), arguments)
+    }
+
+    /// Starts the shim by a program that executes it.
+    pub(crate) fn start_by<S: AsRef<OsStr>>(program: &str, arguments: impl IntoIterator<Item = S>) -> Self {
         let (ours, theirs) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).expect("a socket pair");
-        let process = Command::new(env!("CARGO_BIN_EXE_roost-vmmshim"))
+        let process = Command::new(program)
             .args(arguments)
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null())
