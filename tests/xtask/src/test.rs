@@ -83,7 +83,11 @@ const CHECKS: &[Check] = &[
     },
     Check {
         title: "unit tests",
-        calls: &[&["test", "--workspace"]],
+        calls: &[
+            &["test", "--workspace"],
+            // What launches something: a build that takes the probe's profile.
+            &["test", "--package", "roost-vmmshim", "--features", "foreign-profiles"],
+        ],
     },
     Check {
         // In the workspace features of all crates add up; each must also build with what it asks for alone.
