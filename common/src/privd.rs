@@ -363,7 +363,7 @@ pub enum ResourceKind {
 }
 
 /// The kernel steps of the verbs, in the order in which they are taken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "each variant is the step of that name; `Display` is the doc")]
 pub enum Step {
     InspectDescriptor,

@@ -51,7 +51,9 @@ impl Entry {
 
     /// Writes the line.
     pub(crate) fn write(&self, peer: Peer, outcome: Result<(), &PrivdError>, elapsed: Duration) {
-        let elapsed_ms = elapsed.as_secs_f64() * 1000.0;
+        // Of microseconds, so that three digits follow the point and not fifteen.
+        let micros = u32::try_from(elapsed.as_micros()).unwrap_or(u32::MAX);
+        let elapsed_ms = f64::from(micros) / 1000.0;
         let Self { op, fields } = self;
         let Peer { uid, pid } = peer;
         match outcome {

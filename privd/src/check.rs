@@ -235,3 +235,275 @@ impl File {
         u64::try_from(self.status.st_size).unwrap_or(0)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, OpenOptions};
+    use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+    use std::path::{Path, PathBuf};
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use roost_common::ipc::PassedFd;
+    use roost_common::privd::Internet;
+    use roost_common::units::Mebibytes;
+
+    use super::*;
+
+    /// A directory of files that would do for a disk, each to be spoilt by a test.
+    struct Files(PathBuf);
+
+    impl Files {
+        fn new() -> Self {
+            static MADE: AtomicU32 = AtomicU32::new(0);
+            let number = MADE.fetch_add(1, Ordering::Relaxed);
+            let place = std::env::temp_dir().join(format!("roost-privd-{}-{number}", std::process::id()));
+            fs::create_dir(&place).expect("a directory");
+            let files = Self(place);
+            fs::write(files.image(), vec![1; 1 << 20]).expect("written");
+            fs::set_permissions(files.image(), fs::Permissions::from_mode(0o644)).expect("closed to others");
+            let cow = fs::File::create(files.cow()).expect("created");
+            cow.set_len(size().cow_length().expect("a size").0).expect("sparse");
+            files
+        }
+
+        fn image(&self) -> PathBuf {
+            self.0.join("image")
+        }
+
+        fn cow(&self) -> PathBuf {
+            self.0.join("cow")
+        }
+
+        fn request(&self) -> OpenDisk {
+            OpenDisk {
+                sandbox: "a".parse().expect("an id"),
+                origin: open(&self.image(), OFlag::O_RDONLY),
+                cow: open(&self.cow(), OFlag::O_RDWR),
+                size: size(),
+                owner: 61184,
+            }
+        }
+
+        fn check(&self, request: OpenDisk) -> Result<DiskSpec, PrivdError> {
+            let here = fstatfs(fs::File::open(&self.0).expect("opened"))
+                .expect("known")
+                .filesystem_type()
+                .0;
+            let limits = Limits {
+                filesystems: Box::leak(Box::new([here])),
+                ..Limits::default()
+            };
+            DiskSpec::check(&limits, me(), request)
+        }
+
+        fn refused(&self, request: OpenDisk) -> PrivdError {
+            self.check(request).expect_err("accepted")
+        }
+    }
+
+    impl Drop for Files {
+        fn drop(&mut self) {
+            fs::remove_dir_all(&self.0).expect("removed");
+        }
+    }
+
+    fn size() -> Sectors {
+        Mebibytes(2).sectors()
+    }
+
+    fn me() -> Peer {
+        Peer {
+            uid: nix::unistd::geteuid().as_raw(),
+            pid: 1,
+        }
+    }
+
+    fn open(path: &Path, flags: OFlag) -> PassedFd {
+        let writes = flags.intersects(OFlag::O_RDWR | OFlag::O_WRONLY);
+        let file = OpenOptions::new()
+            .read(!flags.contains(OFlag::O_WRONLY))
+            .write(writes)
+            .custom_flags((flags & !(OFlag::O_ACCMODE)).bits())
+            .open(path)
+            .expect("opened");
+        OwnedFd::from(file).into()
+    }
+
+    fn origin(wanted: Wanted) -> PrivdError {
+        PrivdError::WrongDescriptor {
+            what: DescriptorRole::Origin,
+            wanted,
+        }
+    }
+
+    fn cow(wanted: Wanted) -> PrivdError {
+        PrivdError::WrongDescriptor {
+            what: DescriptorRole::Cow,
+            wanted,
+        }
+    }
+
+    #[test]
+    fn proper_files_become_a_disk() {
+        let files = Files::new();
+        let spec = files.check(files.request()).expect("accepted");
+        assert_eq!(spec.image.length, Mebibytes(1).sectors());
+    }
+
+    #[test]
+    fn only_regular_files_opened_as_their_role_demands() {
+        let files = Files::new();
+        let fifo = files.0.join("fifo");
+        nix::unistd::mkfifo(&fifo, Mode::S_IRWXU).expect("a fifo");
+        let (image, store) = (files.image(), files.cow());
+        for (descriptor, wanted) in [
+            (open(&files.0, OFlag::O_RDONLY), Wanted::RegularFile),
+            (open(Path::new("/dev/null"), OFlag::O_RDONLY), Wanted::RegularFile),
+            (open(&fifo, OFlag::O_RDONLY | OFlag::O_NONBLOCK), Wanted::RegularFile),
+            (open(&image, OFlag::O_RDWR), Wanted::ReadOnly),
+            (open(&image, OFlag::O_WRONLY), Wanted::ReadOnly),
+            (open(&image, OFlag::O_PATH), Wanted::ReadOnly),
+        ] {
+            let mut request = files.request();
+            request.origin = descriptor;
+            assert_eq!(files.refused(request), origin(wanted));
+        }
+        for (descriptor, wanted) in [
+            (open(Path::new("/dev/null"), OFlag::O_RDWR), Wanted::RegularFile),
+            (open(&fifo, OFlag::O_RDWR), Wanted::RegularFile),
+            (open(&store, OFlag::O_RDONLY), Wanted::ReadWrite),
+            (open(&store, OFlag::O_WRONLY), Wanted::ReadWrite),
+            (open(&store, OFlag::O_PATH), Wanted::ReadWrite),
+        ] {
+            let mut request = files.request();
+            request.cow = descriptor;
+            assert_eq!(files.refused(request), cow(wanted));
+        }
+    }
+
+    #[test]
+    fn only_files_on_a_disk() {
+        let files = Files::new();
+        let refused = DiskSpec::check(
+            &Limits {
+                filesystems: &[],
+                ..Limits::default()
+            },
+            me(),
+            files.request(),
+        );
+        assert_eq!(refused.expect_err("accepted"), origin(Wanted::BackedByDisk));
+        let mut request = files.request();
+        request.origin = open(Path::new("/proc/self/maps"), OFlag::O_RDONLY);
+        assert_eq!(files.refused(request), origin(Wanted::BackedByDisk));
+    }
+
+    #[test]
+    fn a_store_with_a_second_link_or_of_another_uid_is_refused() {
+        let files = Files::new();
+        let stranger = Peer {
+            uid: me().uid + 1,
+            pid: 1,
+        };
+        let any = fstatfs(fs::File::open(&files.0).expect("opened"))
+            .expect("known")
+            .filesystem_type()
+            .0;
+        let limits = Limits {
+            filesystems: Box::leak(Box::new([any])),
+            ..Limits::default()
+        };
+        let refused = DiskSpec::check(&limits, stranger, files.request()).expect_err("accepted");
+        // Where the test runs as root the image is root's, which anybody may use; the store still is not theirs.
+        let expected = if me().uid == 0 {
+            cow(Wanted::CallersOwn)
+        } else {
+            origin(Wanted::CallersOwn)
+        };
+        assert_eq!(refused, expected);
+        fs::hard_link(files.cow(), files.0.join("second")).expect("a link");
+        assert_eq!(files.refused(files.request()), cow(Wanted::SingleLink));
+    }
+
+    #[test]
+    fn an_image_that_others_may_write_is_refused() {
+        let files = Files::new();
+        for mode in [0o664, 0o646, 0o666] {
+            fs::set_permissions(files.image(), fs::Permissions::from_mode(mode)).expect("changed");
+            assert_eq!(
+                files.refused(files.request()),
+                origin(Wanted::NotWritableByOthers),
+                "{mode:o}"
+            );
+        }
+    }
+
+    #[test]
+    fn sizes_that_are_no_disk_are_refused() {
+        let files = Files::new();
+        for (size, reason) in [
+            (0, SizeRefusal::NotWholeChunks),
+            (1, SizeRefusal::NotWholeChunks),
+            (4097, SizeRefusal::NotWholeChunks),
+            (MAX_DISK.0 + 8, SizeRefusal::TooLarge),
+            (u64::MAX, SizeRefusal::TooLarge),
+            (2040, SizeRefusal::SmallerThanOrigin),
+            (MAX_DISK.0, SizeRefusal::CowTooShort),
+            (size().0 + 8 * 1024, SizeRefusal::CowTooShort),
+        ] {
+            let size = Sectors(size);
+            let mut request = files.request();
+            request.size = size;
+            assert_eq!(files.refused(request), PrivdError::WrongSize { size, reason });
+        }
+        for length in [0, 511, 513] {
+            fs::write(files.image(), vec![1; length]).expect("written");
+            assert_eq!(files.refused(files.request()), origin(Wanted::ProperLength), "{length}");
+        }
+    }
+
+    #[test]
+    fn a_store_may_not_be_a_byte_too_short() {
+        let files = Files::new();
+        let length = size().cow_length().expect("a size").0;
+        fs::File::options()
+            .write(true)
+            .open(files.cow())
+            .and_then(|file| file.set_len(length - 1))
+            .expect("cut");
+        let reason = SizeRefusal::CowTooShort;
+        assert_eq!(
+            files.refused(files.request()),
+            PrivdError::WrongSize { size: size(), reason }
+        );
+    }
+
+    #[test]
+    fn a_disk_is_given_to_a_vms_uid_or_the_callers_own() {
+        let files = Files::new();
+        for uid in [61184, 65519, me().uid] {
+            let mut request = files.request();
+            request.owner = uid;
+            assert!(files.check(request).is_ok(), "{uid}");
+        }
+        for uid in [me().uid + 1, 61183, 65520, u32::MAX] {
+            let mut request = files.request();
+            request.owner = uid;
+            assert_eq!(files.refused(request), PrivdError::WrongOwner { uid });
+        }
+    }
+
+    #[test]
+    fn counts_have_limits() {
+        let limits = Limits::default();
+        assert!(room_for_a_disk(&limits, 8191).is_ok());
+        assert!(room_for_a_disk(&limits, 8192).is_err());
+        assert!(room_for_a_disk(&limits, usize::MAX).is_err());
+        let with = |count| EgressPolicy {
+            internet: Internet::Open,
+            resolvers: vec![std::net::Ipv4Addr::UNSPECIFIED; count],
+        };
+        assert!(policy(with(MAX_RESOLVERS)).is_ok());
+        assert!(policy(with(MAX_RESOLVERS + 1)).is_err());
+    }
+}

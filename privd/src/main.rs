@@ -170,6 +170,7 @@ fn bind_listener(path: &PathBuf) -> io::Result<UnixListener> {
     Ok(socket.into())
 }
 
+/// What happens to connections the server says itself, with the peer beside; tarpc would say it again.
 fn start_log() {
     let log = tracing_subscriber::fmt()
         .with_writer(io::stderr)
@@ -177,7 +178,7 @@ fn start_log() {
         .with_ansi(io::stderr().is_terminal())
         .with_env_filter(
             tracing_subscriber::EnvFilter::try_from_env("ROOST_LOG")
-                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info")),
+                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,tarpc=off")),
         );
     // The journal has its own clock.
     if env::var_os("JOURNAL_STREAM").is_some() {

@@ -4,12 +4,13 @@
 //! whatever becomes of its caller, and what it made for a caller that is gone is dropped, which removes it.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener as StdListener;
 use std::sync::Arc;
 use std::time::Instant;
 
-use futures::StreamExt;
+use futures::{StreamExt, TryStreamExt};
+use roost_common::ipc::IpcError;
 use roost_common::privd::{
     Disk, InventoryCursor, InventoryPage, Network, NetworkCounters, OpenDisk, OpenNetwork, Privd, PrivdError,
     PrivdServerTransport, ReadCounters, SetPolicy, Step,
@@ -91,8 +92,13 @@ struct Session {
 impl Session {
     /// Serves the connection to its end. A message that does not decode, or breaks a rule, is the end.
     async fn run(self, stream: UnixStream) -> io::Result<()> {
-        let socket = OwnedFd::from(stream.into_std()?);
-        let channel = BaseChannel::with_defaults(PrivdServerTransport::new(socket)?);
+        let transport = PrivdServerTransport::new(stream.into_std()?.into())?;
+        let Peer { uid, pid } = self.peer;
+        let transport = transport.inspect_err(move |error| match error {
+            IpcError::Closed => tracing::debug!(peer_uid = uid, peer_pid = pid, "a connection is closed"),
+            error => tracing::warn!(peer_uid = uid, peer_pid = pid, %error, "ended a connection"),
+        });
+        let channel = BaseChannel::with_defaults(transport);
         let calls = channel.execute(self.serve());
         calls.for_each(|call| async { drop(tokio::spawn(call)) }).await;
         Ok(())

@@ -21,7 +21,7 @@ use roost_common::net::{GATEWAY, GATEWAY_MAC, GUEST, GUEST_MAC, GUEST_PREFIX, Sl
 use roost_common::privd::{DescriptorRole, EgressPolicy, NetworkCounters, PrivdError, ResourceKind, Step, Wanted};
 
 use super::link::{Index, LinkEvents, Links, VethEnd};
-use super::nft::{self, Rules};
+use super::nft::Rules;
 use super::{BUSY, at, tap};
 use crate::check::NetworkSpec;
 
@@ -208,5 +208,5 @@ pub(crate) fn list() -> Result<Vec<Slot>, PrivdError> {
 /// # Errors
 /// The kernel's; the old table is untouched then.
 pub(crate) fn ensure_host_table() -> io::Result<()> {
-    Rules::open().and_then(|mut rules| rules.ensure_host(nft::host_chains()))
+    Rules::open().and_then(|mut rules| rules.ensure_host())
 }

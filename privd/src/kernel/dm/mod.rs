@@ -15,16 +15,15 @@
 //! Not here: which image, how large (the agent decides), files of any kind (the agent opens them), whether a descriptor is fit
 //! to be a disk (`check`).
 
+#[cfg(test)]
+mod fake;
+mod real;
+
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use devicemapper::{DM, DevId, DmError, DmFlags, DmName, DmOptions, DmUuid, errors};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::stat::{Mode, fchmod, fstat, major, minor};
-use nix::unistd::{Uid, fchown};
 use roost_common::names;
 use roost_common::privd::{DiskNode, PrivdError, ResourceKind, Step};
 use roost_common::units::{CHUNK_SECTORS, Sectors};
@@ -33,6 +32,8 @@ use super::loopdev::{self, Loop, LoopUse};
 use super::{BUSY, at};
 use crate::check::DiskSpec;
 use crate::undo::Undo;
+
+pub(crate) use real::RealKernel;
 
 /// How a device is opened, and its table loaded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -193,7 +194,10 @@ fn open_origin(kernel: &impl DiskKernel, spec: &DiskSpec, deadline: Instant) -> 
         kernel.watch().map_err(at(Step::OpenOrigin))?;
         match kernel.find(&name).map_err(at(Step::OpenOrigin))? {
             None => match create_origin(kernel, spec, &name) {
-                Err(PrivdError::Busy { .. }) => {}
+                // Made by another since we looked, which is a change to look again for.
+                Err(PrivdError::Busy { .. }) => {
+                    kernel.wait(deadline).map_err(at(Step::CreateOrigin))?;
+                }
                 outcome => return outcome,
             },
             // Made by a privd that was killed before it went on; nobody else works on origins while we hold the lock.
@@ -302,243 +306,191 @@ impl Map {
     }
 }
 
-/// The kernel, through one open `/dev/mapper/control`.
-pub(crate) struct RealKernel {
-    dm: DM,
-}
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+    use std::rc::Rc;
 
-impl RealKernel {
-    /// Opens the control device.
-    pub(crate) fn open() -> io::Result<Self> {
-        Ok(Self {
-            dm: DM::new().map_err(errno)?,
-        })
-    }
-}
+    use super::fake::FakeKernel;
+    use super::*;
 
-/// The errno inside one of the crate's errors. Where it hides it (opening the control device) or there is none, `EIO`.
-fn errno(error: DmError) -> io::Error {
-    match error {
-        DmError::Core(errors::Error::Ioctl(_, _, _, errno)) => (*errno).into(),
-        DmError::Core(errors::Error::ContextInit(_)) => io::Error::from_raw_os_error(libc::ENODEV),
-        _ => io::Error::from_raw_os_error(libc::EIO),
-    }
-}
+    /// Every step of a disk whose origin is not there yet, in order.
+    const STEPS: [Step; 13] = [
+        Step::AttachOriginLoop,
+        Step::CreateOrigin,
+        Step::LoadOrigin,
+        Step::ResumeOrigin,
+        Step::OpenOrigin,
+        Step::DeferOriginRemoval,
+        Step::AttachCowLoop,
+        Step::CreateSnapshot,
+        Step::LoadSnapshot,
+        Step::ResumeSnapshot,
+        Step::OpenSnapshot,
+        Step::DeferRemoval,
+        Step::GiveNode,
+    ];
 
-fn dm_name(name: &str) -> io::Result<&DmName> {
-    DmName::new(name).map_err(|_| io::ErrorKind::InvalidInput.into())
-}
-
-impl DiskKernel for RealKernel {
-    fn attach(&self, file: BorrowedFd<'_>, usage: LoopUse) -> io::Result<Loop> {
-        loopdev::attach(file, usage)
-    }
-
-    fn find(&self, name: &str) -> io::Result<Option<Found>> {
-        let options = DmOptions::default().set_flags(DmFlags::DM_STATUS_TABLE | DmFlags::DM_NOFLUSH);
-        match self
-            .dm
-            .table_status(&DevId::Name(dm_name(name)?), options)
-            .map_err(errno)
-        {
-            Err(error) if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
-            Err(error) => Err(error),
-            Ok((info, lines)) => Ok(Some(Found {
-                node: DiskNode {
-                    minor: info.device().minor,
-                },
-                table: if info.flags().contains(DmFlags::DM_ACTIVE_PRESENT) {
-                    Table::Active(
-                        lines
-                            .into_iter()
-                            .map(|(_, length, kind, _)| (kind, Sectors(length)))
-                            .collect(),
-                    )
-                } else {
-                    Table::None
-                },
-            })),
+    #[test]
+    fn a_failure_at_any_step_leaves_the_kernel_as_it_was() {
+        for step in STEPS {
+            let kernel = FakeKernel::failing_at(step);
+            let failure = open_snapshot(&kernel, &DiskSpec::sample("a", 64)).expect_err("failed");
+            assert_eq!(failure, PrivdError::Kernel { step, errno: libc::EIO });
+            assert!(
+                kernel.inventory().is_empty(),
+                "left after {step:?}: {:?}",
+                kernel.inventory()
+            );
         }
     }
 
-    fn create(&self, name: &str) -> io::Result<DiskNode> {
-        // The uuid is how the inventory, the start's clean-up and the udev rule know what is ours.
-        let uuid = DmUuid::new(name).map_err(|_| io::ErrorKind::InvalidInput)?;
-        match self
-            .dm
-            .device_create(dm_name(name)?, Some(uuid), DmOptions::default())
-            .map_err(errno)
-        {
-            Ok(info) => Ok(DiskNode {
-                minor: info.device().minor,
-            }),
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EBUSY | libc::EEXIST)) => {
-                Err(io::Error::from_raw_os_error(libc::EEXIST))
-            }
-            Err(error) => Err(error),
+    #[test]
+    fn a_failure_at_any_step_leaves_the_disks_that_are_there() {
+        for step in STEPS.into_iter().filter(|step| *step >= Step::OpenOrigin) {
+            let kernel = FakeKernel::default();
+            let _other = open_snapshot(&kernel, &DiskSpec::sample("other", 64)).expect("opened");
+            let before = kernel.inventory();
+            kernel.fail_at(step);
+            let outcome = open_snapshot(&kernel, &DiskSpec::sample("a", 64));
+            // The origin is there already, so it is not marked again.
+            assert_eq!(outcome.is_err(), step != Step::DeferOriginRemoval, "{step:?}");
+            drop(outcome);
+            assert_eq!(kernel.inventory(), before, "after {step:?}");
         }
     }
 
-    fn load(&self, name: &str, table: &[Target], access: Access) -> io::Result<()> {
-        let id = DevId::Name(dm_name(name)?);
-        let dm_major = self.dm.device_info(&id).map_err(errno)?.device().major;
-        let lines: Vec<_> = table
+    #[test]
+    fn a_disk_and_its_loops_go_with_its_descriptor() {
+        let kernel = FakeKernel::default();
+        let disk = open_snapshot(&kernel, &DiskSpec::sample("a", 64)).expect("opened");
+        assert_eq!(kernel.inventory().len(), 4, "{:?}", kernel.inventory());
+        assert_eq!(kernel.owner(disk.node), Some(61184));
+        drop(disk);
+        assert!(kernel.inventory().is_empty(), "{:?}", kernel.inventory());
+    }
+
+    #[test]
+    fn the_origin_is_shared_and_goes_with_the_last_disk() {
+        let kernel = FakeKernel::default();
+        let one = open_snapshot(&kernel, &DiskSpec::sample("a", 64)).expect("opened");
+        let two = open_snapshot(&kernel, &DiskSpec::sample("b", 64)).expect("opened");
+        let larger = open_snapshot(&kernel, &DiskSpec::sample("c", 128)).expect("opened");
+        let origins = || {
+            kernel
+                .inventory()
+                .iter()
+                .filter(|name| name.starts_with("roost-o-"))
+                .count()
+        };
+        assert_eq!(origins(), 2, "one for each size");
+        drop(one);
+        assert_eq!(origins(), 2);
+        drop((two, larger));
+        assert_eq!(origins(), 0);
+    }
+
+    #[test]
+    fn an_origin_is_the_image_and_zeros_up_to_the_disks_size() {
+        let spec = DiskSpec::sample("a", 64);
+        let image = spec.image.length;
+        let [linear, zero] = &origin_table(&spec, 3)[..] else {
+            panic!("not two targets");
+        };
+        assert_eq!(
+            (linear.start, linear.length, &linear.map),
+            (Sectors(0), image, &Map::Linear { number: 3 })
+        );
+        assert_eq!(
+            (zero.start, zero.length, &zero.map),
+            (image, Sectors(64 - image.0), &Map::Zero)
+        );
+        let exact = DiskSpec::sample("a", image.0);
+        assert_eq!(origin_table(&exact, 3).len(), 1);
+    }
+
+    #[test]
+    fn tables_read_as_the_kernel_wants_them() {
+        let origin = DiskNode { minor: 5 };
+        assert_eq!(Map::Snapshot { origin, cow: 2 }.parameters(254), "254:5 7:2 P 8");
+        assert_eq!(Map::Linear { number: 9 }.parameters(254), "7:9 0");
+    }
+
+    #[test]
+    fn an_origin_left_without_a_table_is_made_again() {
+        let kernel = FakeKernel::default();
+        let spec = DiskSpec::sample("a", 64);
+        let name = names::origin(spec.image.device, spec.image.inode, spec.size);
+        kernel.create(&name).expect("created");
+        let disk = open_snapshot(&kernel, &spec).expect("opened");
+        drop(disk);
+        assert!(kernel.inventory().is_empty());
+    }
+
+    #[test]
+    fn an_origin_that_goes_while_it_is_looked_up_is_made_again() {
+        let kernel = FakeKernel::default();
+        let first = open_snapshot(&kernel, &DiskSpec::sample("a", 64)).expect("opened");
+        kernel.at_next_open(move || drop(first));
+        let second = open_snapshot(&kernel, &DiskSpec::sample("b", 64)).expect("opened");
+        assert_eq!(kernel.inventory().len(), 4, "{:?}", kernel.inventory());
+        drop(second);
+        assert!(kernel.inventory().is_empty());
+    }
+
+    #[test]
+    fn an_origin_that_another_makes_first_is_shared() {
+        let kernel = Rc::new(FakeKernel::default());
+        let others = Rc::new(RefCell::new(None));
+        let (there, opened) = (Rc::clone(&kernel), Rc::clone(&others));
+        kernel.at_next_create(move || {
+            // Another process: our lock means nothing to it.
+            let spec = DiskSpec::sample("other", 64);
+            let name = names::origin(spec.image.device, spec.image.inode, spec.size);
+            *opened.borrow_mut() = Some(create_origin(&*there, &spec, &name).expect("made"));
+        });
+        let disk = open_snapshot(&*kernel, &DiskSpec::sample("a", 64)).expect("opened");
+        let origins = kernel
+            .inventory()
             .iter()
-            .map(|target| {
-                let kind = target.map.kind().to_owned();
-                (target.start.0, target.length.0, kind, target.map.parameters(dm_major))
-            })
-            .collect();
-        let options = match access {
-            Access::ReadOnly => DmOptions::default().set_flags(DmFlags::DM_READONLY),
-            Access::ReadWrite => DmOptions::default(),
-        };
-        self.dm.table_load(&id, &lines, options).map_err(errno)?;
-        Ok(())
+            .filter(|name| name.starts_with("roost-o-"))
+            .count();
+        assert_eq!(origins, 1);
+        others.take();
+        assert_eq!(kernel.inventory().len(), 4, "{:?}", kernel.inventory());
+        drop(disk);
+        assert!(kernel.inventory().is_empty(), "{:?}", kernel.inventory());
     }
 
-    fn resume(&self, name: &str) -> io::Result<()> {
-        // Waits for udev where /run/udev/control is to be seen; our unit hides it.
-        self.dm
-            .device_suspend(&DevId::Name(dm_name(name)?), DmOptions::default())
-            .map_err(errno)?;
-        Ok(())
-    }
-
-    fn open(&self, node: DiskNode, access: Access) -> io::Result<OwnedFd> {
-        let opened = std::fs::File::options()
-            .read(true)
-            .write(access == Access::ReadWrite)
-            .custom_flags(libc::O_CLOEXEC | libc::O_NOFOLLOW)
-            .open(node.to_string());
-        match opened {
-            Err(error) if matches!(error.raw_os_error(), Some(libc::ENXIO | libc::ENODEV)) => {
-                Err(io::Error::from_raw_os_error(libc::ENOENT))
+    #[test]
+    fn an_origin_of_an_image_cut_in_place_is_not_shared() {
+        let kernel = FakeKernel::default();
+        let _first = open_snapshot(&kernel, &DiskSpec::sample("a", 64)).expect("opened");
+        let mut cut = DiskSpec::sample("b", 64);
+        cut.image.length = Sectors(8);
+        assert_eq!(
+            open_snapshot(&kernel, &cut).expect_err("shared"),
+            PrivdError::Busy {
+                what: ResourceKind::Disk
             }
-            Err(error) => Err(error),
-            Ok(file) => {
-                // The kernel names the node after the minor number; if anybody has put another one in its place we stop here.
-                let device = fstat(&file)?.st_rdev;
-                if minor(device) != u64::from(node.minor) || major(device) == u64::from(loopdev::MAJOR) {
-                    return Err(io::Error::from_raw_os_error(libc::ENOTBLK));
-                }
-                Ok(file.into())
+        );
+    }
+
+    #[test]
+    fn a_name_that_is_taken_is_waited_for_and_then_busy() {
+        let kernel = FakeKernel::default();
+        let first = open_snapshot(&kernel, &DiskSpec::sample("a", 64)).expect("opened");
+        let before = kernel.inventory();
+        let busy = open_snapshot(&kernel, &DiskSpec::sample("a", 64)).expect_err("twice");
+        assert_eq!(
+            busy,
+            PrivdError::Busy {
+                what: ResourceKind::Disk
             }
-        }
-    }
-
-    fn remove_when_unused(&self, name: &str) -> io::Result<()> {
-        let options = DmOptions::default().set_flags(DmFlags::DM_DEFERRED_REMOVE);
-        self.dm
-            .device_remove(&DevId::Name(dm_name(name)?), options)
-            .map_err(errno)?;
-        Ok(())
-    }
-
-    fn give(&self, device: &OwnedFd, owner: u32) -> io::Result<()> {
-        // In this order: the node is root's until the last step, so CAP_CHOWN is all this needs.
-        fchmod(device, Mode::S_IRUSR | Mode::S_IWUSR)?;
-        fchown(device, Some(Uid::from_raw(owner)), None)?;
-        Ok(())
-    }
-
-    fn watch(&self) -> io::Result<()> {
-        self.dm.arm_poll().map_err(errno)?;
-        Ok(())
-    }
-
-    fn wait(&self, deadline: Instant) -> io::Result<bool> {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left < Duration::from_millis(1) {
-            return Ok(false);
-        }
-        let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-        match poll(&mut [PollFd::new(self.dm.file().as_fd(), PollFlags::POLLIN)], left) {
-            Ok(0) => Ok(false),
-            Ok(_) | Err(nix::Error::EINTR) => Ok(true),
-            Err(errno) => Err(errno.into()),
-        }
-    }
-}
-
-/// A device of ours, as the inventory shows it.
-#[derive(Debug)]
-pub(crate) struct Listed {
-    pub(crate) name: String,
-    pub(crate) node: DiskNode,
-    pub(crate) open_count: u32,
-    /// A snapshot's status line, empty for others.
-    pub(crate) status: String,
-    /// The loops that it uses.
-    pub(crate) loops: Vec<u32>,
-}
-
-/// Longest status line handed on; the kernel's own are some 40 bytes.
-const MAX_STATUS: usize = 64;
-
-impl RealKernel {
-    /// The devices whose name and uuid start with `prefix`. One that goes while they are listed is left out.
-    pub(crate) fn list(&self, prefix: &str) -> io::Result<Vec<Listed>> {
-        let mut listed = Vec::new();
-        for (name, _, _) in self.dm.list_devices().map_err(errno)? {
-            if let Some(name) = name.to_string().strip_prefix(prefix) {
-                listed.extend(self.describe(format!("{prefix}{name}"), prefix)?);
-            }
-        }
-        Ok(listed)
-    }
-
-    /// How many disks there are: snapshots of sandboxes.
-    pub(crate) fn count_disks(&self) -> io::Result<usize> {
-        let devices = self.dm.list_devices().map_err(errno)?;
-        let disks = devices
-            .iter()
-            .filter(|(name, _, _)| name.to_string().starts_with(names::DISK_PREFIX));
-        Ok(disks.count())
-    }
-
-    /// Removes a device that nobody has open.
-    pub(crate) fn remove(&self, name: &str) -> io::Result<()> {
-        // Deferred removal acts at once on a device that is not open, and does not retry for a second on one that is.
-        self.remove_when_unused(name)
-    }
-
-    fn describe(&self, name: String, prefix: &str) -> io::Result<Option<Listed>> {
-        let id = DevId::Name(dm_name(&name)?);
-        let gone = |error: &io::Error| error.raw_os_error() == Some(libc::ENXIO);
-        let options = DmOptions::default().set_flags(DmFlags::DM_NOFLUSH);
-        let (info, lines) = match self.dm.table_status(&id, options).map_err(errno) {
-            Err(error) if gone(&error) => return Ok(None),
-            outcome => outcome?,
-        };
-        if !info.uuid().is_some_and(|uuid| uuid.to_string().starts_with(prefix)) {
-            return Ok(None);
-        }
-        let deps = match self.dm.table_deps(&id, DmOptions::default()).map_err(errno) {
-            Err(error) if gone(&error) => return Ok(None),
-            outcome => outcome?,
-        };
-        let mut status = lines
-            .into_iter()
-            .find(|(_, _, kind, _)| kind == "snapshot")
-            .map(|(_, _, _, status)| status)
-            .unwrap_or_default();
-        // ASCII; should it ever not be, it is left out rather than cut in half.
-        if status.len() > MAX_STATUS {
-            status = status.get(..MAX_STATUS).unwrap_or_default().to_owned();
-        }
-        Ok(Some(Listed {
-            node: DiskNode {
-                minor: info.device().minor,
-            },
-            open_count: u32::try_from(info.open_count()).unwrap_or(0),
-            status,
-            loops: deps
-                .into_iter()
-                .filter(|dep| dep.major == loopdev::MAJOR)
-                .map(|dep| dep.minor)
-                .collect(),
-            name,
-        }))
+        );
+        assert_eq!(kernel.inventory(), before);
+        // It goes while the next one waits.
+        kernel.at_next_wait(move || drop(first));
+        open_snapshot(&kernel, &DiskSpec::sample("a", 64)).expect("opened at last");
     }
 }

@@ -1,20 +1,4 @@
-//! Packet filter rules: as data, as what the kernel loads, and their counters.
-//!
-//! Two tables. `inet roost` on the host is static, the same for one sandbox or ten thousand. `inet roost-sandbox` lives in each
-//! sandbox's namespace and dies with it; its chains `cut` and `egress` are the policy and can be replaced while it runs:
-//!
-//! ```text
-//! prerouting: IPv6, spoofed --> drop         forward: invalid --> drop
-//!             to the host address --> DNAT            from tap0 --> cut (internet closed: all but answers to the host)
-//! input:      established; ping to the gateway        established --> accept
-//!             else drop                               from tap0 to eth0 --> egress (resolvers, closed ranges, internet)
-//! postrouting: from the guest --> SNAT                from eth0 to tap0: the host's end only
-//!                                                     else drop
-//! ```
-//!
-//! Rules are data ([`Chain`], [`Line`]) so that tests can ask them about packets without a kernel. Every counted rule carries its
-//! [`Rule`]'s name as a comment, by which its counter is found again.
-//! ARP is not of this family; the guest's neighbour entry is permanent (`netns`), so it has nothing to forge.
+//! Rules into the kernel, as one transaction each, and their counters out of it.
 
 use std::ffi::{CStr, CString};
 use std::io;
@@ -23,360 +7,20 @@ use std::net::Ipv4Addr;
 use netlink_packet_core::{NLM_F_ACK, NetlinkSerializable, NlasIterator};
 use nftnl::expr::{
     Bitwise, Cmp, CmpOp, Conntrack, Counter, Immediate, InterfaceName, Ipv4HeaderField, LLHeaderField, Masquerade,
-    Meta, Nat, NatType, NetworkHeaderField, Payload, Register, States, TransportHeaderField,
+    Meta, Nat, NatType, NetworkHeaderField, Payload, Register, TransportHeaderField,
 };
-use nftnl::{Batch, ChainType, FinalizedBatch, Hook, MsgType, ProtoFamily};
+use nftnl::{Batch, FinalizedBatch, MsgType, ProtoFamily};
 use nix::sys::socket::SockProtocol;
-use roost_common::net::{GATEWAY, GUEST, GUEST_MAC, SlotAddresses, VETH_NET};
-use roost_common::privd::{EgressPolicy, Internet, Rule, RuleCounter};
+use roost_common::net::SlotAddresses;
+use roost_common::privd::{EgressPolicy, Rule, RuleCounter};
 
-use super::netlink::{Kind, Netlink, messages};
+use super::{
+    Chain, HOST_TABLE, Interface, Line, Match, SANDBOX_TABLE, Verdict, host_chains, mask, policy_chains, sandbox_chains,
+};
+use crate::kernel::netlink::{Kind, Netlink, messages};
 
-/// The host's table.
-const HOST_TABLE: &CStr = c"roost";
-/// A sandbox's table.
-const SANDBOX_TABLE: &CStr = c"roost-sandbox";
-
-/// Where chains of the same hook stand to each other; from `linux/netfilter_ipv4.h`.
-mod priority {
-    /// Before connection tracking.
-    pub(super) const RAW: i32 = -300;
-    pub(super) const DNAT: i32 = -100;
-    pub(super) const FILTER: i32 = 0;
-    pub(super) const SNAT: i32 = 100;
-}
-
-/// What no guest reaches as a public address: this host's, other sandboxes' and private networks, link-local (metadata services
-/// of clouds among them), multicast, reserved, broadcast. 10/8 holds our own 10.11/16 and 10.12/16.
-const CLOSED: [(Ipv4Addr, u8); 12] = [
-    (Ipv4Addr::new(0, 0, 0, 0), 8),
-    (Ipv4Addr::new(10, 0, 0, 0), 8),
-    (Ipv4Addr::new(100, 64, 0, 0), 10),
-    (Ipv4Addr::new(127, 0, 0, 0), 8),
-    (Ipv4Addr::new(169, 254, 0, 0), 16),
-    (Ipv4Addr::new(172, 16, 0, 0), 12),
-    (Ipv4Addr::new(192, 0, 0, 0), 24),
-    (Ipv4Addr::new(192, 88, 99, 0), 24),
-    (Ipv4Addr::new(192, 168, 0, 0), 16),
-    (Ipv4Addr::new(198, 18, 0, 0), 15),
-    (Ipv4Addr::new(224, 0, 0, 0), 4),
-    (Ipv4Addr::new(240, 0, 0, 0), 4),
-];
-
-/// Most addresses of the host that get a rule each; its own table closes the host to sandboxes in any case.
-const MAX_OWN: usize = 128;
-
-/// Port of name servers.
-const DNS: u16 = 53;
-
-/// A chain of rules.
-#[derive(Debug, Clone)]
-pub(crate) struct Chain {
-    name: &'static CStr,
-    base: Option<Base>,
-    lines: Vec<Line>,
-}
-
-/// What makes a chain be asked.
-#[derive(Debug, Clone, Copy)]
-struct Base {
-    hook: Hook,
-    priority: i32,
-    kind: ChainType,
-    policy: nftnl::Policy,
-}
-
-/// One rule.
-#[derive(Debug, Clone)]
-struct Line {
-    matches: Vec<Match>,
-    count: Option<Rule>,
-    verdict: Verdict,
-}
-
-/// A condition; all of a rule's have to hold.
-#[derive(Debug, Clone, PartialEq)]
-enum Match {
-    In(Interface),
-    Out(Interface),
-    NotOut(Interface),
-    Ipv6,
-    SourceMacIsNot([u8; 6]),
-    Source(Ipv4Addr, u8),
-    SourceIsNot(Ipv4Addr, u8),
-    Destination(Ipv4Addr, u8),
-    Protocol(u8),
-    DestinationPort(u16),
-    IcmpType(u8),
-    State(States),
-    /// The connection was opened from outside, to the host address.
-    Translated,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Interface {
-    Is(&'static CStr),
-    StartsWith(&'static CStr),
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Verdict {
-    Accept,
-    Drop,
-    Return,
-    Jump(&'static CStr),
-    Dnat(Ipv4Addr),
-    Snat(Ipv4Addr),
-    Masquerade,
-}
-
-const TAP: Interface = Interface::Is(super::tap::NAME);
-const UPLINK: Interface = Interface::Is(c"eth0");
-const VETHS: Interface = Interface::StartsWith(c"roost-v");
-
-const CUT: &CStr = c"cut";
-const EGRESS: &CStr = c"egress";
-
-/// `IPPROTO_*` and the ICMP type that rules name.
-const ICMP: u8 = 1;
-const TCP: u8 = 6;
-const UDP: u8 = 17;
-const ECHO_REQUEST: u8 = 8;
-/// `IPS_DST_NAT` of `linux/netfilter/nf_conntrack_common.h`.
+/// The connection's destination was translated; from `linux/netfilter/nf_conntrack_common.h`.
 const IPS_DST_NAT: u32 = 1 << 5;
-
-fn line(matches: impl Into<Vec<Match>>, count: impl Into<Option<Rule>>, verdict: Verdict) -> Line {
-    Line {
-        matches: matches.into(),
-        count: count.into(),
-        verdict,
-    }
-}
-
-fn chain(
-    name: &'static CStr,
-    hook: Hook,
-    priority: i32,
-    kind: ChainType,
-    policy: nftnl::Policy,
-    lines: Vec<Line>,
-) -> Chain {
-    let base = Base {
-        hook,
-        priority,
-        kind,
-        policy,
-    };
-    Chain {
-        name,
-        base: Some(base),
-        lines,
-    }
-}
-
-fn known() -> Match {
-    Match::State(States::ESTABLISHED | States::RELATED)
-}
-
-/// The host's table: sandboxes reach neither the host nor each other, and nobody but the host opens connections to them.
-pub(crate) fn host_chains() -> Vec<Chain> {
-    use nftnl::Policy::Accept;
-    let (veths, length) = VETH_NET;
-    vec![
-        chain(
-            c"input",
-            Hook::In,
-            priority::FILTER,
-            ChainType::Filter,
-            Accept,
-            vec![
-                // Answers come from the sandbox's host address, which is outside the veths' range.
-                line([Match::In(VETHS), known()], None, Verdict::Accept),
-                line([Match::In(VETHS)], None, Verdict::Drop),
-            ],
-        ),
-        chain(
-            c"forward",
-            Hook::Forward,
-            priority::FILTER,
-            ChainType::Filter,
-            Accept,
-            vec![
-                line([Match::In(VETHS), Match::Ipv6], None, Verdict::Drop),
-                line(
-                    [Match::In(VETHS), Match::SourceIsNot(veths, length)],
-                    None,
-                    Verdict::Drop,
-                ),
-                line([Match::In(VETHS), Match::Out(VETHS)], None, Verdict::Drop),
-                line([Match::Out(VETHS), known()], None, Verdict::Accept),
-                line([Match::Out(VETHS)], None, Verdict::Drop),
-            ],
-        ),
-        chain(
-            c"postrouting",
-            Hook::PostRouting,
-            priority::SNAT,
-            ChainType::Nat,
-            Accept,
-            vec![line(
-                [Match::Source(veths, length), Match::NotOut(VETHS)],
-                None,
-                Verdict::Masquerade,
-            )],
-        ),
-    ]
-}
-
-/// The part of a sandbox's table that never changes.
-fn sandbox_chains(addresses: &SlotAddresses) -> Vec<Chain> {
-    use nftnl::Policy::{Accept, Drop};
-    vec![
-        chain(
-            c"guard",
-            Hook::PreRouting,
-            priority::RAW,
-            ChainType::Filter,
-            Accept,
-            vec![
-                line([Match::Ipv6], Rule::Ipv6, Verdict::Drop),
-                line(
-                    [Match::In(TAP), Match::SourceMacIsNot(GUEST_MAC)],
-                    Rule::Spoofed,
-                    Verdict::Drop,
-                ),
-                line(
-                    [Match::In(TAP), Match::SourceIsNot(GUEST, 32)],
-                    Rule::Spoofed,
-                    Verdict::Drop,
-                ),
-            ],
-        ),
-        chain(
-            c"prerouting",
-            Hook::PreRouting,
-            priority::DNAT,
-            ChainType::Nat,
-            Accept,
-            vec![line(
-                [Match::In(UPLINK), Match::Destination(addresses.host, 32)],
-                None,
-                Verdict::Dnat(GUEST),
-            )],
-        ),
-        chain(
-            c"postrouting",
-            Hook::PostRouting,
-            priority::SNAT,
-            ChainType::Nat,
-            Accept,
-            vec![line(
-                [Match::Out(UPLINK), Match::Source(GUEST, 32)],
-                None,
-                Verdict::Snat(addresses.veth_namespace),
-            )],
-        ),
-        chain(
-            c"input",
-            Hook::In,
-            priority::FILTER,
-            ChainType::Filter,
-            Drop,
-            vec![
-                line(
-                    [
-                        Match::In(TAP),
-                        Match::Destination(GATEWAY, 32),
-                        Match::Protocol(ICMP),
-                        Match::IcmpType(ECHO_REQUEST),
-                    ],
-                    Rule::Gateway,
-                    Verdict::Accept,
-                ),
-                // All addresses of the namespace are in closed ranges.
-                line([Match::In(TAP)], Rule::ClosedRange, Verdict::Drop),
-                line([known()], Rule::Established, Verdict::Accept),
-                line([Match::In(UPLINK)], Rule::FromElsewhere, Verdict::Drop),
-            ],
-        ),
-        chain(
-            c"forward",
-            Hook::Forward,
-            priority::FILTER,
-            ChainType::Filter,
-            Drop,
-            vec![
-                line([Match::State(States::INVALID)], Rule::Invalid, Verdict::Drop),
-                line([Match::In(TAP)], None, Verdict::Jump(CUT)),
-                line([known()], Rule::Established, Verdict::Accept),
-                line([Match::In(TAP), Match::Out(UPLINK)], None, Verdict::Jump(EGRESS)),
-                line(
-                    [
-                        Match::In(UPLINK),
-                        Match::Out(TAP),
-                        Match::Source(addresses.veth_host, 32),
-                        Match::Translated,
-                    ],
-                    Rule::FromHost,
-                    Verdict::Accept,
-                ),
-                line([Match::In(UPLINK)], Rule::FromElsewhere, Verdict::Drop),
-            ],
-        ),
-    ]
-}
-
-/// The part of a sandbox's table that is its policy. `own` are the host's addresses.
-fn policy_chains(policy: &EgressPolicy, own: &[Ipv4Addr]) -> [Chain; 2] {
-    let (mut cut, mut egress) = (Vec::new(), Vec::new());
-    match policy.internet {
-        Internet::Closed => {
-            // Ahead of the rule for established connections, so that closing the internet ends those that are open.
-            cut.push(line([Match::Translated], None, Verdict::Return));
-            cut.push(line([], Rule::NoInternet, Verdict::Drop));
-        }
-        Internet::Open => {
-            for resolver in &policy.resolvers {
-                for protocol in [UDP, TCP] {
-                    let matches = [
-                        Match::Destination(*resolver, 32),
-                        Match::Protocol(protocol),
-                        Match::DestinationPort(DNS),
-                    ];
-                    egress.push(line(matches, Rule::Resolver, Verdict::Accept));
-                }
-            }
-            let own = own.iter().filter(|address| !is_closed(**address)).take(MAX_OWN);
-            for (network, length) in CLOSED.into_iter().chain(own.map(|address| (*address, 32))) {
-                egress.push(line(
-                    [Match::Destination(network, length)],
-                    Rule::ClosedRange,
-                    Verdict::Drop,
-                ));
-            }
-            egress.push(line([], Rule::Internet, Verdict::Accept));
-        }
-    }
-    [(CUT, cut), (EGRESS, egress)].map(|(name, lines)| Chain {
-        name,
-        base: None,
-        lines,
-    })
-}
-
-fn is_closed(address: Ipv4Addr) -> bool {
-    CLOSED
-        .iter()
-        .any(|(network, length)| within(address, *network, *length))
-}
-
-fn mask(length: u8) -> u32 {
-    u32::MAX.checked_shl(32 - u32::from(length.min(32))).unwrap_or(0)
-}
-
-fn within(address: Ipv4Addr, network: Ipv4Addr, length: u8) -> bool {
-    (address.to_bits() ^ network.to_bits()) & mask(length) == 0
-}
 
 /// The packet filter of the network namespace in which it was opened.
 pub(crate) struct Rules(Netlink);
@@ -388,14 +32,14 @@ impl Rules {
     }
 
     /// Puts the host's table in place of whatever is there, in one step.
-    pub(crate) fn ensure_host(&mut self, chains: Vec<Chain>) -> io::Result<()> {
+    pub(crate) fn ensure_host(&mut self) -> io::Result<()> {
         let table = nftnl::Table::new(HOST_TABLE, ProtoFamily::Inet);
         let mut batch = Batch::new();
         // Made first so that deleting it cannot fail.
         batch.add(&table, MsgType::Add);
         batch.add(&table, MsgType::Del);
         batch.add(&table, MsgType::Add);
-        add_chains(&mut batch, &table, &chains);
+        add_chains(&mut batch, &table, &host_chains());
         self.commit(&batch.finalize())
     }
 
