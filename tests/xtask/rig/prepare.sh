@@ -18,6 +18,8 @@ chmod 0640 /etc/roost/pki/{ca,server,server-key}.pem
 start_units() {
     step "starting the units"
     systemctl start roost-privd.socket roost-vmmshim.socket || failed "the sockets do not start"
+    # The first call would start it. Started here, what it makes once (its nftables table) is there before anyone counts.
+    systemctl start roost-privd.service || failed "privd does not start"
     systemctl start roost-agent.service || failed "the agent does not start"
 }
 

@@ -18,6 +18,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("kmod", "module order of the initramfs"),
     ("libc6-dev", "linking, static envd"),
     ("libclang-dev", "bindgen of privd's dependencies"),
+    ("libdevmapper-dev", "device-mapper's header for privd"),
     ("libmnl-dev", "nftables in privd"),
     ("libnftnl-dev", "nftables in privd"),
     ("lz4", "kernel image"),
