@@ -46,7 +46,10 @@ pub(crate) async fn serve(listener: StdListener, uid: u32, limits: Limits) -> io
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
             Err(error) => return Err(error),
         };
-        let credentials = stream.peer_cred()?;
+        let Ok(credentials) = stream.peer_cred() else {
+            tracing::warn!("refused a connection: nobody knows whose it is");
+            continue;
+        };
         let peer = Peer {
             uid: credentials.uid(),
             pid: credentials.pid().unwrap_or(0),
