@@ -78,6 +78,10 @@ pub(crate) fn serve(options: Options, connection: OwnedFd) -> io::Result<()> {
     };
     shim.welcome(connection)?;
     loop {
+        // Also when the agent was gone before it could be told hello.
+        if matches!(shim.state, State::Idle) && shim.connections.is_empty() {
+            return Ok(());
+        }
         let ready = shim.wait()?;
         // From the last one, because serving one may remove it.
         for &index in ready.connections.iter().rev() {
@@ -86,7 +90,7 @@ pub(crate) fn serve(options: Options, connection: OwnedFd) -> io::Result<()> {
             }
         }
         let State::Running(vm) = &mut shim.state else {
-            if ready.terminate || shim.connections.is_empty() {
+            if ready.terminate {
                 return Ok(());
             }
             continue;

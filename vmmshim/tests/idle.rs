@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::process::{Command, Stdio};
 
 use harness::{Place, Shim, null};
-use nix::sys::socket::{MsgFlags, send};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, send, socketpair};
 use roost_common::ipc;
 use roost_common::shim::{FromShim, Lendable, ShimError, SpecField, Start, Status, ToShim, VmSpec};
 use roost_common::units::{Mebibytes, Vcpus};
@@ -58,6 +58,14 @@ fn it_says_hello_and_ends_when_the_agent_goes_before_a_launch() {
     let agent = std::mem::replace(&mut shim.agent, harness::Agent(null())).hello();
     drop(agent);
     assert_eq!(shim.ended().code(), Some(0));
+}
+
+#[test]
+fn an_agent_that_is_gone_before_the_shim_starts_leaves_no_shim() {
+    let (ours, theirs) =
+        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).expect("a socket pair");
+    drop(ours);
+    assert_eq!(exit_code(&[], Stdio::from(theirs)), Some(0));
 }
 
 #[test]
