@@ -100,6 +100,14 @@ impl Census {
         more.chain(less).collect()
     }
 
+    /// Whether there is a thing of this kind and text.
+    pub fn lists(&self, kind: &str, text: &str) -> bool {
+        let wanted = format!("{kind}: ");
+        self.0
+            .iter()
+            .any(|line| line.strip_prefix(&wanted).is_some_and(|line| line.contains(text)))
+    }
+
     /// How many lines there are of a kind.
     pub fn count(&self, kind: &str) -> usize {
         self.0

@@ -31,7 +31,7 @@ fn creates_with_bad_fields_are_refused_by_name() {
             (json!({"timeoutSec": 5}), "invalid_argument", "timeout_sec"),
             (json!({"defaultUser": "a b"}), "invalid_argument", "default_user"),
             (json!({"vcpus": "many"}), "invalid_argument", ""),
-            (json!([]), "invalid_argument", ""),
+            (json!("words"), "invalid_argument", ""),
         ] {
             let answer = call("CreateSandbox", &request);
             assert_eq!(answer.body["code"], code, "{request}: {answer:?}");
@@ -88,7 +88,7 @@ fn commands_that_cannot_be_are_refused() {
                 "invalid_argument",
             ),
             (json!({"sandboxId": sandbox.id, "cmd": "\u{0}"}), "invalid_argument"),
-            (json!({"sandboxId": sandbox.id, "cmd": "/etc"}), "invalid_argument"),
+            (json!({"sandboxId": sandbox.id, "cmd": "/etc"}), "permission_denied"),
         ] {
             let answer = call("Exec", &request);
             assert_eq!(answer.body["code"], code, "{request}: {answer:?}");
@@ -200,7 +200,9 @@ fn wrong_bodies_and_methods_are_refused() {
         assert!((400..500).contains(&with(&["--request", "PUT", "--data", "{}", URL]).status));
         let huge = "/tmp/huge";
         std::fs::write(huge, vec![b' '; 8 << 20]).expect("written");
-        let answer = with(&[&json[..], &["--data-binary", &format!("@{huge}"), URL]].concat());
+        // As control planes speak; with h2 curl reports the reset of what it still sends instead of the answer.
+        let huge_data = format!("@{huge}");
+        let answer = with(&[&json[..], &["--http1.1", "--data-binary", &huge_data, URL]].concat());
         assert!(
             answer.body["code"] == "resource_exhausted" || answer.status == 413,
             "{answer:?}"
