@@ -234,6 +234,14 @@ pub fn kill_9(command: &str) {
     }
 }
 
+/// Whether the rig's daemons run under systemd, or were started by hand (`cargo xtask rig --direct`).
+pub fn under_systemd() -> bool {
+    let status = Command::new("systemctl")
+        .args(["--quiet", "is-active", "roost-vmmshim.socket"])
+        .status();
+    status.expect("systemctl runs").success()
+}
+
 /// Waits until the agent serves again.
 pub fn wait_for_agent() {
     eventually("the agent to serve", || roost(&["ls"]).status.success().then_some(()));

@@ -32,7 +32,8 @@ fn a_sandbox_lives_from_create_to_destroy() {
         assert!(table.contains(&sandbox.id) && table.contains("running"), "{table}");
 
         let there = Census::take();
-        for kind in ["loop", "veth", "unit"] {
+        let unit = if roost::under_systemd() { "unit" } else { "process" };
+        for kind in ["loop", "veth", unit] {
             assert!(
                 there.count(kind) > 0,
                 "a running sandbox without a {kind}: this census sees nothing"
