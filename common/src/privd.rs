@@ -44,7 +44,7 @@ pub struct OpenDisk {
     /// The image: a regular file opened read-only, owned by the caller or root, not writable by others.
     pub origin: PassedFd,
     /// The exception store: a regular file opened read-write, owned by the caller, one link, of at least
-    /// [`Sectors::cow_length`] of `size`.
+    /// [`Sectors::cow_length`] of `size`; new, or one that a disk has written before.
     pub cow: PassedFd,
     /// Size of the disk: at least the image's, whole chunks.
     pub size: Sectors,
@@ -332,6 +332,8 @@ pub enum Wanted {
     ProperLength,
     /// On a filesystem that can back a disk.
     BackedByDisk,
+    /// Blank at its beginning, or with the header of an exception store in chunks of [`crate::units::CHUNK_SECTORS`].
+    ExceptionStore,
     /// A tap of ours.
     OurTap,
 }
@@ -448,6 +450,7 @@ impl fmt::Display for Wanted {
             Self::SingleLink => "a file of exactly one link",
             Self::ProperLength => "of whole sectors and no longer than the disk",
             Self::BackedByDisk => "on a filesystem that can back a disk",
+            Self::ExceptionStore => "blank or an exception store of 8-sector chunks",
             Self::OurTap => "a tap of this daemon's making",
         })
     }

@@ -7,6 +7,7 @@
 use std::io;
 use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat};
@@ -115,15 +116,44 @@ impl DiskSpec {
         if cow.length() < cow_length.0 {
             return Err(refuse(SizeRefusal::CowTooShort));
         }
+        let store = std::fs::File::from(request.cow.into_owned().map_err(at(Step::InspectDescriptor))?);
+        let mut header = [0; STORE_HEADER];
+        store
+            .read_exact_at(&mut header, 0)
+            .map_err(at(Step::InspectDescriptor))?;
+        cow.demand(is_store_header(&header), Wanted::ExceptionStore)?;
 
         Ok(Self {
             sandbox: request.sandbox,
             origin: request.origin.into_owned().map_err(at(Step::InspectDescriptor))?,
             image,
-            cow: request.cow.into_owned().map_err(at(Step::InspectDescriptor))?,
+            cow: store.into(),
             size,
             owner: request.owner,
         })
+    }
+}
+
+/// Length of an exception store's header: magic, valid, version, chunk size, 32 bits each, little-endian.
+const STORE_HEADER: usize = 16;
+/// `SnAp`, the magic number of exception stores.
+const STORE_MAGIC: u32 = 0x7041_6e53;
+
+/// Whether a store begins as one that device-mapper makes anew, or as one of our chunk size. What its header says overrides
+/// what the table says, and the kernel reserves memory by it.
+fn is_store_header(header: &[u8; STORE_HEADER]) -> bool {
+    if header.iter().all(|byte| *byte == 0) {
+        return true;
+    }
+    let (fields, _) = header.as_chunks();
+    match fields
+        .iter()
+        .map(|field| u32::from_le_bytes(*field))
+        .collect::<Vec<_>>()[..]
+    {
+        // Not `valid`: of a store that overflowed the kernel makes a disk that answers with errors.
+        [magic, _, version, chunk] => magic == STORE_MAGIC && version == 1 && u64::from(chunk) == CHUNK_SECTORS,
+        _ => false,
     }
 }
 
@@ -476,6 +506,40 @@ mod tests {
             files.refused(files.request()),
             PrivdError::WrongSize { size: size(), reason }
         );
+    }
+
+    #[test]
+    fn a_store_is_blank_or_has_a_header_of_our_chunk_size() {
+        let files = Files::new();
+        let begin_with = |fields: [u32; 4]| {
+            let store = fs::File::options().write(true).open(files.cow()).expect("opened");
+            let header = fields.map(u32::to_le_bytes).concat();
+            store.write_all_at(&header, 0).expect("written");
+        };
+        for good in [
+            [0; 4],
+            [0x7041_6e53, 1, 1, 8],
+            // Overflowed: its own user's loss.
+            [0x7041_6e53, 0, 1, 8],
+        ] {
+            begin_with(good);
+            assert!(files.check(files.request()).is_ok(), "{good:x?}");
+        }
+        for bad in [
+            [0x7041_6e53, 1, 1, 16],
+            [0x7041_6e53, 1, 1, 0],
+            [0x7041_6e53, 1, 1, 8 << 24],
+            [0x7041_6e53, 1, 1, 1 << 21],
+            [0x7041_6e53, 1, 0, 8],
+            [0x7041_6e53, 1, 2, 8],
+            [0x536e_4170, 1, 1, 8],
+            [0, 1, 1, 8],
+            [0, 0, 0, 1],
+            [1, 0, 0, 0],
+        ] {
+            begin_with(bad);
+            assert_eq!(files.refused(files.request()), cow(Wanted::ExceptionStore), "{bad:x?}");
+        }
     }
 
     #[test]

@@ -49,6 +49,9 @@ use crate::check::Limits;
 /// How long work in progress is waited for at the end. A call takes milliseconds, or waits for up to [`kernel::BUSY`].
 const GRACE: Duration = Duration::from_secs(6);
 
+/// How long a failure holds back the next start where systemd starts by socket.
+const FAILED_START: Duration = Duration::from_secs(1);
+
 const USAGE: &str = "usage: roost-privd [--socket PATH] [--peer-uid UID | --peer-user NAME]
 
 Makes disks and networks for one user, by default `roost`. Takes its listening socket from systemd, or binds PATH.";
@@ -86,10 +89,16 @@ fn main() -> ExitCode {
         report(panic);
         std::process::abort();
     }));
+    let activated = passed.is_some();
     match run(passed, env::args_os().skip(1)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             tracing::error!("{failure}");
+            if activated {
+                // Whoever waits at the socket has not been accepted, so systemd starts the next one the moment this one ends,
+                // and its units set no limit. A host that lacks something must not be kept busy finding that out.
+                std::thread::sleep(FAILED_START);
+            }
             ExitCode::FAILURE
         }
     }

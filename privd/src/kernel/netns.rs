@@ -43,6 +43,7 @@ pub(crate) struct OpenedNetwork {
 /// [`PrivdError::Busy`] when the slot's network still exists after [`BUSY`], [`PrivdError::Kernel`] with the step that failed.
 /// Nothing is left of either.
 pub(crate) fn open(spec: &NetworkSpec) -> Result<OpenedNetwork, PrivdError> {
+    restore_host_table()?;
     // Opened here, so these act on and listen to the initial namespace, whichever thread uses them.
     let mut host = Links::open().map_err(at(Step::MakeVeth))?;
     let mut events = LinkEvents::open().map_err(at(Step::MakeVeth))?;
@@ -55,6 +56,7 @@ pub(crate) fn open(spec: &NetworkSpec) -> Result<OpenedNetwork, PrivdError> {
 /// # Errors
 /// [`PrivdError::WrongDescriptor`] when it is no tap of ours.
 pub(crate) fn set_policy(tap: BorrowedFd<'_>, policy: &EgressPolicy) -> Result<(), PrivdError> {
+    restore_host_table()?;
     let own = Links::open()
         .and_then(|mut links| links.addresses())
         .map_err(at(Step::ListLinks))?;
@@ -209,4 +211,15 @@ pub(crate) fn list() -> Result<Vec<Slot>, PrivdError> {
 /// The kernel's; the old table is untouched then.
 pub(crate) fn ensure_host_table() -> io::Result<()> {
     Rules::open().and_then(|mut rules| rules.ensure_host())
+}
+
+/// Puts the host's static table back where somebody has removed it: `nft flush ruleset` does, and so does a restart of a
+/// firewall's service. Asks for the table alone, not for what is in it.
+fn restore_host_table() -> Result<(), PrivdError> {
+    let mut rules = Rules::open().map_err(at(Step::ReadRules))?;
+    if rules.has_host().map_err(at(Step::ReadRules))? {
+        return Ok(());
+    }
+    tracing::warn!("the host's packet filter table is gone; it is put back");
+    rules.ensure_host().map_err(at(Step::LoadRules))
 }

@@ -98,7 +98,8 @@ fn interface_request(name: &CStr, flags: libc::c_short) -> io::Result<libc::ifre
         .get_mut(..bytes.len())
         .ok_or(io::ErrorKind::InvalidInput)?;
     for (to, from) in room.iter_mut().zip(bytes) {
-        *to = from.cast_signed();
+        // `c_char` is signed on some architectures and not on others.
+        *to = libc::c_char::from_ne_bytes([*from]);
     }
     request.ifr_ifru.ifru_flags = flags;
     Ok(request)
@@ -126,7 +127,7 @@ pub(super) fn tun_interface(tun: BorrowedFd<'_>) -> io::Result<(Vec<u8>, libc::c
         .ifr_name
         .iter()
         .take_while(|byte| **byte != 0)
-        .map(|byte| byte.cast_unsigned())
+        .flat_map(|byte| byte.to_ne_bytes())
         .collect();
     // SAFETY: the union holds plain numbers, any bytes are a valid c_short, and TUNGETIFF writes this member.
     Ok((name, unsafe { request.ifr_ifru.ifru_flags }))

@@ -27,6 +27,16 @@ fn hostile_descriptors_are_refused_and_change_nothing() {
         let odd = rig.image("odd.img", 4097, 7);
         let empty = rig.image("empty.img", 0, 7);
         let short = rig.cow("short.cow", Mebibytes(4).sectors());
+        // An exception store of 16-sector chunks, and none at all.
+        let coarse = rig.cow("coarse.cow", size);
+        let junk = rig.cow("junk.cow", size);
+        let begin_with = |path: &Path, fields: [u32; 4]| {
+            let store = OpenOptions::new().write(true).open(path).expect("opened");
+            let header = fields.map(u32::to_le_bytes).concat();
+            store.write_all_at(&header, 0).expect("written");
+        };
+        begin_with(&coarse, [0x7041_6e53, 1, 1, 16]);
+        begin_with(&junk, [7; 4]);
         fs::write("/dev/shm/privd-test.img", vec![0; 1 << 20]).expect("written");
 
         use DescriptorRole::{Cow, Origin};
@@ -60,6 +70,8 @@ fn hostile_descriptors_are_refused_and_change_nothing() {
             (Cow, Wanted::RegularFile, opened(&both(), Path::new("/dev/null"))),
             (Cow, Wanted::SingleLink, opened(&both(), &cow)),
             (Cow, Wanted::CallersOwn, opened(&both(), &foreign)),
+            (Cow, Wanted::ExceptionStore, opened(&both(), &coarse)),
+            (Cow, Wanted::ExceptionStore, opened(&both(), &junk)),
             (
                 Cow,
                 Wanted::BackedByDisk,

@@ -394,3 +394,34 @@ fn a_slot_that_is_in_use_is_busy_and_one_on_its_way_out_is_waited_for() {
         println!("gone {} ms after it was closed", started.elapsed().as_millis());
     });
 }
+
+#[test]
+fn a_host_table_that_somebody_flushed_is_back_before_a_network_is_handed_out() {
+    in_rig(|| {
+        let rig = Rig::start();
+        let before = host_table().expect("the table of privd's start");
+        run("nft flush ruleset");
+        assert_eq!(host_table(), None);
+        let network = rig.open_network(8, open_policy()).expect("opened");
+        assert_eq!(host_table().as_ref(), Some(&before));
+
+        run("nft flush ruleset");
+        rig.set_policy(&network.tap, open_policy()).expect("replaced");
+        assert_eq!(host_table().as_ref(), Some(&before));
+        // One that is there is left alone, and with it what it counts and who watches it.
+        let handles = || run_for_text("nft", &["--handle", "list", "table", "inet", "roost"]);
+        let untouched = handles();
+        rig.set_policy(&network.tap, closed_policy()).expect("replaced");
+        assert_eq!(handles(), untouched);
+    });
+}
+
+fn host_table() -> Option<String> {
+    run_for_text("nft", &["list", "table", "inet", "roost"])
+}
+
+fn run_for_text(program: &str, arguments: &[&str]) -> Option<String> {
+    let output = Command::new(program).args(arguments).output().expect("runs");
+    let text = String::from_utf8(output.stdout).expect("UTF-8");
+    output.status.success().then_some(text)
+}

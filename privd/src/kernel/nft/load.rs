@@ -43,6 +43,15 @@ impl Rules {
         self.commit(&batch.finalize())
     }
 
+    /// Whether the host's table is there.
+    pub(crate) fn has_host(&mut self) -> io::Result<bool> {
+        let (mut found, request) = (false, Ask::table(HOST_TABLE));
+        match self.0.request(request, Kind::Change(0), |_| found = true) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            outcome => outcome.map(|()| found),
+        }
+    }
+
     /// Loads a sandbox's table into a namespace that has none.
     pub(crate) fn load_sandbox(
         &mut self,
@@ -77,7 +86,7 @@ impl Rules {
     /// The counters of a sandbox's table, added up by rule; empty where there is no such table.
     pub(crate) fn counters(&mut self) -> io::Result<Vec<RuleCounter>> {
         let mut found = Vec::new();
-        self.0.request(ListRules(SANDBOX_TABLE), Kind::List, |payload| {
+        self.0.request(Ask::rules_of(SANDBOX_TABLE), Kind::List, |payload| {
             found.extend(rule_counter(payload));
         })?;
         if found.is_empty() {
@@ -264,27 +273,48 @@ fn translate(rule: &mut nftnl::Rule<'_>, nat_type: NatType, to: Ipv4Addr) {
     });
 }
 
-/// Asks for the rules of one table, counters included.
-struct ListRules(&'static CStr);
+/// Asks for what there is of one table.
+struct Ask {
+    message: libc::c_int,
+    attribute: u16,
+    table: &'static CStr,
+}
 
-impl ListRules {
+impl Ask {
+    /// The table itself.
+    fn table(table: &'static CStr) -> Self {
+        Self {
+            message: libc::NFT_MSG_GETTABLE,
+            attribute: attributes::TABLE_NAME,
+            table,
+        }
+    }
+
+    /// Its rules, counters included.
+    fn rules_of(table: &'static CStr) -> Self {
+        Self {
+            message: libc::NFT_MSG_GETRULE,
+            attribute: attributes::RULE_TABLE,
+            table,
+        }
+    }
+
     /// `struct nfgenmsg`, then the table's name as an attribute.
     fn payload(&self) -> Vec<u8> {
-        let name = self.0.to_bytes_with_nul();
+        let name = self.table.to_bytes_with_nul();
         let length = u16::try_from(4 + name.len()).expect("names of tables are short");
         let mut bytes = vec![ProtoFamily::Inet as u8, 0, 0, 0];
         bytes.extend(length.to_ne_bytes());
-        bytes.extend(attributes::RULE_TABLE.to_ne_bytes());
+        bytes.extend(self.attribute.to_ne_bytes());
         bytes.extend(name);
         bytes.resize(bytes.len().next_multiple_of(4), 0);
         bytes
     }
 }
 
-impl NetlinkSerializable for ListRules {
+impl NetlinkSerializable for Ask {
     fn message_type(&self) -> u16 {
-        let (subsystem, message) = (libc::NFNL_SUBSYS_NFTABLES, libc::NFT_MSG_GETRULE);
-        u16::try_from(subsystem << 8 | message).expect("subsystem and message are a byte each")
+        u16::try_from(libc::NFNL_SUBSYS_NFTABLES << 8 | self.message).expect("subsystem and message are a byte each")
     }
 
     fn buffer_len(&self) -> usize {
@@ -298,6 +328,7 @@ impl NetlinkSerializable for ListRules {
 
 /// Attribute numbers of `linux/netfilter/nf_tables.h`.
 mod attributes {
+    pub(super) const TABLE_NAME: u16 = 1;
     pub(super) const RULE_TABLE: u16 = 1;
     pub(super) const RULE_EXPRESSIONS: u16 = 4;
     pub(super) const RULE_USERDATA: u16 = 7;
