@@ -25,8 +25,8 @@ use crate::vm::{self, Output, Vm};
 
 /// What on-demand restores handle page faults through.
 const USERFAULTFD: &str = "/dev/userfaultfd";
-/// Connections that may wait at the shim's socket.
-const BACKLOG: i32 = 4;
+/// Connections that may wait at the shim's socket: the VMM may connect too, and should not find it easy to fill.
+pub(crate) const BACKLOG: i32 = 64;
 
 /// Launches the VMM.
 ///

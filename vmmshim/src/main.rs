@@ -7,6 +7,9 @@
 //! One thread, no capability, no network. It starts with the agent's connection on descriptor 0, from systemd or as the agent's
 //! child (`--child`), launches one VMM when told to, and lives exactly as long as it. Killed, it takes the VMM along (PDEATHSIG).
 //!
+//! `--child` is for development: the VMM then has the agent's uid, so one that a guest has taken over may do what the agent may,
+//! ask privd and reach the sockets of other VMs among it, as far as its Landlock and seccomp rules do not stop it.
+//!
 //! | module | holds |
 //! |---|---|
 //! | `serve` | the loop, connections, requests |
@@ -103,6 +106,11 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    if options.child {
+        log!(
+            "WARNING: --child runs the VMM under the agent's uid: one that is taken over is the agent; for development only"
+        );
+    }
     match prepare().and_then(|connection| serve::serve(options, connection)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

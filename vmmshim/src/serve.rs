@@ -26,7 +26,7 @@ use roost_common::ring::MAX_WRITE;
 use roost_common::shim::{FromShim, PROTOCOL, ShimError, Status, ToShim};
 
 use crate::Options;
-use crate::launch::launch;
+use crate::launch::{self, launch};
 use crate::vm::{Cgroup, Vm};
 
 /// Agents at once: one, its successor, and some to look at it with.
@@ -179,20 +179,30 @@ impl Shim {
         Ok(())
     }
 
-    /// Accepts an agent at `shim.sock`. The directory admits only the agent and this uid, and under PrivateUsers= every foreign
-    /// uid reads as the overflow uid, so what can be refused is this uid: it is the VMM's, unless this is the agent's child.
+    /// Accepts all that wait at `shim.sock`, so that an agent never waits behind others for another turn of the loop. The
+    /// directory admits only the agent and this uid, and under PrivateUsers= every foreign uid reads as the overflow uid, so what
+    /// can be refused is this uid: it is the VMM's, unless this is the agent's child. That is refused without a word: the VMM
+    /// could fill the journal by it.
     fn accept(&mut self) {
-        let State::Running(vm) = &self.state else { return };
-        let outcome = vm.listener.accept().and_then(|(stream, _)| {
-            let peer = getsockopt(&stream, sockopt::PeerCredentials)?;
-            if peer.uid() == getuid().as_raw() && !self.options.child {
-                return Err(io::ErrorKind::PermissionDenied.into());
+        // Bounded: somebody who connects as fast as we accept must not keep us from everything else.
+        for _ in 0..launch::BACKLOG {
+            let State::Running(vm) = &self.state else { return };
+            let stream = match vm.listener.accept() {
+                Ok((stream, _)) => stream,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                // One of a connection that is gone again, as likely as not: the next turn of the loop looks again.
+                Err(error) => return crate::log!("cannot accept a connection: {error}"),
+            };
+            let foreign = getsockopt(&stream, sockopt::PeerCredentials).map(|peer| peer.uid() != getuid().as_raw());
+            let outcome = match foreign {
+                Ok(true) => self.welcome(stream.into()),
+                Ok(false) if self.options.child => self.welcome(stream.into()),
+                Ok(false) => Ok(()),
+                Err(errno) => Err(errno.into()),
+            };
+            if let Err(error) = outcome {
+                crate::log!("a connection was refused: {error}");
             }
-            self.welcome(stream.into())
-        });
-        match outcome {
-            Err(error) if error.kind() != io::ErrorKind::WouldBlock => crate::log!("a connection was refused: {error}"),
-            Ok(()) | Err(_) => {}
         }
     }
 
