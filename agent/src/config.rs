@@ -4,6 +4,8 @@
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
+use roost_common::shim::{MEMORY_RANGE, VCPUS_RANGE};
+use roost_common::units::{MAX_DISK, Mebibytes, Vcpus};
 use serde::Deserialize;
 
 /// Where the configuration is looked for when nothing else is said.
@@ -149,11 +151,19 @@ impl Config {
         if !(1..=4096).contains(&config.max_sandboxes) {
             return out_of_range("max_sandboxes", config.max_sandboxes.to_string(), "1 to 4096");
         }
-        if config.max_vcpus == 0 {
-            return out_of_range("max_vcpus", config.max_vcpus.to_string(), "1 to 255");
+        if !VCPUS_RANGE.contains(&Vcpus(config.max_vcpus)) {
+            return out_of_range("max_vcpus", config.max_vcpus.to_string(), "1 to 64");
         }
-        if config.max_memory_mb < crate::sandbox::plan::MIN_MEMORY.0 {
-            return out_of_range("max_memory_mb", config.max_memory_mb.to_string(), "64 or more");
+        if !MEMORY_RANGE.contains(&Mebibytes(config.max_memory_mb)) {
+            return out_of_range("max_memory_mb", config.max_memory_mb.to_string(), "64 to 1048576");
+        }
+        for (key, disk) in [
+            ("max_disk_mb", Some(config.max_disk_mb)),
+            ("default_disk_mb", config.default_disk_mb),
+        ] {
+            if disk.is_some_and(|disk| disk == 0 || Mebibytes(disk).sectors() > MAX_DISK) {
+                return out_of_range(key, disk.unwrap_or_default().to_string(), "1 to 2097152");
+            }
         }
         if config
             .dns
@@ -211,6 +221,10 @@ mod tests {
             ("max_sandboxes = 5000", "max_sandboxes"),
             ("shim = \"docker\"", "shim"),
             ("client_names = []", "client_names"),
+            ("max_vcpus = 65", "max_vcpus"),
+            ("max_memory_mb = 63", "max_memory_mb"),
+            ("max_disk_mb = 2097153", "max_disk_mb"),
+            ("default_disk_mb = 0", "default_disk_mb"),
         ] {
             let error = anyhow::Error::new(parse(text).expect_err(text));
             assert!(format!("{error:#}").contains(named), "{text}: {error:#}");

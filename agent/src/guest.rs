@@ -31,6 +31,10 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 const MAX_ANSWER: usize = 64 << 10;
 /// Largest message of a stream; envd's chunks are 32 KiB.
 const MAX_MESSAGE: usize = 1 << 20;
+/// Letters of a guest's error message that are passed on.
+const MAX_MESSAGE_TEXT: usize = 400;
+/// Messages without output that a stream may bring at once, and as many again every second: keepalives are far fewer.
+const EMPTY_MESSAGES: u64 = 100;
 /// Longest silence of an Exec stream: envd is asked for a keepalive well within it.
 const MAX_SILENCE: Duration = Duration::from_secs(60);
 /// Seconds between keepalives that envd is asked for.
@@ -64,8 +68,13 @@ pub enum GuestError {
         body: String,
     },
     /// A call of its process service failed: also what the caller got wrong, such as a missing program.
-    #[error("the guest refused the command")]
-    Process(#[source] ConnectError),
+    #[error("the guest refused the command: {message}")]
+    Process {
+        /// The guest's code.
+        code: ErrorCode,
+        /// The guest's words, escaped and cut short.
+        message: String,
+    },
     /// The command did not end in time; it has been killed.
     #[error("the command did not end within {} s and was killed", .0.as_secs())]
     TimedOut(Duration),
@@ -73,7 +82,7 @@ pub enum GuestError {
     #[error("the command wrote more than {0} bytes and was killed; redirect its output to a file, or stream it")]
     TooMuchOutput(u64),
     /// The stream of a command broke off.
-    #[error("the guest's stream of the command {0}")]
+    #[error("the guest's answer {0}")]
     BadStream(&'static str),
 }
 
@@ -242,14 +251,15 @@ impl Guest {
                 self.kill(pid).await;
                 Err(GuestError::TimedOut(limit))
             }
-            Ok(Err(GuestError::Process(error))) if error.code == ErrorCode::DeadlineExceeded => {
-                Err(GuestError::TimedOut(limit))
-            }
+            Ok(Err(GuestError::Process {
+                code: ErrorCode::DeadlineExceeded,
+                ..
+            })) => Err(GuestError::TimedOut(limit)),
             // Killed, and not before the deadline: then it was the deadline that killed it.
             Ok(Ok(finished)) if finished.exit_code == KILLED && started.elapsed() >= limit => {
                 Err(GuestError::TimedOut(limit))
             }
-            Ok(Err(error @ GuestError::TooMuchOutput(_))) => {
+            Ok(Err(error @ (GuestError::TooMuchOutput(_) | GuestError::BadStream(_)))) => {
                 self.kill(pid).await;
                 Err(error)
             }
@@ -270,16 +280,18 @@ impl Guest {
             .process
             .start_with_options(request, options)
             .await
-            .map_err(GuestError::Process)?;
+            .map_err(refused)?;
         let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+        let (started, mut empty) = (Instant::now(), 0);
         loop {
             let message = tokio::time::timeout(MAX_SILENCE, stream.message::<StartResponse>())
                 .await
                 .map_err(|_| GuestError::BadStream("fell silent"))?
-                .map_err(GuestError::Process)?
+                .map_err(refused)?
                 .ok_or(GuestError::BadStream("ended before the command did"))?
                 .to_owned_message();
             let event = message.event.into_option().and_then(|event| event.event);
+            let before = stdout.len() + stderr.len();
             match event {
                 Some(Event::Start(start)) => *pid = Some(start.pid),
                 Some(Event::Data(data)) => match data.output {
@@ -300,6 +312,12 @@ impl Guest {
                     });
                 }
                 Some(Event::Keepalive(_)) | None => {}
+            }
+            if stdout.len() + stderr.len() == before {
+                empty += 1;
+                if empty > EMPTY_MESSAGES * (1 + started.elapsed().as_secs()) {
+                    return Err(GuestError::BadStream("says nothing, and that without end"));
+                }
             }
             if (stdout.len() + stderr.len()) as u64 > max_output {
                 return Err(GuestError::TooMuchOutput(max_output));
@@ -382,6 +400,20 @@ impl Guest {
 
 fn pid_selector(pid: u32) -> process::process_selector::Selector {
     process::process_selector::Selector::Pid(pid)
+}
+
+/// A guest's error: a guest wrote the message, so it is escaped and cut short.
+fn refused(error: ConnectError) -> GuestError {
+    let message: String = error
+        .message
+        .unwrap_or_default()
+        .chars()
+        .take(MAX_MESSAGE_TEXT)
+        .collect();
+    GuestError::Process {
+        code: error.code,
+        message: message.replace(char::is_control, "?"),
+    }
 }
 
 /// The exit code by which shells report a signal, 128 + n, from envd's words for the end ("signal: killed"), which are Go's.

@@ -5,28 +5,34 @@
 //! as if no sandbox had been.
 
 use std::collections::BTreeSet;
-use std::io;
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use roost_common::ids::SandboxId;
-use roost_common::shim::SHIM_SOCKET;
+use nix::fcntl::OFlag;
+use roost_common::ids::{SandboxId, Slot};
+use roost_common::shim::{EXIT_FILE, Exit, MAX_EXIT_FILE};
 
 use crate::errors::{Chain, FileError};
-use crate::host::shim::{self, ShimFault};
-use crate::host::{Host, files};
+use crate::host::files::Layout;
+use crate::registry::Registry;
+use crate::sandbox::build;
+use crate::sandbox::plan::Plan;
 use crate::sandbox::record::{Phase, Record};
 use crate::tombstone::{self, End, Tombstone};
 
-/// Ends what runs and removes what is left. What cannot be removed is logged and tried again at the next start, or when its id is
-/// used again: one sandbox's trouble is no reason to keep a host from serving.
+/// Ends what runs and removes what is left. What cannot be removed becomes a sandbox of the registry that is on its way out: one
+/// sandbox's trouble is no reason to keep a host from serving.
 ///
 /// # Errors
 /// When the directories themselves cannot be read.
-pub async fn recover(host: &Arc<Host>) -> Result<(), FileError> {
+pub async fn recover(registry: &Arc<Registry>) -> Result<(), FileError> {
     let started = Instant::now();
-    let (runs, sandboxes) = (host.layout.vm_runs().to_owned(), host.layout.sandboxes());
+    let layout = &registry.host().layout;
+    let (runs, sandboxes) = (layout.vm_runs().to_owned(), layout.sandboxes());
     let listed = tokio::task::spawn_blocking(move || {
         Ok::<_, FileError>(
             names(&runs)?
@@ -47,8 +53,8 @@ pub async fn recover(host: &Arc<Host>) -> Result<(), FileError> {
     let count = found.len();
     let mut tasks = tokio::task::JoinSet::new();
     for id in found {
-        let host = host.clone();
-        tasks.spawn(async move { clear(&host, &id).await });
+        let registry = registry.clone();
+        tasks.spawn(async move { clear(&registry, id).await });
     }
     tasks.join_all().await;
     tracing::info!(
@@ -60,61 +66,51 @@ pub async fn recover(host: &Arc<Host>) -> Result<(), FileError> {
     Ok(())
 }
 
-async fn clear(host: &Arc<Host>, id: &SandboxId) {
-    let socket = host.layout.vm_run(id).join(SHIM_SOCKET);
-    match end_shim(&socket).await {
-        Ok(true) => tracing::warn!(sandbox_id = %id, "ended a VM of an earlier agent"),
-        Ok(false) => {}
-        Err(error) => {
-            tracing::error!(sandbox_id = %id, error = %Chain(&error), "a shim does not end; its files stay");
-            return;
-        }
-    }
-    let (host, id) = (host.clone(), id.clone());
-    let removed = tokio::task::spawn_blocking(move || {
-        bury(&host, &id);
-        if let Err(error) = files::remove_sandbox(&host.layout, &id) {
-            tracing::error!(sandbox_id = %id, error = %Chain(&error), "files stay");
-        }
+async fn clear(registry: &Arc<Registry>, id: SandboxId) {
+    let host = registry.host();
+    let read = tokio::task::spawn_blocking({
+        let (host, id) = (host.clone(), id.clone());
+        move || (Record::read(&host.layout, &id), read_exit(&host.layout, &id))
     });
-    removed.await.expect("file work does not panic");
-}
-
-/// Whether a shim was there to be ended.
-async fn end_shim(socket: &Path) -> Result<bool, ShimFault> {
-    match shim::connect(socket).await {
-        Ok(link) => link.kill().await.map(|_| true),
-        // No socket, or nobody behind it: the shim has gone, and its VMM with it.
-        Err(ShimFault::Unreachable { source, .. })
-            if matches!(
-                source.kind(),
-                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
-            ) =>
-        {
-            Ok(false)
+    let (record, exit) = read.await.expect("file work does not panic");
+    let record = record
+        .inspect_err(|error| tracing::debug!(sandbox_id = %id, error = %Chain(error), "no record"))
+        .ok();
+    let outcome = build::tear_down(host, &id, None).await;
+    // A sandbox whose create was answered gets a tombstone; of one that was still being built nobody knows.
+    if let Some(record) = record.as_ref().filter(|record| record.phase == Phase::Running) {
+        let end = exit.as_ref().map_or(End::AgentRestarted, End::Vmm);
+        let tombstone = Tombstone::new(&id, record.created_at_unix, end);
+        tracing::warn!(sandbox_id = %id, reason = %tombstone.summary(), "ended a sandbox of an earlier agent");
+        let host = host.clone();
+        let written = tokio::task::spawn_blocking(move || tombstone::bury_once(&host.layout, &tombstone));
+        if let Err(error) = written.await.expect("file work does not panic") {
+            tracing::error!(sandbox_id = %id, error = %Chain(&error), "no tombstone");
         }
-        Err(error) => Err(error),
+    }
+    if let Err(error) = outcome {
+        tracing::error!(sandbox_id = %id, error = %Chain(&error), "a sandbox of an earlier agent stays; it is tried again");
+        let slot = record.as_ref().and_then(|record| Slot::try_from(record.slot).ok());
+        let plan = record.map_or_else(|| Plan::unknown(id), |record| record.plan);
+        registry.take_remains(plan, slot);
     }
 }
 
-/// A sandbox whose create was answered gets a tombstone; of one that was still being built nobody knows.
-fn bury(host: &Host, id: &SandboxId) {
-    let record = match Record::read(&host.layout, id) {
-        Ok(record) => record,
-        Err(error) => {
-            tracing::debug!(sandbox_id = %id, error = %Chain(&error), "no record");
-            return;
-        }
-    };
-    match record.phase {
-        Phase::Creating => {}
-        Phase::Running => {
-            let tombstone = Tombstone::new(id, record.created_at_unix, End::AgentRestarted);
-            if let Err(error) = tombstone::bury(&host.layout, &tombstone) {
-                tracing::error!(sandbox_id = %id, error = %Chain(&error), "no tombstone");
-            }
-        }
+/// How the VMM ended, where its shim has written that down: it ended while no agent was there to be told.
+fn read_exit(layout: &Layout, id: &SandboxId) -> Option<Exit> {
+    let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
+    let file = File::options()
+        .read(true)
+        .custom_flags(flags.bits())
+        .open(layout.vm_run(id).join(EXIT_FILE))
+        .ok()?;
+    // The VM's uid may write in this directory.
+    if !file.metadata().ok()?.is_file() {
+        return None;
     }
+    let mut content = Vec::new();
+    file.take(MAX_EXIT_FILE as u64 + 1).read_to_end(&mut content).ok()?;
+    Exit::from_json(&content).ok()
 }
 
 fn names(dir: &Path) -> Result<Vec<String>, FileError> {

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use roost_common::ids::SandboxId;
+use roost_common::ids::{SandboxId, Slot};
 use tokio::sync::oneshot;
 
 use crate::host::Host;
@@ -70,6 +70,18 @@ impl Registry {
         let (handle, outcome) = task::spawn(self.clone(), self.host.clone(), plan, slot);
         sandboxes.insert(id, handle.clone());
         Ok((handle, outcome))
+    }
+
+    /// Takes in what an earlier agent left and could not be removed: it is listed, can be destroyed, and is tried again in a while.
+    pub(crate) fn take_remains(self: &Arc<Self>, plan: Plan, slot: Option<Slot>) {
+        let slots = &self.host.slots;
+        let Some(slot) = slot.and_then(|slot| slots.lease_this(slot)).or_else(|| slots.lease()) else {
+            tracing::error!(sandbox_id = %plan.id, "no slot for what is left of a sandbox; it stays until the next start");
+            return;
+        };
+        let mut sandboxes = self.lock();
+        let id = plan.id.clone();
+        sandboxes.insert(id, task::spawn_remains(self.clone(), self.host.clone(), plan, slot));
     }
 
     /// The sandbox of an id.

@@ -24,8 +24,15 @@ use crate::tls;
 
 /// Most connections at a time; more wait in the kernel's backlog.
 const MAX_CONNECTIONS: usize = 1024;
-/// Time that a client has for its handshake, and for the headers of a request.
+/// Time that a client has for its handshake.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
+/// Time for the headers of a request, counted from the answer before it: so it is also how long a connection may be idle. Control
+/// planes keep idle connections for 90 s, and must not find one closed.
+const IDLE_LIMIT: Duration = Duration::from_secs(120);
+/// How often an h2 client is asked whether it is there.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
+/// How long it has to say so.
+const KEEPALIVE_LIMIT: Duration = Duration::from_secs(20);
 /// Largest request, and largest message in it.
 const MAX_REQUEST: usize = 4 << 20;
 /// The first byte of every TLS handshake.
@@ -105,18 +112,28 @@ async fn connection(
         let rpc = rpc.clone();
         async move { Ok::<_, Infallible>(if listed { answer(rpc, request).await } else { refuse() }) }
     });
-    let mut server = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
-    server
-        .http1()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HANDSHAKE_LIMIT)
-        .max_buf_size(64 << 10);
-    server
-        .http2()
-        .timer(TokioTimer::new())
-        .max_concurrent_streams(128)
-        .max_header_list_size(64 << 10);
-    server.serve_connection(TokioIo::new(stream), service).await
+    // By what was agreed on, not by what the first bytes look like: waiting for those has no limit of its own.
+    let h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
+    let io = TokioIo::new(stream);
+    if h2 {
+        let mut server = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+        server
+            .timer(TokioTimer::new())
+            .keep_alive_interval(KEEPALIVE_INTERVAL)
+            .keep_alive_timeout(KEEPALIVE_LIMIT)
+            .max_concurrent_streams(128)
+            .max_header_list_size(64 << 10);
+        server.serve_connection(io, service).await?;
+    } else {
+        let mut server = hyper::server::conn::http1::Builder::new();
+        server
+            .timer(TokioTimer::new())
+            .header_read_timeout(IDLE_LIMIT)
+            .max_buf_size(64 << 10)
+            .keep_alive(listed);
+        server.serve_connection(io, service).await?;
+    }
+    Ok(())
 }
 
 async fn answer(rpc: ConnectRpcService, request: Request<Incoming>) -> Response<Body> {

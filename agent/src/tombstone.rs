@@ -136,10 +136,43 @@ pub fn bury(layout: &Layout, tombstone: &Tombstone) -> Result<(), FileError> {
     Ok(())
 }
 
-/// The tombstone of a sandbox, where there is one.
+/// [`bury`], unless the sandbox's end is on record: an agent that was killed between writing and removing knew more.
+///
+/// # Errors
+/// Those of [`bury`].
+pub fn bury_once(layout: &Layout, tombstone: &Tombstone) -> Result<(), FileError> {
+    let id = tombstone.sandbox_id.parse::<SandboxId>();
+    let known = id.ok().and_then(|id| find(layout, &id));
+    if known.is_some_and(|known| known.created_at_unix == tombstone.created_at_unix) {
+        return Ok(());
+    }
+    bury(layout, tombstone)
+}
+
+/// The tombstone of a sandbox, where there is one that is not a day old.
 pub fn find(layout: &Layout, id: &SandboxId) -> Option<Tombstone> {
-    let content = read_small(&layout.tombstones().join(format!("{id}.json"))).ok()?;
-    serde_json::from_slice(&content).ok()
+    let content = read_small(&path(layout, id)).ok()?;
+    let found: Tombstone = serde_json::from_slice(&content).ok()?;
+    let age = crate::sandbox::unix_now().saturating_sub(found.ended_at_unix);
+    u64::try_from(age)
+        .is_ok_and(|age| age < KEPT.as_secs())
+        .then_some(found)
+}
+
+/// Removes the tombstone of an earlier sandbox of this id: a new one would be taken for it.
+///
+/// # Errors
+/// [`FileError`] naming it.
+pub fn forget(layout: &Layout, id: &SandboxId) -> Result<(), FileError> {
+    let path = path(layout, id);
+    match std::fs::remove_file(&path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        outcome => outcome.map_err(|source| FileError::new("removing", &path, source)),
+    }
+}
+
+fn path(layout: &Layout, id: &SandboxId) -> std::path::PathBuf {
+    layout.tombstones().join(format!("{id}.json"))
 }
 
 fn expire(dir: &Path, now: SystemTime) -> Result<(), FileError> {
@@ -151,7 +184,11 @@ fn expire(dir: &Path, now: SystemTime) -> Result<(), FileError> {
             .and_then(|metadata| metadata.modified())
             .map_err(failed)?;
         if now.duration_since(written).is_ok_and(|age| age > KEPT) {
-            std::fs::remove_file(entry.path()).map_err(failed)?;
+            match std::fs::remove_file(entry.path()) {
+                // Another sandbox's end was written down at the same time, and tidied first.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                outcome => outcome.map_err(failed)?,
+            }
         }
     }
     Ok(())

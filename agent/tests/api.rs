@@ -20,13 +20,14 @@ struct Agent {
     dir: tempfile::TempDir,
     service: Arc<Service>,
     host: Arc<Host>,
+    registry: Arc<Registry>,
 }
 
 impl Agent {
     /// An agent that has recovered, on a port of its own.
     async fn start() -> Self {
         let agent = Self::start_recovering(&["roost-cli"]).await;
-        recover::recover(&agent.host).await.expect("recovered");
+        recover::recover(&agent.registry).await.expect("recovered");
         agent.service.recovered();
         agent
     }
@@ -55,13 +56,15 @@ impl Agent {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
         let address = listener.local_addr().expect("an address");
         let host = Arc::new(Host::new(config));
-        let service = Service::new(Registry::new(host.clone()));
+        let registry = Registry::new(host.clone());
+        let service = Service::new(registry.clone());
         tokio::spawn(serve(listener, access, service.clone()));
         Self {
             address,
             dir,
             service,
             host,
+            registry,
         }
     }
 
@@ -267,7 +270,7 @@ async fn recovery_removes_what_an_earlier_agent_left_and_says_why_it_ended() {
     let phase = roost_agent::sandbox::record::Phase::Running;
     let record = roost_agent::sandbox::record::Record::new(phase, 1, plan.expect("checked"), 5);
     record.write(&agent.host.layout).expect("written");
-    recover::recover(&agent.host).await.expect("recovered");
+    recover::recover(&agent.registry).await.expect("recovered");
     agent.service.recovered();
     assert_eq!(std::fs::read_dir(lib.join("sandboxes")).expect("read").count(), 0);
     assert_eq!(

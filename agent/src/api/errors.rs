@@ -84,7 +84,7 @@ fn build_code(error: &BuildError) -> ErrorCode {
     match error {
         BuildError::Stopped => ErrorCode::Aborted,
         BuildError::Image(ImageError::Unknown(..)) => ErrorCode::NotFound,
-        BuildError::DiskTooSmall { .. } => ErrorCode::InvalidArgument,
+        BuildError::DiskTooSmall { .. } | BuildError::DiskTooLarge(_) => ErrorCode::InvalidArgument,
         BuildError::Privd(CallError::Refused {
             source: PrivdError::TooMany { .. },
             ..
@@ -93,6 +93,7 @@ fn build_code(error: &BuildError) -> ErrorCode {
         BuildError::Guest(GuestError::Refused { status, .. }) if status.as_u16() == 400 => ErrorCode::InvalidArgument,
         BuildError::Image(ImageError::File(_) | ImageError::NotAnImage { .. })
         | BuildError::NoKernel { .. }
+        | BuildError::Left(_)
         | BuildError::File(_)
         | BuildError::Privd(_)
         | BuildError::Shim(_)
@@ -105,9 +106,11 @@ fn build_code(error: &BuildError) -> ErrorCode {
 
 fn guest_code(error: &GuestError) -> ErrorCode {
     match error {
-        // What the caller got wrong keeps its code; what the guest did wrong is not the caller's to act on.
-        GuestError::Process(error) => match error.code {
-            code @ (ErrorCode::InvalidArgument | ErrorCode::NotFound | ErrorCode::PermissionDenied) => code,
+        // What the caller got wrong keeps its code, but for NotFound, which would be taken for the sandbox's; what the guest did
+        // wrong is not the caller's to act on.
+        GuestError::Process { code, .. } => match code {
+            ErrorCode::InvalidArgument | ErrorCode::NotFound => ErrorCode::InvalidArgument,
+            ErrorCode::PermissionDenied => ErrorCode::PermissionDenied,
             _ => ErrorCode::Internal,
         },
         GuestError::TimedOut(_) => ErrorCode::DeadlineExceeded,
@@ -121,8 +124,11 @@ fn guest_code(error: &GuestError) -> ErrorCode {
 impl From<ApiError> for ConnectError {
     fn from(error: ApiError) -> Self {
         let code = error.code();
-        if code == ErrorCode::Internal {
-            tracing::error!(error = %Chain(&error), "a call failed");
+        match &error {
+            // A guest can fail as often as it likes; that is no trouble of the host's.
+            ApiError::Guest(_) => tracing::info!(error = %Chain(&error), "a guest failed a call"),
+            _ if code == ErrorCode::Internal => tracing::error!(error = %Chain(&error), "a call failed"),
+            _ => {}
         }
         Self::new(code, Chain(&error).to_string())
     }

@@ -122,7 +122,13 @@ impl Service {
         };
         handle.touch();
         let max_output = self.registry.host().config.max_exec_output;
-        let finished = guest.exec(request.cmd, request.args, limit, max_output).await?;
+        let finished = tokio::select! {
+            finished = guest.exec(request.cmd, request.args, limit, max_output) => finished?,
+            // A guest that has gone says nothing more, and its connection would be waited for in vain.
+            () = handle.stopped_running() => {
+                return Err(ApiError::NotRunning { id: handle.plan.id.clone(), state: status(&handle.view()) });
+            }
+        };
         handle.touch();
         Ok(ExecResponse {
             stdout: finished.stdout,

@@ -42,6 +42,12 @@ fn main() -> anyhow::Result<()> {
         println!("configuration and certificates can be used");
         return Ok(());
     }
+    // A panic is a bug of ours that leaves a sandbox without its task; the next start puts everything in order.
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        report(panic);
+        std::process::abort();
+    }));
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -66,11 +72,12 @@ async fn run(config: Config, access: Access) -> anyhow::Result<()> {
         .await
         .with_context(|| format!("cannot listen on {listen}"))?;
     let host = std::sync::Arc::new(Host::new(config));
-    let service = Service::new(Registry::new(host.clone()));
+    let registry = Registry::new(host);
+    let service = Service::new(registry.clone());
     let recovery = {
         let service = service.clone();
         async move {
-            recover::recover(&host).await.context("cannot recover")?;
+            recover::recover(&registry).await.context("cannot recover")?;
             service.recovered();
             notify_ready();
             tracing::info!(%listen, "serving");

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use connectrpc::client::{BoxFuture, ClientBody, ClientConfig, ClientTransport};
 use http::{Request, Response};
@@ -19,6 +20,9 @@ pub(super) type Client = HostAgentServiceClient<Https>;
 
 /// Largest answer that is read: an Exec's output, and what JSON or an agent of another configuration may add.
 const MAX_ANSWER: usize = 256 << 20;
+
+/// Time for a connection to stand, and again for its handshake.
+const CONNECT_LIMIT: Duration = Duration::from_secs(15);
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
@@ -88,14 +92,19 @@ impl ClientTransport for Https {
 impl Https {
     async fn exchange(self, mut request: Request<ClientBody>) -> Result<Response<Incoming>, ClientError> {
         let host = self.host;
-        let stream = TcpStream::connect(&host).await.map_err(|source| ClientError::Connect {
-            host: host.clone(),
-            source,
-        })?;
-        let stream = self
-            .tls
-            .connect(self.name, stream)
-            .await
+        let late = |_| std::io::Error::from(std::io::ErrorKind::TimedOut);
+        let connected = tokio::time::timeout(CONNECT_LIMIT, TcpStream::connect(&host)).await;
+        let stream = connected
+            .map_err(late)
+            .and_then(|stream| stream)
+            .map_err(|source| ClientError::Connect {
+                host: host.clone(),
+                source,
+            })?;
+        let shaken = tokio::time::timeout(CONNECT_LIMIT, self.tls.connect(self.name, stream)).await;
+        let stream = shaken
+            .map_err(late)
+            .and_then(|stream| stream)
             .map_err(|source| ClientError::Handshake {
                 host: host.clone(),
                 source,

@@ -100,7 +100,7 @@ struct Create {
     /// Disk in MiB [default: the image's size]
     #[arg(long, value_name = "MIB")]
     disk: Option<i32>,
-    /// Seconds without activity after which it is paused [default: never]
+    /// Seconds without activity until it is to be paused; kept and listed, not acted on yet [default: never]
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<i32>,
     /// The user that commands run as
@@ -165,8 +165,13 @@ fn words(error: &ConnectError) -> String {
         }
         source = inner.source();
     }
-    match (&error.message, error.code) {
-        (Some(message), ErrorCode::NotFound | ErrorCode::InvalidArgument | ErrorCode::AlreadyExists) => message.clone(),
+    // A part of the message may be a guest's; the terminal is not its to write to.
+    let message = error
+        .message
+        .as_ref()
+        .map(|message| message.replace(char::is_control, "?"));
+    match (message, error.code) {
+        (Some(message), ErrorCode::NotFound | ErrorCode::InvalidArgument | ErrorCode::AlreadyExists) => message,
         (Some(message), code) => format!("{message} ({})", code.as_str()),
         (None, code) => code.as_str().to_owned(),
     }
@@ -296,9 +301,13 @@ async fn exec(client: &Client, exec: Exec, json: bool) -> Result<ExitCode, CliEr
     if json {
         print_json(&answer)?;
     } else {
-        io::stdout().write_all(&answer.stdout)?;
-        io::stdout().flush()?;
-        io::stderr().write_all(&answer.stderr)?;
+        // The command has run: a reader that has gone (as `head` does) does not change how it ended.
+        let written = io::stdout()
+            .write_all(&answer.stdout)
+            .and_then(|()| io::stdout().flush());
+        if let Err(error) = written.and_then(|()| io::stderr().write_all(&answer.stderr)) {
+            eprintln!("roost: output was cut short: {error}");
+        }
     }
     // An exit status is a byte; what does not fit one is a failure of some kind.
     Ok(ExitCode::from(u8::try_from(answer.exit_code).unwrap_or(u8::MAX)))

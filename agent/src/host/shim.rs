@@ -1,8 +1,8 @@
 //! The agent's side of a vmmshim: start one, launch its VMM, hear of its end.
 //!
 //! A [`ShimLink`] that has not launched ends its shim when it is dropped, because the shim sees the end of the connection. One
-//! that has launched kills its VMM when it is dropped, unless it was [let go](ShimLink::let_go): so a failed or cancelled create
-//! cannot leave a VMM, and an agent that ends can.
+//! that has launched is [killed](ShimLink::kill) by who holds it; one that is dropped all the same kills its VMM as well as a drop
+//! can. An agent that ends drops nothing, so VMs outlive it.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -135,11 +135,7 @@ impl Shims {
     }
 }
 
-/// Connects to a shim, a new one of systemd's or one that runs, and waits for its first packet.
-///
-/// # Errors
-/// Any [`ShimFault`].
-pub async fn connect(socket: &Path) -> Result<ShimLink, ShimFault> {
+async fn connect(socket: &Path) -> Result<ShimLink, ShimFault> {
     let failed = |source| ShimFault::Unreachable {
         at: socket.into(),
         source,
@@ -150,6 +146,49 @@ pub async fn connect(socket: &Path) -> Result<ShimLink, ShimFault> {
         .expect("connecting does not panic")
         .map_err(failed)?;
     ShimLink::greet(PacketSocket::new(connection).map_err(failed)?).await
+}
+
+/// Ends the shim that listens at a socket, and its VMM with it, and waits until it has let go of everything. Whether there was one.
+///
+/// # Errors
+/// [`ShimFault::Timeout`] when it does not end, [`ShimFault::Unreachable`] when nobody can say whether there is one.
+pub async fn end_at(socket: &Path) -> Result<bool, ShimFault> {
+    let path = socket.to_owned();
+    let connection = tokio::task::spawn_blocking(move || connect_packets(&path, Credentials::NotWanted));
+    let failed = |source| ShimFault::Unreachable {
+        at: socket.into(),
+        source,
+    };
+    match connection.await.expect("connecting does not panic") {
+        Ok(connection) => {
+            // Without waiting for hello: a shim of another version is to end too, and Kill is the same in all of them.
+            kill_and_wait(&PacketSocket::new(connection).map_err(failed)?, true).await?;
+            Ok(true)
+        }
+        // No socket, or nobody behind it: the shim has gone, and its VMM with it.
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => Ok(false),
+        Err(error) => Err(failed(error)),
+    }
+}
+
+async fn kill_and_wait(socket: &PacketSocket, tell: bool) -> Result<(), ShimFault> {
+    let gone = async {
+        // A shim that cannot be told has gone already, and so has its VMM.
+        if tell && let Err(error) = socket.send(&ToShim::Kill).await {
+            tracing::debug!(%error, "vmmshim gone before it was told to kill");
+        }
+        loop {
+            match socket.receive::<FromShim>().await {
+                Err(IpcError::Closed) => return Ok(()),
+                Err(error @ IpcError::Socket(_)) => return Err(ShimFault::Connection(error)),
+                // Last words, also in a version that we do not know.
+                Ok(_) | Err(_) => {}
+            }
+        }
+    };
+    tokio::time::timeout(EXIT_LIMIT, gone)
+        .await
+        .map_err(|_| ShimFault::Timeout("end its VMM"))?
 }
 
 /// Starts a shim as our child with one end of a socket pair as its standard input. A task of its own reaps it.
@@ -190,7 +229,7 @@ enum Phase {
     Idle,
     /// Launched, or a launch is on its way: dropping kills the VMM.
     Launched,
-    /// Its VMM has ended, the end has been told, or the link was let go: dropping does nothing.
+    /// Its VMM has ended, or has been told to: dropping does nothing.
     Over,
 }
 
@@ -254,7 +293,10 @@ impl ShimLink {
                 Ok((_, _)) => {}
                 Err(error) => {
                     tracing::warn!(%error, "connection to a vmmshim lost");
-                    self.phase = Phase::Over;
+                    // Only a closed connection says that the VMM has gone too; of any other it is still to be killed.
+                    if matches!(error, IpcError::Closed) {
+                        self.phase = Phase::Over;
+                    }
                     return VmmEnd::ShimLost;
                 }
             }
@@ -265,31 +307,11 @@ impl ShimLink {
     /// ends only then.
     ///
     /// # Errors
-    /// [`ShimFault::Timeout`] when it does not end.
-    pub async fn kill(mut self) -> Result<Option<Exit>, ShimFault> {
-        if !matches!(self.phase, Phase::Over) {
-            // A shim that cannot be told has gone already, and so has its VMM.
-            if let Err(error) = self.socket.send(&ToShim::Kill).await {
-                tracing::debug!(%error, "vmmshim gone before it was told to kill");
-            }
-        }
-        let gone = async {
-            let mut reported = None;
-            while let Ok((message, _)) = self.socket.receive::<FromShim>().await {
-                if let FromShim::Exited(exit) = message {
-                    reported = Some(exit);
-                }
-            }
-            reported
-        };
-        let outcome = tokio::time::timeout(EXIT_LIMIT, gone).await;
+    /// [`ShimFault::Timeout`] when it does not end. [`end_at`] then leads back to it.
+    pub async fn kill(mut self) -> Result<(), ShimFault> {
+        let told = !matches!(self.phase, Phase::Over);
         self.phase = Phase::Over;
-        outcome.map_err(|_| ShimFault::Timeout("end its VMM"))
-    }
-
-    /// Gives the link up without harm to the VMM.
-    pub fn let_go(mut self) {
-        self.phase = Phase::Over;
+        kill_and_wait(&self.socket, told).await
     }
 
     async fn ask(&mut self, request: &ToShim) -> Result<FromShim, ShimFault> {
@@ -319,5 +341,72 @@ impl Drop for ShimLink {
         {
             tracing::error!(%error, "a VMM could not be killed; the next start of the agent does");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixDatagram;
+
+    use super::*;
+
+    fn pair() -> (PacketSocket, OwnedFd) {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).expect("a socket pair");
+        (PacketSocket::new(ours).expect("registered"), theirs)
+    }
+
+    fn link(phase: Phase) -> (ShimLink, OwnedFd) {
+        let (socket, theirs) = pair();
+        (ShimLink { socket, uid: 1, phase }, theirs)
+    }
+
+    fn asked(theirs: &OwnedFd) -> Option<ToShim> {
+        ipc::receive(theirs.as_fd()).ok().map(|(request, _)| request)
+    }
+
+    /// Sends what no shim of ours would.
+    fn send_garbage(theirs: &OwnedFd) {
+        let duplicate = theirs.try_clone().expect("duplicated");
+        UnixDatagram::from(duplicate).send(&[0xff; 8]).expect("sent");
+    }
+
+    #[tokio::test]
+    async fn where_no_shim_listens_there_is_none_to_end() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let socket = dir.path().join("shim.sock");
+        assert!(!end_at(&socket).await.expect("no socket"));
+        drop(std::os::unix::net::UnixListener::bind(&socket).expect("bound"));
+        assert!(!end_at(&socket).await.expect("nobody listens any more"));
+    }
+
+    #[tokio::test]
+    async fn a_link_that_is_dropped_kills_what_it_launched_and_nothing_else() {
+        let (idle, theirs) = link(Phase::Idle);
+        drop(idle);
+        assert!(asked(&theirs).is_none());
+        let (launched, theirs) = link(Phase::Launched);
+        drop(launched);
+        assert!(matches!(asked(&theirs), Some(ToShim::Kill)));
+    }
+
+    #[tokio::test]
+    async fn only_a_closed_connection_means_that_the_vmm_has_gone() {
+        let (mut launched, theirs) = link(Phase::Launched);
+        send_garbage(&theirs);
+        assert!(matches!(launched.ended().await, VmmEnd::ShimLost));
+        let killed = tokio::spawn(launched.kill());
+        let told = tokio::task::spawn_blocking(move || {
+            let kill = std::iter::repeat_with(|| {
+                std::thread::yield_now();
+                asked(&theirs)
+            })
+            .find_map(|request| request);
+            // Last words that nobody can read, then the end.
+            send_garbage(&theirs);
+            kill
+        });
+        assert!(matches!(told.await.expect("no panic"), Some(ToShim::Kill)));
+        killed.await.expect("no panic").expect("ended");
     }
 }

@@ -41,6 +41,17 @@ impl Slots {
         }))
     }
 
+    /// Leases one slot; `None` when it is in use.
+    pub fn lease_this(self: &Arc<Self>, slot: Slot) -> Option<SlotLease> {
+        let mut pool = self.0.lock().expect("no panic while leasing");
+        let free = pool.leased.insert(slot);
+        drop(pool);
+        free.then(|| SlotLease {
+            slot,
+            pool: self.clone(),
+        })
+    }
+
     /// Leases the next free slot; `None` when all are in use.
     pub fn lease(self: &Arc<Self>) -> Option<SlotLease> {
         let mut pool = self.0.lock().expect("no panic while leasing");

@@ -5,9 +5,11 @@
 //!                                +--> open_network ----------------------+
 //! ```
 //!
-//! What a build has acquired stands in [`Parts`] from the moment it exists. A build that fails or is told to stop drops the step
-//! under way and undoes the parts before it ends, so that its answer comes when nothing is left.
+//! What a build acquires stands in [`Parts`] from the moment it is asked for. A build that fails or is told to stop waits for what
+//! is under way and undoes it with the rest before it ends, so that its answer comes when nothing is left but what the kernel
+//! removes in its own time.
 
+use std::fs::File;
 use std::future::Future;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -16,9 +18,10 @@ use std::time::{Duration, Instant};
 use roost_common::ids::SandboxId;
 use roost_common::ipc::PassedFd;
 use roost_common::net::SlotAddresses;
-use roost_common::privd::{EgressPolicy, Internet, OpenDisk, OpenNetwork};
-use roost_common::shim::{API_SOCKET, Exit, Launch, Start, VmSpec};
-use roost_common::units::Sectors;
+use roost_common::privd::{Disk, EgressPolicy, Internet, Network, OpenDisk, OpenNetwork};
+use roost_common::shim::{API_SOCKET, Launch, SHIM_SOCKET, Start, VmSpec};
+use roost_common::units::{Bytes, Sectors};
+use tokio::task::JoinHandle;
 
 use super::plan::Plan;
 use super::record::{Phase, Record};
@@ -29,9 +32,10 @@ use crate::host::acl::{self, Access};
 use crate::host::images::{self, Image, ImageError};
 use crate::host::kernels::{self, Kernel};
 use crate::host::privd::CallError;
-use crate::host::shim::{ExitSummary, ShimFault, ShimLink, VmmEnd};
+use crate::host::shim::{self, ExitSummary, ShimFault, ShimLink, VmmEnd};
 use crate::host::slots::SlotLease;
 use crate::host::{Host, files};
+use crate::tombstone;
 use crate::vmm::{Vmm, VmmError};
 
 /// Why a sandbox could not be built.
@@ -51,6 +55,12 @@ pub enum BuildError {
         /// The image's size.
         image: Sectors,
     },
+    /// The disk is larger than any there can be.
+    #[error("a disk of {0} is larger than 2 TiB")]
+    DiskTooLarge(Sectors),
+    /// An earlier sandbox of this id is still there.
+    #[error("an earlier sandbox of this id could not be removed")]
+    Left(#[source] TeardownError),
     /// There is no kernel to boot.
     #[error("no guest kernel in {}: put vmlinux-<version> there", dir.display())]
     NoKernel {
@@ -102,15 +112,53 @@ pub struct Versions {
     pub envd: String,
 }
 
-/// What a build has acquired so far.
-#[derive(Debug, Default)]
+/// What a build has acquired so far, or is acquiring.
+#[derive(Default)]
 struct Parts {
     /// The sandbox's directories may exist.
     files: bool,
     gate: Gate,
-    shim: Option<ShimLink>,
-    tap: Option<OwnedFd>,
-    disk: Option<OwnedFd>,
+    shim: Held<ShimLink, ShimFault>,
+    disk: Held<Disk, CallError>,
+    network: Held<Network, CallError>,
+}
+
+/// Something that a task of its own acquires. The task goes on when the build that asked for it is dropped, so that an undo can
+/// wait for what was under way: a call of privd cannot be taken back, only its result.
+#[derive(Default)]
+enum Held<T, E> {
+    #[default]
+    Nothing,
+    Coming(JoinHandle<Result<T, E>>),
+    Here(T),
+}
+
+impl<T: Send + 'static, E: Send + 'static> Held<T, E> {
+    fn start(work: impl Future<Output = Result<T, E>> + Send + 'static) -> Self {
+        Self::Coming(tokio::spawn(work))
+    }
+
+    /// Waits for it. Safe to cancel.
+    async fn here(&mut self) -> Result<&mut T, E> {
+        if let Self::Coming(task) = self {
+            let outcome = task.await.expect("acquiring does not panic");
+            *self = Self::Nothing;
+            *self = Self::Here(outcome?);
+        }
+        match self {
+            Self::Here(thing) => Ok(thing),
+            Self::Nothing | Self::Coming(_) => unreachable!("it was started, and a failure ended the build"),
+        }
+    }
+
+    /// Waits for what is under way, and takes it.
+    async fn settled(self) -> Option<T> {
+        match self {
+            Self::Nothing => None,
+            Self::Coming(task) => task.await.expect("acquiring does not panic").ok(),
+            Self::Here(thing) => Some(thing),
+        }
+    }
 }
 
 /// Builds a sandbox; `stop` ends the build at any point.
@@ -132,7 +180,7 @@ pub async fn build(
     };
     match outcome {
         Ok((guest, versions)) => {
-            let shim = parts.shim.take().expect("a finished build has a shim");
+            let shim = parts.shim.settled().await.expect("a finished build has a shim");
             Ok(Vm {
                 shim,
                 guest: Arc::new(guest),
@@ -155,87 +203,90 @@ async fn steps(
     parts: &mut Parts,
 ) -> Result<(Guest, Versions), BuildError> {
     let started = Instant::now();
-    let record = Record::new(Phase::Creating, slot.slot().into(), plan.clone(), created_at_unix);
-    parts.files = true;
     let gate = parts.gate.clone();
-    let prepared = gate.run({
-        let (host, record) = (host.clone(), record.clone());
-        move || prepare(&host, &record)
-    });
+    // What the caller may have got wrong comes first, before anything is made or started.
+    let (image, size, kernel) = gate
+        .run({
+            let (host, plan) = (host.clone(), plan.clone());
+            move || find(&host, &plan)
+        })
+        .await?;
+    let cow_length = size.cow_length().ok_or(BuildError::DiskTooLarge(size))?;
+    parts.files = true;
+    if left_behind(host, &plan.id) {
+        remove_files(host, &gate, &plan.id).await.map_err(BuildError::Left)?;
+    }
     // A shim needs nothing of the sandbox's, so it starts meanwhile.
-    let (prepared, shim) = tokio::join!(prepared, host.shims.start());
-    let Prepared {
-        image,
-        cow,
-        size,
-        kernel,
-    } = prepared?;
-    let shim = parts.shim.insert(shim?);
+    parts.shim = Held::start({
+        let host = host.clone();
+        async move { host.shims.start().await }
+    });
+    let record = Record::new(Phase::Creating, slot.slot().into(), plan.clone(), created_at_unix);
+    let cow = gate
+        .run({
+            let (host, record) = (host.clone(), record.clone());
+            move || make_files(&host, &record, cow_length)
+        })
+        .await?;
+    let uid = parts.shim.here().await?.uid();
 
-    let uid = shim.uid();
-    let open_disk = host.privd.open_disk(OpenDisk {
-        sandbox: plan.id.clone(),
-        origin: PassedFd::from(OwnedFd::from(image.rootfs)),
-        cow: PassedFd::from(OwnedFd::from(cow)),
-        size,
-        owner: uid,
+    parts.disk = Held::start({
+        let (host, sandbox) = (host.clone(), plan.id.clone());
+        async move {
+            let request = OpenDisk {
+                sandbox,
+                origin: PassedFd::from(OwnedFd::from(image.rootfs)),
+                cow: PassedFd::from(OwnedFd::from(cow)),
+                size,
+                owner: uid,
+            };
+            host.privd.open_disk(request).await
+        }
     });
-    let policy = EgressPolicy {
-        internet: Internet::Open,
-        resolvers: host.resolvers.clone(),
-    };
-    let open_network = host.privd.open_network(OpenNetwork {
-        slot: slot.slot(),
-        policy,
+    parts.network = Held::start({
+        let (host, slot) = (host.clone(), slot.slot());
+        async move {
+            let policy = EgressPolicy {
+                internet: Internet::Open,
+                resolvers: host.resolvers.clone(),
+            };
+            host.privd.open_network(OpenNetwork { slot, policy }).await
+        }
     });
-    let (disk, network) = tokio::try_join!(open_disk, open_network)?;
-    let owned = |fd: PassedFd| {
-        fd.into_owned()
-            .map_err(|source| FileError::new("duplicating", host.layout.vm_runs(), source))
-    };
-    let node = disk.node;
-    let disk = parts.disk.insert(owned(disk.device)?);
-    let tap = parts.tap.insert(owned(network.tap)?);
+    let (disk, network) = tokio::try_join!(parts.disk.here(), parts.network.here())?;
 
     let run_dir = host.layout.vm_run(&plan.id);
-    let vm_dir = host.layout.vm(&plan.id);
     gate.run({
         let (host, id) = (host.clone(), plan.id.clone());
         move || admit(&host, &id, uid)
     })
     .await?;
-    let duplicate = |fd: &OwnedFd| {
-        fd.try_clone()
-            .map(PassedFd::from)
-            .map_err(|source| FileError::new("duplicating", host.layout.vm_runs(), source))
-    };
     let path = |path: &std::path::Path| path.to_string_lossy().into_owned();
     let launch = Launch {
         spec: VmSpec {
             sandbox: plan.id.clone(),
             vcpus: plan.vcpus,
             memory: plan.memory,
-            disk_minor: node.minor,
+            disk_minor: disk.node.minor,
             start: Start::Boot {
                 kernel: path(&kernel.kernel),
                 initramfs: kernel.initramfs.as_deref().map(path),
             },
             run_dir: path(&run_dir),
-            vm_dir: path(&vm_dir),
+            vm_dir: path(&host.layout.vm(&plan.id)),
         },
-        tap: duplicate(tap)?,
-        disk: duplicate(disk)?,
+        tap: network.tap.clone(),
+        disk: disk.device.clone(),
     };
-    let vmm = shim.launch(launch).await?;
+    let vmm = parts.shim.here().await?.launch(launch).await?;
     tracing::info!(sandbox_id = %plan.id, vmm_pid = vmm.pid, op = "launch", elapsed_ms = millis(started), "VMM started");
     // From here on the VMM and its shim hold them.
-    let (tap, disk) = (parts.tap.take(), parts.disk.take());
-    drop(disk);
-    close_tap(tap);
+    let (disk, network) = (std::mem::take(&mut parts.disk), std::mem::take(&mut parts.network));
+    close(disk, network);
 
     let guest = Guest::new(SlotAddresses::of(slot.slot()).host, random_hex());
     let api = Vmm::new(&run_dir.join(API_SOCKET));
-    let shim = parts.shim.as_mut().expect("inserted above");
+    let shim = parts.shim.here().await?;
     let up = async {
         let (version, envd) = tokio::try_join!(async { api.version().await.map_err(BuildError::from) }, async {
             guest.wait_until_up(boot_limit(plan)).await.map_err(BuildError::from)
@@ -269,42 +320,36 @@ async fn steps(
     Ok((guest, versions))
 }
 
-/// What the files of a new sandbox give.
-struct Prepared {
-    image: Image,
-    cow: std::fs::File,
-    size: Sectors,
-    kernel: Kernel,
-}
-
-/// Finds image and kernel, then makes the sandbox's directories, its record and its exception store.
-fn prepare(host: &Host, record: &Record) -> Result<Prepared, BuildError> {
-    let (layout, plan) = (&host.layout, &record.plan);
-    let image = images::open(&layout.images(), plan.template)?;
+/// Finds image and kernel, and what size the disk has. Changes nothing.
+fn find(host: &Host, plan: &Plan) -> Result<(Image, Sectors, Kernel), BuildError> {
+    let image = images::open(&host.layout.images(), plan.template)?;
     let size = plan.disk_over(image.size).ok_or(BuildError::DiskTooSmall {
         asked: plan.disk.map_or(0, |disk| disk.0),
         image: image.size,
     })?;
-    let kernels_dir = layout.kernels();
-    let kernel = kernels::latest(&kernels_dir)
-        .map_err(|source| FileError::new("reading", &kernels_dir, source))?
-        .ok_or(BuildError::NoKernel { dir: kernels_dir })?;
-    // Left by an earlier sandbox of this id that could not be removed at the time.
-    files::remove_sandbox(layout, &plan.id)?;
-    files::make_dir(&layout.sandbox(&plan.id))?;
+    let dir = host.layout.kernels();
+    let kernel = kernels::latest(&dir)
+        .map_err(|source| FileError::new("reading", &dir, source))?
+        .ok_or(BuildError::NoKernel { dir })?;
+    Ok((image, size, kernel))
+}
+
+/// Whether an earlier sandbox of this id could not be removed.
+fn left_behind(host: &Host, id: &SandboxId) -> bool {
+    [host.layout.sandbox(id), host.layout.vm_run(id)]
+        .iter()
+        .any(|dir| dir.exists())
+}
+
+/// Makes a sandbox's directories, its record and its exception store.
+fn make_files(host: &Host, record: &Record, cow_length: Bytes) -> Result<File, FileError> {
+    let (layout, id) = (&host.layout, &record.plan.id);
+    files::make_dir(&layout.sandbox(id))?;
     record.write(layout)?;
-    files::make_dir(&layout.vm(&plan.id))?;
-    files::make_dir(&layout.vm_run(&plan.id))?;
-    let length = size
-        .cow_length()
-        .expect("whole chunks, and at most the configured maximum");
-    let cow = files::make_cow(&layout.cow(&plan.id), length)?;
-    Ok(Prepared {
-        image,
-        cow,
-        size,
-        kernel,
-    })
+    tombstone::forget(layout, id)?;
+    files::make_dir(&layout.vm(id))?;
+    files::make_dir(&layout.vm_run(id))?;
+    files::make_cow(&layout.cow(id), cow_length)
 }
 
 /// Lets the VM's uid into the directories it needs. Where it is our own uid, as with a child shim, it is in already.
@@ -328,14 +373,15 @@ async fn undo(host: &Arc<Host>, plan: &Plan, parts: Parts) -> Result<(), Teardow
         files,
         gate,
         shim,
-        tap,
         disk,
+        network,
     } = parts;
-    drop(disk);
-    close_tap(tap);
+    let (shim, disk, network) = tokio::join!(shim.settled(), disk.settled(), network.settled());
+    let closed = tokio::task::spawn_blocking(move || drop((disk, network)));
     if let Some(shim) = shim {
         shim.kill().await.map_err(TeardownError::Vmm)?;
     }
+    closed.await.expect("closing does not panic");
     if files {
         remove_files(host, &gate, &plan.id).await
     } else {
@@ -343,20 +389,22 @@ async fn undo(host: &Arc<Host>, plan: &Plan, parts: Parts) -> Result<(), Teardow
     }
 }
 
-/// Takes a VM down, and removes the sandbox's files. The end of the VMM, where it was still to come.
+/// Takes a VM down, where there is a connection to one, and removes the sandbox's files.
 ///
 /// # Errors
-/// [`TeardownError`]; a repetition with no VM goes on with the files.
-pub async fn tear_down(host: &Arc<Host>, id: &SandboxId, vm: Option<Vm>) -> Result<Option<Exit>, TeardownError> {
-    let exit = match vm {
-        Some(vm) => vm.shim.kill().await.map_err(TeardownError::Vmm)?,
-        None => None,
-    };
-    remove_files(host, &Gate::default(), id).await?;
-    Ok(exit)
+/// [`TeardownError`]; a repetition without a VM goes on where this ended.
+pub async fn tear_down(host: &Arc<Host>, id: &SandboxId, vm: Option<Vm>) -> Result<(), TeardownError> {
+    if let Some(vm) = vm {
+        vm.shim.kill().await.map_err(TeardownError::Vmm)?;
+    }
+    remove_files(host, &Gate::default(), id).await
 }
 
+/// Removes a sandbox's files, once no shim of it answers any more: its socket is among them, and the only way back to it.
 async fn remove_files(host: &Arc<Host>, gate: &Gate, id: &SandboxId) -> Result<(), TeardownError> {
+    shim::end_at(&host.layout.vm_run(id).join(SHIM_SOCKET))
+        .await
+        .map_err(TeardownError::Vmm)?;
     let (host, id) = (host.clone(), id.clone());
     gate.run(move || files::remove_sandbox(&host.layout, &id))
         .await
@@ -380,12 +428,11 @@ impl Gate {
     }
 }
 
-/// Closing the last copy of a tap takes its network down and blocks for tens of milliseconds, which is no work for a runtime
-/// thread.
-fn close_tap(tap: Option<OwnedFd>) {
-    if let Some(tap) = tap {
-        tokio::task::spawn_blocking(move || drop(tap));
-    }
+/// Closes our copies of a disk and a network. Not on a runtime thread: closing the last copy of a tap takes its network down, which
+/// takes tens of milliseconds.
+fn close(disk: Held<Disk, CallError>, network: Held<Network, CallError>) {
+    // Nobody waits for it.
+    drop(tokio::task::spawn_blocking(move || drop((disk, network))));
 }
 
 /// How long a guest may take to come up: large memories take long to set up on a busy host.

@@ -2,11 +2,11 @@
 //!
 //! ```text
 //!             Built(Ok)              DestroyRequested, VmmEnded
-//! Creating ---------------> Running ----------------------------+
+//! Creating ---------------> Running --Unclaimed-----------------+
 //!    |  |                                                       v
 //!    |  +-- DestroyRequested, CallerGone (cancels the build) --> Destroying --TornDown(Ok)--> Gone
-//!    |                                                         ^  ^    | TornDown(Err): stays, a
-//!    +-- Built(Err), undone --> Gone                           |  +----+ repeated destroy tries again
+//!    |                                                         ^  ^    | TornDown(Err): stays; a repeated
+//!    +-- Built(Err), undone --> Gone                           |  +----+ destroy tries again, and so does RetryDue
 //!    +-- Built(Err), something left ---------------------------+
 //! ```
 //!
@@ -77,6 +77,10 @@ pub enum Event<V> {
     VmmEnded(Ending),
     /// The teardown has ended.
     TornDown(Result<(), TeardownError>),
+    /// The create was answered, and nobody was there to hear it: nobody will ever destroy what it made.
+    Unclaimed,
+    /// A teardown failed a while ago.
+    RetryDue,
 }
 
 /// How a VMM ended that nobody ended.
@@ -147,7 +151,7 @@ enum Step {
     Build,
     /// The teardown runs.
     Teardown,
-    /// The last teardown failed; the next destroy tries again.
+    /// The last teardown failed; the next destroy tries again, or the driver in a while.
     Stuck,
 }
 
@@ -159,6 +163,20 @@ impl<V> Sandbox<V> {
         Self::Creating(Creating { caller })
     }
 
+    /// What an earlier agent left and could not be removed.
+    pub fn remains() -> Self {
+        Self::Destroying(Destroying {
+            caller: None,
+            waiting: vec![],
+            step: Step::Stuck,
+        })
+    }
+
+    /// Whether its last teardown failed, and is to be tried again.
+    pub fn is_stuck(&self) -> bool {
+        matches!(self, Self::Destroying(Destroying { step: Step::Stuck, .. }))
+    }
+
     /// What follows from an event.
     pub fn on(self, event: Event<V>) -> Next<V> {
         match self {
@@ -168,9 +186,12 @@ impl<V> Sandbox<V> {
             Self::Gone => match event {
                 Event::DestroyRequested(reply) => (Self::Gone, vec![Action::AnswerDestroys(vec![reply], Ok(()))]),
                 // Echoes of how we got here.
-                Event::Built(Err(_)) | Event::CallerGone | Event::VmmEnded(_) | Event::TornDown(_) => {
-                    (Self::Gone, vec![])
-                }
+                Event::Built(Err(_))
+                | Event::CallerGone
+                | Event::VmmEnded(_)
+                | Event::TornDown(_)
+                | Event::Unclaimed
+                | Event::RetryDue => (Self::Gone, vec![]),
                 // Nothing builds for a sandbox that is gone; should it happen, nothing of it may stay.
                 Event::Built(Ok(vm)) => (Self::Gone, vec![Action::TearDown(Some(vm))]),
             },
@@ -202,7 +223,9 @@ impl Creating {
             Event::DestroyRequested(reply) => self.cut_short(vec![reply]),
             Event::CallerGone => self.cut_short(vec![]),
             // A VM's end is an error of the build while there is one, and nothing has been taken down yet.
-            Event::VmmEnded(_) | Event::TornDown(_) => (Sandbox::Creating(self), vec![]),
+            Event::VmmEnded(_) | Event::TornDown(_) | Event::Unclaimed | Event::RetryDue => {
+                (Sandbox::Creating(self), vec![])
+            }
         }
     }
 
@@ -238,8 +261,18 @@ impl<V> Running<V> {
                     vec![Action::Bury(ending), Action::TearDown(Some(self.vm))],
                 )
             }
-            // The create has been answered, so its caller may go; the other two are echoes of how we got here.
-            Event::CallerGone | Event::Built(Err(_)) | Event::TornDown(_) => (Sandbox::Running(self), vec![]),
+            Event::Unclaimed => {
+                let state = Destroying {
+                    caller: None,
+                    waiting: vec![],
+                    step: Step::Teardown,
+                };
+                (Sandbox::Destroying(state), vec![Action::TearDown(Some(self.vm))])
+            }
+            // The create has been answered, so its caller may go; the others are echoes of how we got here.
+            Event::CallerGone | Event::Built(Err(_)) | Event::TornDown(_) | Event::RetryDue => {
+                (Sandbox::Running(self), vec![])
+            }
             // One build per sandbox; should a second one come, it is the surplus one.
             Event::Built(Ok(vm)) => (Sandbox::Running(self), vec![Action::TearDown(Some(vm))]),
         }
@@ -266,8 +299,16 @@ impl Destroying {
             }
             Event::Built(Err(failure)) => self.torn_down(failure.left.map_or(Ok(()), Err)),
             Event::TornDown(outcome) => self.torn_down(outcome),
+            Event::RetryDue => match self.step {
+                // A destroy came first.
+                Step::Build | Step::Teardown => (Sandbox::Destroying(self), vec![]),
+                Step::Stuck => {
+                    self.step = Step::Teardown;
+                    (Sandbox::Destroying(self), vec![Action::TearDown(None)])
+                }
+            },
             // The caller is answered in any case, and an end is what we are after.
-            Event::CallerGone | Event::VmmEnded(_) => (Sandbox::Destroying(self), vec![]),
+            Event::CallerGone | Event::VmmEnded(_) | Event::Unclaimed => (Sandbox::Destroying(self), vec![]),
         }
     }
 

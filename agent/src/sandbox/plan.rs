@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use roost_common::ids::{IdError, SandboxId};
+use roost_common::shim::MEMORY_RANGE;
 use roost_common::units::{Mebibytes, Sectors, Vcpus};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -10,8 +11,6 @@ use uuid::Uuid;
 use crate::config::Config;
 use crate::host::images::TemplateRef;
 
-/// Smallest guest memory: below it a Debian kernel does not come up.
-pub const MIN_MEMORY: Mebibytes = Mebibytes(64);
 /// Memory of a sandbox that asks for none.
 pub const DEFAULT_MEMORY: Mebibytes = Mebibytes(512);
 /// vCPUs of a sandbox that asks for none.
@@ -120,7 +119,12 @@ impl Plan {
             template: uuid("template_id", &wish.template_id)?,
         };
         let vcpus = number("vcpus", wish.vcpus, 1, config.max_vcpus.into())?;
-        let memory = number("memory_mb", wish.memory_mb, MIN_MEMORY.0, config.max_memory_mb)?;
+        let memory = number(
+            "memory_mb",
+            wish.memory_mb,
+            MEMORY_RANGE.start().0,
+            config.max_memory_mb,
+        )?;
         let disk = number("disk_size_mb", wish.disk_size_mb, 1, config.max_disk_mb)?;
         let timeout = number("timeout_sec", wish.timeout_sec, MIN_TIMEOUT, i32::MAX.unsigned_abs())?;
         let user_is_name = |user: &str| {
@@ -156,6 +160,21 @@ impl Plan {
             user: Some(wish.default_user).filter(|user| !user.is_empty()),
             env: wish.default_env,
         })
+    }
+
+    /// All defaults, for a sandbox of which only the id is known.
+    pub fn unknown(id: SandboxId) -> Self {
+        Self {
+            id,
+            template: TemplateRef::default(),
+            template_name: String::new(),
+            vcpus: DEFAULT_VCPUS,
+            memory: DEFAULT_MEMORY,
+            disk: None,
+            timeout_sec: 0,
+            user: None,
+            env: BTreeMap::new(),
+        }
     }
 
     /// Size of the disk over an image of `image` sectors: the asked one, else the image's, in whole chunks. `None` when the image

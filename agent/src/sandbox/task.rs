@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
@@ -19,6 +20,9 @@ use crate::host::shim::VmmEnd;
 use crate::host::slots::SlotLease;
 use crate::registry::Registry;
 use crate::tombstone::{self, End, Tombstone};
+
+/// Pause between two attempts to remove what could not be removed.
+const RETRY_PAUSE: Duration = Duration::from_secs(30);
 
 /// What others see of a sandbox.
 #[derive(Debug, Clone)]
@@ -58,6 +62,13 @@ impl Handle {
         self.last_active.load(Ordering::Relaxed)
     }
 
+    /// Waits until the sandbox runs no more.
+    pub async fn stopped_running(&self) {
+        let mut view = self.view.clone();
+        // A task that has ended has nothing that runs.
+        drop(view.wait_for(|view| !matches!(view, View::Running(..))).await);
+    }
+
     /// Counts as use.
     pub fn touch(&self) {
         self.last_active.store(unix_now(), Ordering::Relaxed);
@@ -85,8 +96,24 @@ pub fn spawn(
     slot: SlotLease,
 ) -> (Handle, oneshot::Receiver<Result<(), CreateFailure>>) {
     let (caller, answer) = oneshot::channel();
+    let mut driver = driver(registry, host, plan, slot, View::Creating);
+    let handle = driver.handle.clone();
+    driver.start_build();
+    tokio::spawn(driver.run(Sandbox::new(caller)));
+    (handle, answer)
+}
+
+/// Starts the task of what an earlier agent left and could not be removed.
+pub fn spawn_remains(registry: Arc<Registry>, host: Arc<Host>, plan: Plan, slot: SlotLease) -> Handle {
+    let driver = driver(registry, host, plan, slot, View::Destroying);
+    let handle = driver.handle.clone();
+    tokio::spawn(driver.run(Sandbox::remains()));
+    handle
+}
+
+fn driver(registry: Arc<Registry>, host: Arc<Host>, plan: Plan, slot: SlotLease, first: View) -> Driver {
     let (commands, inbox) = mpsc::channel(16);
-    let (view, seen) = watch::channel(View::Creating);
+    let (view, seen) = watch::channel(first);
     let now = unix_now();
     let handle = Handle {
         plan: Arc::new(plan),
@@ -96,16 +123,14 @@ pub fn spawn(
         commands,
         view: seen,
     };
-    let driver = Driver {
+    Driver {
         registry,
         host,
-        handle: handle.clone(),
+        handle,
         view,
         inbox,
         work: Work::None,
-    };
-    tokio::spawn(driver.run(Sandbox::new(caller)));
-    (handle, answer)
+    }
 }
 
 struct Driver {
@@ -129,9 +154,12 @@ enum Work {
 
 impl Driver {
     async fn run(mut self, mut sandbox: Sandbox<Vm>) {
-        self.start_build();
+        let mut follows = None;
         while !matches!(sandbox, Sandbox::Gone) {
-            let event = self.next(&mut sandbox).await;
+            let event = match follows.take() {
+                Some(event) => event,
+                None => self.next(&mut sandbox).await,
+            };
             let from = name(&sandbox);
             let (next, actions) = sandbox.on(event);
             sandbox = next;
@@ -144,7 +172,9 @@ impl Driver {
                 self.registry.forget(&self.handle.plan.id);
             }
             for action in actions {
-                self.perform(action).await;
+                if let Some(event) = self.perform(action).await {
+                    follows = Some(event);
+                }
             }
         }
         // Destroys that arrived too late for the state machine.
@@ -173,12 +203,18 @@ impl Driver {
                     VmmEnd::Reported(exit) => Ending::Reported(exit),
                     VmmEnd::ShimLost => Ending::ShimLost,
                 }),
+                remains if remains.is_stuck() => {
+                    tokio::time::sleep(RETRY_PAUSE).await;
+                    Event::RetryDue
+                }
                 Sandbox::Destroying(_) | Sandbox::Gone => std::future::pending().await,
             }
         };
         let event = tokio::select! {
-            event = work => event,
+            // A caller that has gone comes before a build that has just ended: nobody would hear of what it built.
+            biased;
             event = state => event,
+            event = work => event,
             reply = self.inbox.recv() => Event::DestroyRequested(reply.expect("the driver's own handle keeps the channel open")),
         };
         if matches!(event, Event::Built(_) | Event::TornDown(_)) {
@@ -187,7 +223,8 @@ impl Driver {
         event
     }
 
-    async fn perform(&mut self, action: Action<Vm>) {
+    /// Performs an action; what follows from it, where something does.
+    async fn perform(&mut self, action: Action<Vm>) -> Option<Event<Vm>> {
         let id = &self.handle.plan.id;
         match action {
             Action::CancelBuild => {
@@ -198,13 +235,14 @@ impl Driver {
             }
             Action::TearDown(vm) => {
                 let (host, id) = (self.host.clone(), id.clone());
-                self.work = Work::TearDown(tokio::spawn(
-                    async move { build::tear_down(&host, &id, vm).await.map(drop) },
-                ));
+                self.work = Work::TearDown(tokio::spawn(async move { build::tear_down(&host, &id, vm).await }));
             }
             Action::Bury(ending) => self.bury(ending).await,
-            // Callers that have gone need no answer.
-            Action::AnswerCreate(reply, outcome) => drop(reply.send(outcome)),
+            Action::AnswerCreate(reply, outcome) => {
+                if let Err(Ok(())) = reply.send(outcome) {
+                    return Some(Event::Unclaimed);
+                }
+            }
             Action::AnswerDestroys(replies, outcome) => {
                 let outcome = outcome.map_err(|error| {
                     tracing::error!(sandbox_id = %id, error = %Chain(&error), "sandbox not removed; destroy it again");
@@ -215,6 +253,7 @@ impl Driver {
                 }
             }
         }
+        None
     }
 
     async fn bury(&self, ending: Ending) {

@@ -101,6 +101,8 @@ fn every_event_in_every_state_has_its_answer() {
             "vmm ended" => Event::VmmEnded(exit()),
             "torn down" => Event::TornDown(Ok(())),
             "not torn down" => Event::TornDown(Err(stuck())),
+            "unclaimed" => Event::Unclaimed,
+            "retry" => Event::RetryDue,
             other => panic!("no event {other}"),
         }
     };
@@ -147,6 +149,18 @@ fn every_event_in_every_state_has_its_answer() {
         ("destroying/stuck", "destroy", "Destroying/teardown teardown(files)"),
         ("destroying/stuck", "caller gone", "Destroying/stuck"),
         ("destroying/stuck", "vmm ended", "Destroying/stuck"),
+        ("creating", "unclaimed", "Creating"),
+        ("creating", "retry", "Creating"),
+        ("running", "unclaimed", "Destroying/teardown teardown(vm)"),
+        ("running", "retry", "Running"),
+        ("destroying/build", "unclaimed", "Destroying/build"),
+        ("destroying/build", "retry", "Destroying/build"),
+        ("destroying/teardown", "unclaimed", "Destroying/teardown"),
+        ("destroying/teardown", "retry", "Destroying/teardown"),
+        ("destroying/stuck", "unclaimed", "Destroying/stuck"),
+        ("destroying/stuck", "retry", "Destroying/teardown teardown(files)"),
+        ("gone", "unclaimed", "Gone"),
+        ("gone", "retry", "Gone"),
         ("gone", "built", "Gone teardown(vm)"),
         ("gone", "failed", "Gone"),
         ("gone", "caller gone", "Gone"),
@@ -187,7 +201,7 @@ fn no_history_loses_a_resource_or_a_caller() {
         while !matches!(sandbox, Some(Sandbox::Gone)) {
             steps += 1;
             assert!(steps < 10_000, "seed {seed}: it does not end");
-            let event = match dice.roll(6) {
+            let event = match dice.roll(7) {
                 0 if building => {
                     building = false;
                     match dice.roll(4) {
@@ -205,6 +219,7 @@ fn no_history_loses_a_resource_or_a_caller() {
                 },
                 2 => Event::CallerGone,
                 3 if matches!(sandbox, Some(Sandbox::Running(_))) => Event::VmmEnded(exit()),
+                5 => Event::RetryDue,
                 4 => {
                     let (reply, answer) = oneshot::channel();
                     destroys.push(answer);
