@@ -310,12 +310,6 @@ struct Machine<'a> {
     run: &'a RunDir,
 }
 
-/// What the rig tells us, or QEMU.
-enum News {
-    Line(String),
-    Ended(ExitStatus),
-}
-
 impl Machine<'_> {
     fn boot(&self) -> Result<End> {
         let start = Instant::now();
@@ -333,11 +327,7 @@ impl Machine<'_> {
         let journal = thread::spawn(move || copy_live(log, journal));
         let (sender, news) = mpsc::channel();
         thread::spawn(move || {
-            for line in BufReader::new(ctl).lines().map_while(Result::ok) {
-                if sender.send(News::Line(line)).is_err() {
-                    break;
-                }
-            }
+            for_each_line(ctl, |line| sender.send(line).is_ok());
             // The port closes with QEMU; the receiver sees the channel's end.
         });
         let verdict = self.follow(&mut qemu, &news, start);
@@ -416,14 +406,21 @@ impl Machine<'_> {
     }
 
     /// Waits for the command's end, the end of QEMU or of our patience.
-    fn follow(&self, qemu: &mut Child, news: &mpsc::Receiver<News>, start: Instant) -> Result<u8> {
+    fn follow(&self, qemu: &mut Child, news: &mpsc::Receiver<String>, start: Instant) -> Result<u8> {
         let deadline = start + Duration::from_secs(self.options.timeout);
         let mut up = false;
         loop {
             let limit = if up { deadline } else { deadline.min(start + BOOT_LIMIT) };
-            let message = match news.recv_timeout(limit.saturating_duration_since(Instant::now())) {
-                Ok(message) => message,
-                Err(RecvTimeoutError::Disconnected) => News::Ended(qemu.wait()?),
+            let line = match news.recv_timeout(limit.saturating_duration_since(Instant::now())) {
+                Ok(line) => line,
+                Err(RecvTimeoutError::Disconnected) => {
+                    let ended = wait_until(qemu, limit)?;
+                    self.show_console();
+                    match ended {
+                        Some(status) => bail!("QEMU ended before the command did: {status}"),
+                        None => bail!("the rig closed its line to us, but QEMU did not end"),
+                    }
+                }
                 Err(RecvTimeoutError::Timeout) if up => {
                     eprintln!("rig: timed out after {} s", self.options.timeout);
                     return Ok(STATUS_TIMEOUT);
@@ -431,13 +428,6 @@ impl Machine<'_> {
                 Err(RecvTimeoutError::Timeout) => {
                     self.show_console();
                     bail!("the rig did not come up in {:.0} s", start.elapsed().as_secs_f64());
-                }
-            };
-            let line = match message {
-                News::Line(line) => line,
-                News::Ended(status) => {
-                    self.show_console();
-                    bail!("QEMU ended before the command did: {status}");
                 }
             };
             let (word, rest) = line.split_once(' ').unwrap_or((&line, ""));
@@ -491,6 +481,35 @@ fn port() -> Result<(UnixStream, OwnedFd)> {
     Ok((UnixStream::from(ours), theirs))
 }
 
+/// Hands on lines, whatever bytes they hold, until the other side closes or nobody wants more.
+fn for_each_line(from: impl Read, mut wanted: impl FnMut(String) -> bool) {
+    let mut from = BufReader::new(from);
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        // An error is an end too: QEMU was killed with something unread.
+        if from.read_until(b'\n', &mut line).unwrap_or(0) == 0 {
+            return;
+        }
+        if !wanted(String::from_utf8_lossy(&line).trim_end_matches('\n').to_owned()) {
+            return;
+        }
+    }
+}
+
+/// Waits for a process, but no longer than until `deadline`: whether it has ended.
+fn wait_until(process: &mut Child, deadline: Instant) -> Result<Option<ExitStatus>> {
+    loop {
+        if let Some(status) = process.try_wait().context("cannot wait for QEMU")? {
+            return Ok(Some(status));
+        }
+        if Instant::now() >= deadline {
+            return Ok(None);
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
 /// Copies until the other side closes, flushing what has come; returns the last of it.
 fn copy_live(mut from: impl Read, mut to: impl Write) -> std::io::Result<Vec<u8>> {
     let mut chunk = vec![0; 64 << 10];
@@ -521,5 +540,28 @@ mod tests {
         let script = format!("printf '%s\\n' {}", quoted(&words));
         let output = Command::new("sh").args(["-c", &script]).output().unwrap();
         assert_eq!(String::from_utf8(output.stdout).unwrap(), "a b\nit's\n$HOME `x` \\\n\n");
+    }
+
+    #[test]
+    fn lines_that_are_no_text_are_handed_on_and_do_not_end_the_rest() {
+        let mut lines = Vec::new();
+        for_each_line(&b"up\nnote \xff\xfe\n\nexit 0"[..], |line| {
+            lines.push(line);
+            true
+        });
+        assert_eq!(lines, ["up", "note \u{fffd}\u{fffd}", "", "exit 0"]);
+    }
+
+    #[test]
+    fn waiting_for_a_process_ends_at_the_deadline() {
+        let soon = || Instant::now() + Duration::from_millis(100);
+        let mut sleeper = Command::new("sleep").arg("1000").spawn().unwrap();
+        assert_eq!(wait_until(&mut sleeper, soon()).unwrap(), None);
+        sleeper.kill().unwrap();
+        assert!(
+            wait_until(&mut sleeper, Instant::now() + Duration::from_secs(60))
+                .unwrap()
+                .is_some()
+        );
     }
 }
