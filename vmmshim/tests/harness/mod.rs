@@ -1,9 +1,11 @@
 //! Drives the built shim over a socket pair.
 #![allow(dead_code, reason = "each test binary uses its part")]
 
+pub(crate) mod sys;
+
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
-use std::io;
+use std::io::{self, Write as _};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -18,6 +20,18 @@ use roost_common::units::{Mebibytes, Vcpus};
 
 /// Longest wait for anything.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Whether a part of a test that not every machine allows can run here. Where all of them must (`CI=true`, or `ROOST_CI` set),
+/// it is no choice.
+pub(crate) fn can_test(possible: bool, need: &str) -> bool {
+    let must = std::env::var("CI").is_ok_and(|value| value == "true") || std::env::var_os("ROOST_CI").is_some();
+    assert!(possible || !must, "{need}, and must be tested: CI or ROOST_CI is set");
+    if !possible {
+        // Past libtest, which would keep it to itself.
+        writeln!(io::stderr(), "\nNOT TESTED: {need}").expect("standard error");
+    }
+    possible
+}
 
 /// A connection to a shim.
 pub(crate) struct Agent(pub(crate) OwnedFd);
