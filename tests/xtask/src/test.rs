@@ -3,8 +3,10 @@
 //! Holds: a part that fails or cannot run fails the whole, and later parts run all the same, so that one run tells all. The
 //! last line is libtest's own.
 
+use std::fs::File;
+use std::io::Write;
 use std::path::PathBuf;
-use std::process::Stdio;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
@@ -12,12 +14,15 @@ use clap::Args;
 
 use crate::binaries::{self, cargo};
 use crate::rig::{self, STATUS_RIG_FAILED};
-use crate::setup;
 use crate::step::{shown, step};
+use crate::{cache, setup};
 
 /// Time for all rig tests, and for those of full size.
 const RIG_SECONDS: u64 = 1800;
 const RIG_SECONDS_ALL: u64 = 4 * 3600;
+
+/// The modules of the rig's tests that run in a second rig, beside the others.
+const FIRST_HALF: &[&str] = &["bad_input::", "concurrency::", "lifecycle::"];
 
 /// What is tested without systemd too.
 const DIRECT_TESTS: &[&str] = &[
@@ -132,7 +137,27 @@ pub(crate) fn run(options: &Options) -> Result<u8> {
     }
     let mut closing = None;
     if !options.no_rig {
-        if !options.direct && options.arguments.is_empty() {
+        let whole = !options.direct && options.arguments.is_empty();
+        // A rig keeps one core busy, so two of them share the tests.
+        let mut first_half = None;
+        if whole {
+            record(&mut summary, "building for the rig", || {
+                binaries::build()?;
+                build_tests()?;
+                first_half = Some(FirstHalf::start(options)?);
+                Ok(())
+            });
+        }
+        record(&mut summary, "rig tests", || {
+            let mut options = options.clone();
+            if whole {
+                options.arguments = FIRST_HALF.iter().map(|module| format!("--skip={module}")).collect();
+            }
+            let end = run_in_rig(&options)?;
+            closing = closing_lines(&end.tail);
+            verdict(&end)
+        });
+        if whole {
             // The same promises where there is no systemd to start the daemons.
             let direct = Options {
                 direct: true,
@@ -141,11 +166,9 @@ pub(crate) fn run(options: &Options) -> Result<u8> {
             };
             record(&mut summary, "rig tests, direct", || verdict(&run_in_rig(&direct)?));
         }
-        record(&mut summary, "rig tests", || {
-            let end = run_in_rig(options)?;
-            closing = closing_lines(&end.tail);
-            verdict(&end)
-        });
+        if let Some(first_half) = first_half {
+            record(&mut summary, "rig tests, other half", || first_half.finish());
+        }
     }
     eprintln!("\nsummary:");
     for line in &summary {
@@ -172,6 +195,48 @@ fn record(summary: &mut Vec<Line>, title: &'static str, work: impl FnOnce() -> R
         took: start.elapsed(),
         failure,
     });
+}
+
+/// Another run of this program, for some of the rig's tests. Its output waits in a file, so that two runs do not mix theirs.
+struct FirstHalf {
+    process: Child,
+    output: PathBuf,
+}
+
+impl FirstHalf {
+    fn start(options: &Options) -> Result<Self> {
+        let output = cache::dir()?.join("other-half.log");
+        let log = File::create(&output).with_context(|| format!("cannot make {}", output.display()))?;
+        let mut command = Command::new(std::env::current_exe().context("this program has no path")?);
+        command.args(["test", "--rig", "--memory", &options.memory.to_string()]);
+        if options.all {
+            command.arg("--all");
+        }
+        command.arg("--").args(FIRST_HALF);
+        let process = command
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .context("cannot run this program again")?;
+        Ok(Self { process, output })
+    }
+
+    /// Waits for its end, and shows what it wrote.
+    fn finish(mut self) -> Result<()> {
+        let status = self.process.wait()?;
+        let output = std::fs::read(&self.output)?;
+        std::io::stdout().write_all(&output)?;
+        ensure!(status.success(), "{status}");
+        Ok(())
+    }
+}
+
+impl Drop for FirstHalf {
+    fn drop(&mut self) {
+        // It has ended where it was waited for.
+        self.process.kill().ok();
+    }
 }
 
 fn run_in_rig(options: &Options) -> Result<rig::End> {
