@@ -1,20 +1,40 @@
 //! What a guest cannot reach.
 
-use roost_tests::in_rig;
-use roost_tests::internet::{HOST, Internet, SERVER, run, serve_on_host};
+use std::net::TcpStream;
+
+use roost_tests::internet::{HOST, HostAddresses, Internet, SERVER, Server, UPLINK, UnguardedLink, Watch, ask, run};
 use roost_tests::roost::Sandbox;
+use roost_tests::{eventually, in_rig};
 
 /// What a guest gets from a TCP server, or `closed`.
 fn reach(sandbox: &Sandbox, address: &str, port: u16) -> String {
     sandbox.sh(&format!(
-        "timeout 4 /bin/bash -c 'exec 3<>/dev/tcp/{address}/{port} && cat <&3' 2>/dev/null || echo closed"
+        "timeout 10 /bin/bash -c 'exec 3<>/dev/tcp/{address}/{port} && cat <&3' 2>/dev/null || echo closed"
     ))
+}
+
+/// Which addresses a guest reaches by a command, with `$a` for the address; all are tried at once.
+fn reached(sandbox: &Sandbox, addresses: &[String], command: &str) -> Vec<String> {
+    let all = addresses.join(" ");
+    let out = sandbox.sh(&format!(
+        "for a in {all}; do ({command} >/dev/null 2>&1 && echo $a) & done; wait"
+    ));
+    out.lines().map(str::to_owned).collect()
+}
+
+/// Packets that a guest has sent, and how many of those were IPv6.
+fn sent(sandbox: &Sandbox) -> (u64, u64) {
+    let number = |text: String| text.parse().expect("a number");
+    (
+        number(sandbox.sh("cat /sys/class/net/eth0/statistics/tx_packets")),
+        number(sandbox.sh("awk '$1 == \"Ip6OutRequests\" {print $2}' /proc/net/snmp6")),
+    )
 }
 
 #[test]
 fn two_sandboxes_share_an_address_and_nothing_else() {
     in_rig(|| {
-        let internet = Internet::connect();
+        let mut internet = Internet::connect();
         internet.serve(&format!("{SERVER}:80"));
         let (a, b) = (
             Sandbox::create(&["--memory", "256"]),
@@ -32,78 +52,56 @@ fn two_sandboxes_share_an_address_and_nothing_else() {
         a.sh("echo secret > /root/x");
         assert_eq!(b.sh("test -e /root/x && echo there || echo none"), "none");
 
-        // Another guest, by every address it has.
+        // Another guest, by every address it has; the host reaches both at the same ones.
+        for ip in [&ip_a, &ip_b] {
+            TcpStream::connect((ip.as_str(), 49983)).expect("the host reaches the guest");
+        }
         assert_eq!(reach(&a, &ip_b, 49983), "closed");
         assert_eq!(reach(&b, &ip_a, 49983), "closed");
-        for neighbour in (1..16).map(|n| format!("10.12.0.{n}")) {
-            assert_eq!(
-                a.sh(&format!(
-                    "ping -c1 -W1 {neighbour} >/dev/null 2>&1 && echo there || echo none"
-                )),
-                "none"
-            );
-        }
+        let neighbours: Vec<String> = (0..16)
+            .map(|n| format!("10.12.0.{n}"))
+            .chain([ip_b, SERVER.to_owned()])
+            .collect();
+        // The server is the control.
+        assert_eq!(reached(&a, &neighbours, "ping -c1 -W5 $a"), [SERVER]);
     });
 }
 
 #[test]
 fn a_guest_reaches_no_address_of_its_host_and_no_private_one() {
     in_rig(|| {
-        let internet = Internet::connect();
-        internet.serve(&format!("{SERVER}:80"));
+        let mut internet = Internet::connect();
         // Servers that would answer, were they reached: on every address of the host, the metadata address among them, and in
         // private ranges behind the default route.
-        let on_host = [HOST, "169.254.169.254", "100.64.0.1", "192.168.7.1"];
-        for address in &on_host[1..] {
-            run(&format!("ip addr add {address}/32 dev lo"));
-        }
-        serve_on_host("0.0.0.0:8088");
-        for address in ["10.99.0.1", "172.16.5.5", "192.168.99.1"] {
-            run(&format!("ip -n internet addr add {address}/32 dev lo"));
+        let on_host = ["169.254.169.254", "100.64.0.1", "192.168.7.1"];
+        let _addresses = HostAddresses::add(&on_host);
+        let _server = Server::on_host("0.0.0.0:8088");
+        let private = ["10.99.0.1", "172.16.5.5", "192.168.99.1"];
+        for address in private {
+            internet.add_address(address);
             internet.serve(&format!("{address}:8088"));
         }
+        internet.serve(&format!("{SERVER}:8088"));
         let sandbox = Sandbox::create(&["--memory", "256"]);
-        assert_eq!(reach(&sandbox, SERVER, 80), HOST, "the control");
-        let veth: Vec<String> = ["10.12.0.0", "10.11.0.0"]
+        let everywhere: Vec<&str> = on_host.iter().chain(&private).chain(&[HOST, SERVER]).copied().collect();
+        for address in &everywhere {
+            ask(&format!("{address}:8088"))
+                .unwrap_or_else(|error| panic!("{address} does not even answer us: {error}"));
+        }
+        TcpStream::connect((HOST, 50051)).expect("the agent listens there");
+
+        let slots = ["10.12.0.", "10.11.0."];
+        let slots = slots.iter().flat_map(|net| (0..8).map(move |n| format!("{net}{n}")));
+        let all: Vec<String> = everywhere
             .iter()
-            .flat_map(|net| hosts_near(net))
-            .collect();
-        let private = ["10.99.0.1", "172.16.5.5", "192.168.99.1", "169.254.0.22", "127.0.0.1"];
-        let all = on_host
-            .iter()
-            .chain(&private)
             .map(|address| (*address).to_owned())
-            .chain(veth);
-        for address in all {
-            assert_eq!(
-                reach_quickly(&sandbox, &address, 8088),
-                "closed",
-                "{address}:8088 answered"
-            );
-        }
-        for port in [22, 50051, 50052] {
-            assert_eq!(
-                reach_quickly(&sandbox, HOST, port),
-                "closed",
-                "port {port} of the host answered"
-            );
-        }
-        for address in &on_host[1..] {
-            run(&format!("ip addr del {address}/32 dev lo"));
-        }
+            .chain(["169.254.0.22".to_owned()])
+            .chain(slots)
+            .collect();
+        let connect = "timeout 15 /bin/bash -c \"exec 3<>/dev/tcp/$a/8088 && cat <&3\"";
+        assert_eq!(reached(&sandbox, &all, connect), [SERVER], "the server is the control");
+        assert_eq!(reach(&sandbox, HOST, 50051), "closed");
     });
-}
-
-/// The first addresses of a slot range: this host has few sandboxes, so its own are among them.
-fn hosts_near(net: &str) -> Vec<String> {
-    let prefix = net.trim_end_matches('0');
-    (2..8).map(|n| format!("{prefix}{n}")).collect()
-}
-
-fn reach_quickly(sandbox: &Sandbox, address: &str, port: u16) -> String {
-    sandbox.sh(&format!(
-        "timeout 1 /bin/bash -c 'exec 3<>/dev/tcp/{address}/{port} && cat <&3' 2>/dev/null || echo closed"
-    ))
 }
 
 #[test]
@@ -112,24 +110,17 @@ fn only_the_host_may_open_connections_to_a_guest() {
         let internet = Internet::connect();
         let sandbox = Sandbox::create(&["--memory", "256"]);
         let ip = sandbox.host_ip();
-        let from_host = std::net::TcpStream::connect((ip.as_str(), 49983));
-        assert!(from_host.is_ok(), "the host itself: {from_host:?}");
+        TcpStream::connect((ip.as_str(), 49983)).expect("the host itself");
+        assert!(
+            internet.runs(&format!("ping -c1 -W5 {HOST}")),
+            "the internet does not reach the host"
+        );
         // From the internet, with a route as a neighbour would set it.
+        let watch = Watch::start(&[("asked", &format!("iifname {UPLINK} ip daddr {ip} tcp dport 49983"))]);
         run(&format!("ip -n internet route add {ip}/32 via {HOST}"));
-        let outside = std::process::Command::new("ip")
-            .args([
-                "netns",
-                "exec",
-                "internet",
-                "curl",
-                "--max-time",
-                "3",
-                &format!("http://{ip}:49983/health"),
-            ])
-            .output()
-            .expect("it runs");
-        assert!(!outside.status.success(), "the internet reached envd");
-        drop(internet);
+        let reached = internet.runs(&format!("curl --silent --max-time 5 http://{ip}:49983/health"));
+        assert!(!reached, "the internet reached envd");
+        assert!(watch.count("asked") > 0, "the question did not even reach the host");
     });
 }
 
@@ -137,22 +128,65 @@ fn only_the_host_may_open_connections_to_a_guest() {
 fn a_guest_that_lies_about_its_address_is_not_heard() {
     in_rig(|| {
         let internet = Internet::connect();
-        internet.serve(&format!("{SERVER}:80"));
+        let watch = Watch::start(&[
+            ("forged", "iifname roost-v* ip saddr 203.0.113.77"),
+            (
+                "honest",
+                "iifname roost-v* ip saddr 10.12.0.0/16 icmp type echo-request",
+            ),
+        ]);
         let sandbox = Sandbox::create(&["--memory", "256"]);
-        assert_eq!(reach(&sandbox, SERVER, 80), HOST, "the control");
+        sandbox.sh(&format!("ping -c1 -W5 {SERVER}"));
+        assert!(watch.count("honest") > 0, "what the guest says truly is not counted");
+
         sandbox.sh("ip addr add 203.0.113.77/32 dev eth0");
-        let spoofed = sandbox.sh(&format!(
-            "ping -c2 -W1 -I 203.0.113.77 {SERVER} >/dev/null 2>&1 && echo heard || echo dropped"
-        ));
-        assert_eq!(spoofed, "dropped");
+        let (before, _) = sent(&sandbox);
+        let forge = "ping -c20 -i0.1 -W1 -I 203.0.113.77";
+        sandbox.sh(&format!("! {forge} {SERVER} >/dev/null 2>&1"));
+        let (after, _) = sent(&sandbox);
+        // Asking how much was sent is a packet or so itself, and answers are not: so twenty is proof.
+        assert!(after - before >= 20, "the guest sent {} packets", after - before);
+        assert_eq!(watch.count("forged"), 0, "forged packets left the sandbox");
+
+        // That they would have been counted.
+        let _link = UnguardedLink::add(&internet);
+        eventually("a forged packet to be seen", || {
+            internet.runs("ping -c1 -W1 -I 203.0.113.77 10.12.255.254");
+            (watch.count("forged") > 0).then_some(())
+        });
     });
 }
 
 #[test]
 fn ipv6_is_closed() {
     in_rig(|| {
+        let internet = Internet::connect();
+        let watch = Watch::start(&[("six", "iifname roost-v* meta nfproto ipv6")]);
         let sandbox = Sandbox::create(&["--memory", "256"]);
-        let heard = sandbox.sh("ping -6 -c1 -W1 ff02::1%eth0 >/dev/null 2>&1 && echo heard || echo dropped");
-        assert_eq!(heard, "dropped");
+        sandbox.sh("while ip -6 addr show dev eth0 | grep -q tentative; do sleep 0.1; done");
+        let (_, before) = sent(&sandbox);
+        // To everyone on the link and to its routers: the guest hears itself, and nobody else.
+        let heard = sandbox.sh(
+            "own=$(ip -6 -o addr show dev eth0 scope link | awk '{print $4}' | cut -d/ -f1); \
+             for group in ff02::1 ff02::2; do ping -6 -c3 -i0.2 -W1 $group%eth0 2>&1; done \
+             | grep 'bytes from' | grep -v \"from $own\" || true",
+        );
+        assert_eq!(heard, "", "somebody else speaks IPv6");
+        // And past the link, with the namespace as its router.
+        sandbox.sh(
+            "ip -6 addr add 2001:db8::2/64 dev eth0 nodad && ip -6 route add default via fe80::1 dev eth0 \
+             && ip -6 neigh add fe80::1 lladdr $(ip neigh show 169.254.0.22 | grep -o '..:..:..:..:..:..') dev eth0 \
+             && ! ping -6 -c3 -i0.2 -W1 2001:db8:1::1 >/dev/null 2>&1",
+        );
+        let (_, after) = sent(&sandbox);
+        assert!(after - before >= 9, "the guest sent {} IPv6 packets", after - before);
+        assert_eq!(watch.count("six"), 0, "IPv6 left the sandbox");
+
+        // That it would have been counted.
+        let _link = UnguardedLink::add(&internet);
+        eventually("IPv6 to be seen", || {
+            internet.runs(&format!("ping -6 -c1 -W1 ff02::1%{}", UnguardedLink::FAR_END));
+            (watch.count("six") > 0).then_some(())
+        });
     });
 }
