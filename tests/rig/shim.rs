@@ -5,8 +5,8 @@
 
 use std::fs::{self, File};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{MetadataExt, chown};
-use std::path::PathBuf;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, chown};
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt};
@@ -287,6 +287,59 @@ fn the_cage_holds_on_this_kernel() {
         }
         for command in &refused {
             assert!(console.contains(&format!("{command}: error ")), "{command}: {console}");
+        }
+    });
+}
+
+/// All sockets below a directory.
+fn sockets(directory: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(directory).expect("listed") {
+        let entry = entry.expect("an entry");
+        let kind = entry.file_type().expect("a type");
+        if kind.is_dir() {
+            found.extend(sockets(&entry.path()));
+        } else if kind.is_socket() {
+            found.push(entry.path());
+        }
+    }
+    found
+}
+
+#[test]
+fn of_the_hosts_sockets_a_vmm_sees_none() {
+    in_rig(|| {
+        let hosts = [
+            "/run/systemd/journal/stdout",
+            "/run/systemd/journal/socket",
+            "/run/systemd/private",
+            "/run/dbus/system_bus_socket",
+            "/run/roost/privd.sock",
+        ];
+        let there: Vec<&str> = hosts.into_iter().filter(|path| Path::new(path).exists()).collect();
+        assert!(
+            there.contains(&hosts[0]) && there.contains(&"/run/roost/privd.sock"),
+            "{there:?}"
+        );
+        let shim = Shim::start("sockets", &foreign());
+        let go = shim.vm_dir().join("1/go");
+        let mut program: Vec<String> = there.iter().map(|path| format!("connect {path}")).collect();
+        program.push(format!("await {}", go.display()));
+        program.push("exit 0".into());
+        let started = shim.run(&program.join("\n"));
+        let run = PathBuf::from(format!("/proc/{}/root/run", started.pid));
+        let vms = run.join("roost/vm");
+        let foreign: Vec<_> = sockets(&run)
+            .into_iter()
+            .filter(|path| !path.starts_with(&vms))
+            .collect();
+        assert_eq!(foreign, [""; 0].map(PathBuf::from));
+        assert!(vms.join("sockets/api.sock").exists(), "its own is not there");
+        fs::write(go, "").expect("written");
+        let console = String::from_utf8_lossy(&shim.exited().console).into_owned();
+        for path in there {
+            let refused = format!("connect {path}: error {}\n", libc::ENOENT);
+            assert!(console.contains(&refused), "{path}: {console}");
         }
     });
 }
