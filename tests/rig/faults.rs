@@ -1,5 +1,7 @@
 //! `kill -9` of every process while a sandbox runs.
 
+use std::process::Command;
+
 use roost_tests::census::Census;
 use roost_tests::roost::{self, Sandbox, find, kill_9, pids, vmm_command, wait_for_agent};
 use roost_tests::{eventually, in_rig};
@@ -85,14 +87,17 @@ fn a_killed_agent_leaves_guests_running_and_the_next_one_ends_them() {
         let vmm = pids(vmm_command());
         assert_eq!(vmm.len(), 1);
         let id = sandbox.forget();
-        // Without systemd starting it anew at once, so that there is a time without an agent to look at.
-        systemctl(&["stop", "--no-block", "roost-agent.service"]);
+        // systemd would start it anew at once, and there would be no time without an agent to look at.
+        let unattended = NoRestart::set();
+        kill_9("roost-agent");
         eventually("the agent to be gone", || pids("roost-agent").is_empty().then_some(()));
+        eventually("systemd to have noticed", || (unit_result() == "signal").then_some(()));
         assert_eq!(pids(vmm_command()), vmm, "the VMM ended with the agent");
         let health = roost::curl(&[&format!("http://{ip}:49983/health")]);
         assert_eq!(health.status, 204, "the guest does not answer: {health:?}");
 
-        systemctl(&["start", "roost-agent.service"]);
+        assert!(pids("roost-agent").is_empty(), "an agent was started meanwhile");
+        drop(unattended);
         wait_for_agent();
         assert!(find(&id).is_none());
         eventually("the VMM to be ended", || pids(vmm_command()).is_empty().then_some(()));
@@ -118,14 +123,53 @@ fn an_agent_killed_in_the_middle_of_creates_leaves_nothing() {
     });
 }
 
-fn systemctl(args: &[&str]) {
-    let output = std::process::Command::new("systemctl")
-        .args(args)
-        .output()
-        .expect("it runs");
+/// Keeps systemd from starting a killed agent anew, for as long as this value lives; the agent runs again afterwards, whatever
+/// became of the test.
+struct NoRestart(());
+
+impl NoRestart {
+    const DIR: &str = "/run/systemd/system/roost-agent.service.d";
+
+    fn set() -> Self {
+        let set = Self(());
+        std::fs::create_dir_all(Self::DIR).expect("made");
+        std::fs::write(format!("{}/no-restart.conf", Self::DIR), "[Service]\nRestart=no\n").expect("written");
+        systemctl(&["daemon-reload"]);
+        set
+    }
+}
+
+impl Drop for NoRestart {
+    fn drop(&mut self) {
+        let removed = std::fs::remove_dir_all(Self::DIR);
+        let restored = [
+            "daemon-reload",
+            "reset-failed roost-agent.service",
+            "start roost-agent.service",
+        ]
+        .map(|words| Command::new("systemctl").args(words.split(' ')).output());
+        // A test that fails anyway says why itself.
+        if !std::thread::panicking() {
+            removed.expect("removed");
+            for output in restored {
+                let output = output.expect("systemctl runs");
+                assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+            }
+        }
+    }
+}
+
+/// How the agent's unit ended last.
+fn unit_result() -> String {
+    systemctl(&["show", "--property=Result", "--value", "roost-agent.service"])
+}
+
+fn systemctl(args: &[&str]) -> String {
+    let output = Command::new("systemctl").args(args).output().expect("it runs");
     assert!(
         output.status.success(),
         "systemctl {args:?}: {}",
         String::from_utf8_lossy(&output.stderr)
     );
+    String::from_utf8_lossy(&output.stdout).trim().to_owned()
 }
