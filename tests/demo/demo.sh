@@ -29,39 +29,78 @@ since() {
     awk -v now="$EPOCHREALTIME" -v then="$1" 'BEGIN { printf "%.2f", now - then }'
 }
 
+# One row of the census: how many lines of a command's output match. A command that fails has counted nothing, and says so.
+row() {
+    local name=$1 pattern=$2 try lines number
+    shift 2
+    # What vanishes under find's eyes makes it fail; three times in a row it does not.
+    for try in 1 2 3; do
+        if lines=$("$@"); then
+            number=$(grep -cE -- "$pattern" <<<"$lines")
+            [ $? -le 1 ] || break
+            echo "$name $number"
+            return
+        fi
+    done
+    echo "demo: cannot count $name: '$*' failed" >&2
+    return 1
+}
 # Counts of all that a sandbox consists of, one "name number" a line.
 census() {
-    local vms="roost-vmmshim|standin-vmm|cloud-hypervis|qemu-system-x86"
-    echo "dm devices" "$(dmsetup ls 2>/dev/null | grep -c '^roost-')"
-    echo "loops" "$(losetup --list --noheadings --output BACK-FILE | grep -c /var/lib/roost/)"
-    # A namespace that only a tap holds has no process and no name; the id that the host's namespace gave it for the veth
-    # lives as long as it does.
-    echo "network namespaces" "$(ip netns list-id 2>/dev/null | grep -c '^nsid')"
-    echo "veths" "$(ip -brief link show type veth | grep -c '^roost-v')"
-    echo "tap descriptors" "$(find /proc/[0-9]*/fd -lname '/dev/net/tun' 2>/dev/null | wc -l)"
-    echo "nft rules outside the static table" "$(nft --json list ruleset | jq '[.nftables[].rule | select(. != null and .table != "roost")] | length')"
-    echo "nft rules in the static table, beyond those at the start" $(($(static_rules) - STATIC_RULES))
-    echo "processes of VMs" "$(ps -eo comm= | grep -cE "^(${vms})")"
-    echo "sockets and run directories" "$(find /run/roost/vm -mindepth 1 | wc -l)"
-    echo "cgroups of VMs" "$(find /sys/fs/cgroup -type d -path '*roost-vmmshim@*' | wc -l)"
-    echo "sandbox files" "$(find /var/lib/roost/sandboxes -mindepth 1 | wc -l)"
+    local vms="roost-vmmshim|standin-vmm|cloud-hypervis|qemu-system-x86" static
+    row "dm devices" '^roost-' dmsetup ls &&
+        row "loops" /var/lib/roost/ losetup --list --noheadings --output BACK-FILE &&
+        # A namespace that only a tap holds has no process and no name; the id that the host's namespace gave it for the veth
+        # lives as long as it does.
+        row "network namespaces" '^nsid' ip netns list-id &&
+        row "veths" '^roost-v' ip -brief link show type veth &&
+        row "tap descriptors" . find /proc -ignore_readdir_race -maxdepth 3 -path '/proc/[0-9]*/fd/*' -lname /dev/net/tun &&
+        row "nft rules outside the static table" . rules '!=' &&
+        static=$(row "static" . rules '==') &&
+        echo "nft rules in the static table, beyond those at the start $((${static##* } - STATIC_RULES))" &&
+        row "processes of VMs" "^(${vms})" ps -eo comm= &&
+        row "sockets and run directories" . find /run/roost/vm -ignore_readdir_race -mindepth 1 &&
+        row "cgroups of VMs" . find /sys/fs/cgroup -ignore_readdir_race -type d -path '*roost-vmmshim@*' &&
+        row "sandbox files" . find /var/lib/roost/sandboxes -ignore_readdir_race -mindepth 1
 }
-static_rules() {
-    nft --json list ruleset | jq '[.nftables[].rule | select(. != null and .table == "roost")] | length'
+# Rules whose table is, or is not, the static one.
+rules() {
+    nft --json list ruleset | jq --compact-output ".nftables[].rule | select(. != null and .table $1 \"roost\")"
 }
 nothing_left() {
     awk '$NF != 0 { left = 1 } END { exit left }' <<<"$1"
 }
+# The rows of a census that see nothing although there is a sandbox. Rules for sandboxes are in their own namespaces, and
+# without systemd VMs have no cgroups of their own.
+blind_rows() {
+    local none='^nft rules'
+    systemctl --quiet is-active roost-vmmshim.socket || none+='|^cgroups of VMs'
+    awk -v none="$none" '$0 !~ none && $NF == 0' <<<"$1"
+}
+give_up() {
+    printf '\ndemo: %s\n' "$1"
+    exit 1
+}
+
+STATIC_RULES=0
+before=$(census) || give_up "the census does not work here"
+STATIC_RULES=$(awk '/^nft rules in the static table/ { print $NF }' <<<"$before")
+[ "$STATIC_RULES" -gt 0 ] || give_up "privd's static table is not there"
 
 step "no sandbox yet" roost ls
-STATIC_RULES=$(static_rules)
 step "create a sandbox" roost create --id demo
 if [ $? -eq 0 ]; then
     step "uname in it" roost exec demo -- uname -a
     step "a small program in it" roost exec demo -- sh -c "$PROGRAM"
     step "it is listed" roost ls
     printf '\n--- what it consists of on this host\n'
-    census | sed 's/^/    /'
+    there=$(census) || give_up "the census failed"
+    sed 's/^/    /' <<<"$there"
+    blind=$(blind_rows "$there")
+    if [ -n "$blind" ]; then
+        printf '    these see nothing, so their zeros below would prove nothing:\n%s\n' "$blind"
+        failures=$((failures + 1))
+    fi
     step "destroy it" roost rm demo
 fi
 step "no sandbox left" roost ls
@@ -70,7 +109,7 @@ printf '\n--- what roost left in the kernel\n'
 start=$EPOCHREALTIME
 # The kernel removes namespaces and devices in work queues of its own.
 for _ in {1..20}; do
-    left=$(census)
+    left=$(census) || give_up "the census failed"
     nothing_left "$left" && break
     sleep 0.2
 done
