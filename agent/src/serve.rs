@@ -2,14 +2,16 @@
 //! bounded, and a client whose certificate is not listed gets one answer and no further.
 
 use std::convert::Infallible;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
 use connectrpc::{ConnectError, ConnectRpcService, Limits, Router};
 use http::{Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
-use hyper::body::Incoming;
+use hyper::body::{Body as _, Frame, Incoming, SizeHint};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
@@ -35,6 +37,8 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
 const KEEPALIVE_LIMIT: Duration = Duration::from_secs(20);
 /// Largest request, and largest message in it.
 const MAX_REQUEST: usize = 4 << 20;
+/// Most bytes of a refused request that are read only to be thrown away.
+const MAX_UNWANTED: usize = 64 << 20;
 /// The first byte of every TLS handshake.
 const TLS_HANDSHAKE: u8 = 0x16;
 /// What a client gets that speaks plain HTTP.
@@ -138,10 +142,61 @@ async fn connection(
 
 async fn answer(rpc: ConnectRpcService, request: Request<Incoming>) -> Response<Body> {
     let answer = rpc
-        .oneshot(request)
+        .oneshot(request.map(ReadToTheEnd::new))
         .await
         .unwrap_or_else(|never: Infallible| match never {});
     answer.map(|body| body.map_err(|never| match never {}).boxed_unsync())
+}
+
+/// A request's body of which the rest is read and thrown away, within bounds, when the service wants no more of it. A connection that
+/// is closed with unread data in it is reset, and the client then does not get to see why it was refused.
+struct ReadToTheEnd(Option<Incoming>);
+
+impl ReadToTheEnd {
+    fn new(body: Incoming) -> Self {
+        Self(Some(body))
+    }
+}
+
+impl hyper::body::Body for ReadToTheEnd {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        match &mut self.0 {
+            Some(body) => Pin::new(body).poll_frame(cx),
+            None => Poll::Ready(None),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.0.as_ref().is_none_or(Incoming::is_end_stream)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.0.as_ref().map_or_else(SizeHint::default, Incoming::size_hint)
+    }
+}
+
+impl Drop for ReadToTheEnd {
+    fn drop(&mut self) {
+        let Some(mut body) = self.0.take().filter(|body| !body.is_end_stream()) else {
+            return;
+        };
+        tokio::spawn(async move {
+            let rest = async {
+                let mut left = MAX_UNWANTED;
+                while let Some(Ok(frame)) = body.frame().await {
+                    left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len));
+                    if left == 0 {
+                        break;
+                    }
+                }
+            };
+            // A client that takes longer has its connection reset after all.
+            drop(tokio::time::timeout(HANDSHAKE_LIMIT, rest).await);
+        });
+    }
 }
 
 /// The answer to a client whose certificate is of our CA but not of a listed name.

@@ -1,7 +1,10 @@
 //! roost as a person uses it: the command line, and the API by hand.
 
+use std::net::Ipv4Addr;
 use std::process::{Child, Command, Output, Stdio};
 
+use roost_common::ids::Slot;
+use roost_common::net::{HOST_NET, SlotAddresses};
 use serde_json::Value;
 
 use crate::eventually;
@@ -99,6 +102,17 @@ impl Sandbox {
     pub fn host_ip(&self) -> String {
         let listed = find(&self.id).expect("listed");
         listed["hostIp"].as_str().expect("an address").to_owned()
+    }
+
+    /// Every address that belongs to its slot: the one above, and both ends of its veth pair.
+    ///
+    /// # Panics
+    /// When it is not listed.
+    pub fn slot_addresses(&self) -> [String; 3] {
+        let host: Ipv4Addr = self.host_ip().parse().expect("an address");
+        let slot = host.to_bits() - HOST_NET.0.to_bits();
+        let addresses = SlotAddresses::of(Slot::try_from(slot).expect("a slot"));
+        [addresses.host, addresses.veth_host, addresses.veth_namespace].map(|address| address.to_string())
     }
 
     /// Forgets it without destroying it.

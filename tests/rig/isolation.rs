@@ -60,7 +60,8 @@ fn two_sandboxes_share_an_address_and_nothing_else() {
         assert_eq!(reach(&b, &ip_a, 49983), "closed");
         let neighbours: Vec<String> = (0..16)
             .map(|n| format!("10.12.0.{n}"))
-            .chain([ip_b, SERVER.to_owned()])
+            .chain(b.slot_addresses())
+            .chain([SERVER.to_owned()])
             .collect();
         // The server is the control.
         assert_eq!(reached(&a, &neighbours, "ping -c1 -W5 $a"), [SERVER]);
@@ -97,6 +98,7 @@ fn a_guest_reaches_no_address_of_its_host_and_no_private_one() {
             .map(|address| (*address).to_owned())
             .chain(["169.254.0.22".to_owned()])
             .chain(slots)
+            .chain(sandbox.slot_addresses())
             .collect();
         let connect = "timeout 15 /bin/bash -c \"exec 3<>/dev/tcp/$a/8088 && cat <&3\"";
         assert_eq!(reached(&sandbox, &all, connect), [SERVER], "the server is the control");
