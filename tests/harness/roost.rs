@@ -77,7 +77,7 @@ impl Sandbox {
         let mut output = roost(&[&["create"], args].concat());
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         if said.contains("the guest did not answer within") {
-            // Emulated virtualisation inside emulation loses a guest kernel now and then, about one boot in 250, before it has
+            // Emulated virtualisation inside emulation loses a guest kernel now and then (seen once in some 250 boots), before it has
             // printed anything. Once in a run that is no finding of ours; twice it is.
             let earlier = LOST_GUESTS.fetch_add(1, Ordering::SeqCst);
             eprintln!("NOTE: a guest did not boot: {said}");
