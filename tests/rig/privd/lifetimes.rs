@@ -96,5 +96,7 @@ fn a_call_that_is_given_up_leaves_nothing() {
                 drop(tokio::time::timeout(limit, async { tokio::join!(disk, network) }).await);
             });
         }
+        // What was begun ends by itself, here while privd lives and otherwise at its end.
+        eventually("an empty inventory", || rig.inventory().is_empty().then_some(()));
     });
 }

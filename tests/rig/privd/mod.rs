@@ -209,9 +209,12 @@ impl Rig {
 }
 
 impl Drop for Rig {
+    /// Ends privd as its unit does: by SIGTERM, which lets calls at work end. Killed in the middle of one, it may leave a device that
+    /// nobody has opened yet, which only its next start removes, and that is what [`Rig::kill_and_restart`] is for.
     fn drop(&mut self) {
         self.client = None;
-        drop(self.child.kill());
+        let pid = nix::unistd::Pid::from_raw(self.child.id().cast_signed());
+        drop(nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM));
         drop(self.child.wait());
         drop(fs::remove_file(SOCKET));
         drop(fs::remove_dir_all(&self.place));
