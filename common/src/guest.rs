@@ -51,8 +51,31 @@ pub const METRICS_PATH: &str = "/metrics";
 /// `GET`: a JSON object, the default environment of processes.
 pub const ENVS_PATH: &str = "/envs";
 
-/// `POST`, before the VM is paused: settles what should not be in flight in a snapshot.
+/// `POST`, before the VM is paused: settles what should not be in flight in a snapshot. Writes what is dirty, drops what is
+/// only cached, and ends the connections that are open: idle ones at once, others after the answer that they are giving.
+///
+/// Answers: 204; 500 not all is written yet. It goes on, and a repeated call waits for the same.
 pub const SNAPSHOT_PREPARE_PATH: &str = "/snapshot/prepare";
+
+/// `POST`, after [`SNAPSHOT_PREPARE_PATH`]: freezes the filesystems that are on disks. Until [`FSTHAW_PATH`] nothing in the
+/// guest writes to them, which holds across a snapshot and a restore; what tries to, waits. Calls that only read, and
+/// `POST /init`, are answered as ever. May be repeated.
+///
+/// Answers: 204; 404 an envd that cannot; 500 a filesystem cannot be frozen: then this call has frozen none.
+pub const FSFREEZE_PATH: &str = "/fsfreeze";
+
+/// `POST`: undoes [`FSFREEZE_PATH`], and then writes the files that `POST /init` could not meanwhile. May be repeated, also
+/// where nothing is frozen.
+///
+/// Answers: 204; 404 an envd that cannot; 500 a filesystem is still frozen, others may not be.
+pub const FSTHAW_PATH: &str = "/fsthaw";
+
+/// The response header of `POST /init` that repeats [`InitRequest::nonce`]. It is there once clock, entropy and identity
+/// have all been applied and a block of the root disk was read. An envd that knows no nonce does not send it.
+pub const NONCE_HEADER: &str = "x-roost-nonce";
+
+/// Most bytes of [`InitRequest::nonce`].
+pub const MAX_NONCE: usize = 64;
 
 /// Most bytes of entropy that one [`InitRequest`] may carry.
 pub const MAX_ENTROPY: usize = 4096;
@@ -60,7 +83,8 @@ pub const MAX_ENTROPY: usize = 4096;
 /// The body of `POST /init`: who the guest is, and what it can have learnt from nobody else. Sent after every boot and
 /// every restore. What is absent stays as it was.
 ///
-/// Answers: 204; 400 a body that is not this; 401 a token other than the one set before.
+/// Answers: 204, with [`NONCE_HEADER`] where there is a nonce; 400 a body that is not this; 401 a token other than the one
+/// set before; 500 a part could not be applied, or the root disk not be read: to be repeated.
 #[derive(Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct InitRequest {
@@ -79,7 +103,8 @@ pub struct InitRequest {
     /// Where processes of calls that name no directory start.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub default_workdir: Option<String>,
-    /// Changes with every boot and restore: tells envd that a clock that went back is meant.
+    /// Changes with every boot and restore: tells envd that a clock that went back is meant, and that nobody is at the
+    /// other end of the connections that are open; they end soon after the answer.
     #[serde(rename = "lifecycleID", skip_serializing_if = "Option::is_none")]
     pub lifecycle_id: Option<String>,
     /// Seen in the guest as `E2B_SANDBOX_ID` and `WRENN_SANDBOX_ID`. roost's own field.
@@ -95,6 +120,10 @@ pub struct InitRequest {
     /// The resolvers of `/etc/resolv.conf`, in order; an empty list empties the file. roost's own field.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dns: Option<Vec<IpAddr>>,
+    /// Has the answer prove that the guest that gives it has woken and reaches its disk: see [`NONCE_HEADER`]. 1 to
+    /// [`MAX_NONCE`] bytes of printable ASCII without spaces, which a header would lose. roost's own field.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub nonce: Option<String>,
 }
 
 /// Says which fields are there: the token, the environment and the entropy are nobody's business in a log.
@@ -111,6 +140,7 @@ impl std::fmt::Debug for InitRequest {
             .field("template_id", &self.template_id)
             .field("entropy", &self.entropy.len())
             .field("dns", &self.dns)
+            .field("nonce", &self.nonce)
             .finish()
     }
 }
@@ -219,6 +249,7 @@ mod tests {
             template_id: Some("t1".to_owned()),
             entropy: vec![0xfb, 0xff, 0],
             dns: Some(vec!["192.0.2.1".parse().unwrap()]),
+            nonce: Some("n1".to_owned()),
         }
     }
 
@@ -238,6 +269,7 @@ mod tests {
                 "templateID": "t1",
                 "entropy": "+/8A",
                 "dns": ["192.0.2.1"],
+                "nonce": "n1",
             })
         );
         assert_eq!(serde_json::from_value::<InitRequest>(json).unwrap(), sample());
