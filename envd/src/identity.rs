@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::net::IpAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// The directory below `/run`, and the prefix of variables and file names.
 const FAMILIES: [(&str, &str); 2] = [("e2b", "E2B"), ("wrenn", "WRENN")];
@@ -25,13 +25,18 @@ pub(crate) fn variables(sandbox: Option<&str>, template: Option<&str>) -> BTreeM
     variables
 }
 
-/// Writes the same as files, below `root`: `/run/e2b/.E2B_SANDBOX_ID` and so on, without a newline.
+/// The directories of [`write_files`], below `root`.
+pub(crate) fn directories(root: &Path) -> [PathBuf; 2] {
+    FAMILIES.map(|(directory, _)| root.join("run").join(directory))
+}
+
+/// Writes the same as files, below `root`: `/run/e2b/.E2B_SANDBOX_ID` and so on, without a newline. Those that say so
+/// already are not touched.
 ///
 /// # Errors
 /// A file cannot be written; others may have been.
 pub(crate) fn write_files(root: &Path, variables: &BTreeMap<String, String>) -> io::Result<()> {
-    for (directory, prefix) in FAMILIES {
-        let directory = root.join("run").join(directory);
+    for ((_, prefix), directory) in FAMILIES.iter().zip(directories(root)) {
         fs::create_dir_all(&directory)?;
         for (name, value) in variables.iter().filter(|(name, _)| name.starts_with(prefix)) {
             replace(&directory.join(format!(".{name}")), value.as_bytes())?;
@@ -40,7 +45,7 @@ pub(crate) fn write_files(root: &Path, variables: &BTreeMap<String, String>) -> 
     Ok(())
 }
 
-/// Writes `/etc/resolv.conf` below `root`.
+/// Writes `/etc/resolv.conf` below `root`, unless it says so already.
 ///
 /// # Errors
 /// The file cannot be written; the old one is still there.
@@ -55,11 +60,23 @@ pub(crate) fn write_resolvers(root: &Path, resolvers: &[IpAddr]) -> io::Result<(
 /// By rename: a reader sees the old or the new, and a symbolic link (as systemd-resolved leaves) is replaced, not
 /// followed.
 fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
+    // A guest that wakes is told what it knows, mostly, and each block that it writes is one of the host's disk.
+    if holds(path, content) {
+        return Ok(());
+    }
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(".envd-new");
     let new = path.with_file_name(name);
     fs::write(&new, content)?;
     fs::rename(&new, path)
+}
+
+/// Whether `path` is a file, no link to one, with this content. What cannot be read holds something else.
+fn holds(path: &Path, content: &[u8]) -> bool {
+    // The length first: the guest may have made it a file of any size, or a pipe.
+    path.symlink_metadata()
+        .is_ok_and(|metadata| metadata.is_file() && metadata.len() == content.len() as u64)
+        && fs::read(path).is_ok_and(|held| held == content)
 }
 
 #[cfg(test)]
@@ -102,5 +119,22 @@ mod tests {
             fs::read_to_string(&path).unwrap(),
             "nameserver 192.0.2.1\nnameserver 2001:db8::1\n"
         );
+    }
+
+    #[test]
+    fn what_says_so_already_is_not_touched() {
+        use std::os::unix::fs::MetadataExt as _;
+        let root = Dir::new("same");
+        fs::create_dir_all(root.path().join("etc")).unwrap();
+        let path = root.path().join("etc/resolv.conf");
+        let write = |resolver: &str| {
+            write_resolvers(root.path(), &[resolver.parse().unwrap()]).unwrap();
+            fs::metadata(&path).unwrap().ino()
+        };
+        fs::write(&path, "nameserver 192.0.2.1\n").unwrap();
+        let before = fs::metadata(&path).unwrap().ino();
+        assert_eq!(write("192.0.2.1"), before);
+        write("192.0.2.2");
+        assert_eq!(fs::read_to_string(&path).unwrap(), "nameserver 192.0.2.2\n");
     }
 }
