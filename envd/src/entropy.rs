@@ -6,11 +6,13 @@ use std::os::fd::AsFd as _;
 
 use crate::sys;
 
-/// Mixes `bytes` into the kernel's pool, credits them, and has the generator take a new key from it at once: without
-/// that it would hand out the snapshot's stream for up to a minute more.
+/// Mixes `bytes` into the kernel's pool, credits them, and has the generator take a new key from it at once. Both are
+/// needed: mixing alone changes the pool but not the key in use, so for up to a minute more the kernel would hand out the
+/// snapshot's stream. When this returns, every number drawn depends on `bytes`.
 ///
 /// # Errors
-/// EPERM without privilege; the pool may have been fed.
+/// EPERM without privilege; ENODATA where `bytes` are few and the generator has never been seeded. The pool may have been
+/// fed.
 pub(crate) fn feed(bytes: &[u8]) -> io::Result<()> {
     let random = OpenOptions::new().write(true).open("/dev/urandom")?;
     sys::add_entropy(random.as_fd(), bytes)?;
