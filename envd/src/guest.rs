@@ -1,5 +1,5 @@
-//! What envd knows about the machine it is in, shared by all calls: settings from `/init`, readiness, and whether the
-//! machine is ours to change.
+//! What envd knows about the machine it is in, shared by all calls: settings from `/init`, readiness, whether the machine
+//! is ours to change, and whether its filesystems are frozen.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -8,6 +8,7 @@ use std::sync::{RwLock, RwLockReadGuard};
 use nix::unistd::geteuid;
 use tokio::sync::watch;
 
+use crate::filesystems::Filesystems;
 use crate::users::{self, User, UserError};
 
 /// Whether the machine is a sandbox's, with envd as PID 1, or one that envd is a guest of (tests, development).
@@ -52,6 +53,7 @@ pub(crate) struct Guest {
     pub(crate) machine: Machine,
     pub(crate) readiness: watch::Sender<Readiness>,
     pub(crate) disk: watch::Sender<Disk>,
+    pub(crate) filesystems: Filesystems,
     settings: RwLock<Settings>,
 }
 
@@ -70,6 +72,7 @@ impl Guest {
             machine,
             readiness: watch::Sender::new(readiness),
             disk: watch::Sender::new(disk),
+            filesystems: Filesystems::default(),
             settings: RwLock::new(settings),
         }
     }
@@ -77,6 +80,13 @@ impl Guest {
     /// Whether files below [`Guest::root`] are ours to write.
     pub(crate) fn owns_files(&self) -> bool {
         self.machine == Machine::Own || self.root.as_os_str() != "/"
+    }
+
+    /// Returns when the root filesystem has its final size.
+    pub(crate) async fn disk_settled(&self) {
+        let mut disk = self.disk.subscribe();
+        // The sender lives as long as the guest, so this only ends when the disk is settled.
+        disk.wait_for(|disk| *disk == Disk::Settled).await.ok();
     }
 
     /// A copy: what is set meanwhile is for later calls.

@@ -15,7 +15,9 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use roost_common::guest::process::ProcessExt as _;
-use roost_common::guest::{ACCESS_TOKEN_HEADER, ENVS_PATH, HEALTH_PATH, INIT_PATH, METRICS_PATH, VERSION_HEADER};
+use roost_common::guest::{
+    ACCESS_TOKEN_HEADER, ENVS_PATH, FSFREEZE_PATH, FSTHAW_PATH, HEALTH_PATH, INIT_PATH, METRICS_PATH, VERSION_HEADER,
+};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tower::Service as _;
@@ -148,6 +150,14 @@ impl Server {
             ENVS_PATH => only(Method::GET)
                 .and_then(|()| rest.envs())
                 .map(|response| response.map(Either::Left)),
+            FSFREEZE_PATH => {
+                only(Method::POST)?;
+                rest.freeze().await.map(|response| response.map(Either::Left))
+            }
+            FSTHAW_PATH => {
+                only(Method::POST)?;
+                rest.thaw().await.map(|response| response.map(Either::Left))
+            }
             path if is_procedure(path) => match self.rpc.clone().call(request).await {
                 Ok(response) => Ok(response.map(Either::Right)),
                 Err(never) => match never {},

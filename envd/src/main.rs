@@ -8,6 +8,7 @@
 //! | [`init`] | the machine: stage one, mounts, network, disk size, shutdown |
 //! | [`http`] | the listener and the routes |
 //! | [`rest`], [`clock`], [`entropy`], [`identity`], [`metrics`] | the plain HTTP calls and what they do |
+//! | [`filesystems`], [`freeze`], [`mountinfo`] | before a snapshot: the disks frozen |
 //! | [`process`] | the Connect service that runs programs |
 //! | [`guest`] | settings and readiness, shared by all calls |
 //! | [`users`], [`net`] | `/etc/passwd`; interfaces |
@@ -18,11 +19,14 @@
 mod clock;
 mod console;
 mod entropy;
+mod filesystems;
+mod freeze;
 mod guest;
 mod http;
 mod identity;
 mod init;
 mod metrics;
+mod mountinfo;
 mod net;
 mod process;
 mod rest;

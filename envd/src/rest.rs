@@ -1,4 +1,4 @@
-//! The plain HTTP calls: `/health`, `/init`, `/metrics`, `/envs`.
+//! The plain HTTP calls: `/health`, `/init`, `/metrics`, `/envs`, `/fsfreeze`, `/fsthaw`.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -11,9 +11,10 @@ use roost_common::guest::{ACCESS_TOKEN_HEADER, InitRequest, MAX_ENTROPY, VERSION
 use tokio::sync::Mutex;
 
 use crate::clock::{self, Clock, Decision};
-use crate::console::say;
+use crate::console::{chain, say};
 use crate::entropy;
-use crate::guest::{Disk, Guest, Machine, Readiness};
+use crate::filesystems::Files;
+use crate::guest::{Guest, Machine, Readiness};
 use crate::identity;
 use crate::metrics::Sampler;
 use crate::process::spawn::is_variable;
@@ -117,8 +118,25 @@ impl Rest {
         to_json(&self.guest.settings().environment())
     }
 
+    /// `POST /fsfreeze`. Answers after the root filesystem has its size: growing it writes.
+    pub(crate) async fn freeze(&self) -> RestResult {
+        let guest = &self.guest;
+        guest.disk_settled().await;
+        let frozen = guest.filesystems.freeze(guest.machine).await;
+        frozen.map_err(|error| effect("freezing the filesystems", &error))?;
+        Ok(empty())
+    }
+
+    /// `POST /fsthaw`.
+    pub(crate) async fn thaw(&self) -> RestResult {
+        let guest = &self.guest;
+        let thawed = guest.filesystems.thaw(guest.machine, guest.root.clone()).await;
+        thawed.map_err(|error| effect("thawing the filesystems", &error))?;
+        Ok(empty())
+    }
+
     /// `POST /init`. Checks all of the request before it applies any of it. Answers after the root filesystem has its
-    /// size.
+    /// size. A caller that leaves may leave a part applied; what it sends again completes it.
     pub(crate) async fn init(&self, headers: &HeaderMap, body: Incoming) -> RestResult {
         let request = read_request(body).await?;
         // The host's own header admits a change of token; without it the body must repeat the one that is set.
@@ -129,15 +147,14 @@ impl Rest {
         }
         check(&request)?;
         let mut clock = self.clock.lock().await;
-        let mut disk = self.guest.disk.subscribe();
-        // The sender lives as long as the guest, so this only ends when the disk is settled.
-        disk.wait_for(|disk| *disk == Disk::Settled).await.ok();
-        self.apply(request, &mut clock)?;
+        self.guest.disk_settled().await;
+        self.apply(request, &mut clock).await?;
         Ok(empty())
     }
 
-    fn apply(&self, request: InitRequest, clock: &mut Clock) -> Result<(), RestError> {
+    async fn apply(&self, request: InitRequest, clock: &mut Clock) -> Result<(), RestError> {
         let guest = &self.guest;
+        // First: until then programs draw the numbers of the snapshot.
         if !request.entropy.is_empty() && guest.machine == Machine::Own {
             entropy::feed(&request.entropy).map_err(|error| effect("feeding the random pool", &error))?;
         }
@@ -148,19 +165,18 @@ impl Rest {
                 say!("clock set by the host");
             }
         }
-        if let Some(resolvers) = &request.dns
-            && guest.owns_files()
-        {
-            identity::write_resolvers(&guest.root, resolvers)
-                .map_err(|error| effect("writing /etc/resolv.conf", &error))?;
-        }
         let mut known = guest.settings().identity;
         known.extend(identity::variables(
             request.sandbox_id.as_deref(),
             request.template_id.as_deref(),
         ));
         if guest.owns_files() {
-            identity::write_files(&guest.root, &known).map_err(|error| effect("writing identity files", &error))?;
+            let files = Files {
+                resolvers: request.dns,
+                identity: Some(known.clone()),
+            };
+            let written = guest.filesystems.write(guest.root.clone(), files).await;
+            written.map_err(|error| effect("writing files", &error))?;
         }
         guest.change(|settings| {
             settings.identity = known;
@@ -233,7 +249,7 @@ fn check(request: &InitRequest) -> Result<(), RestError> {
 fn effect(step: &'static str, error: &dyn std::error::Error) -> RestError {
     RestError::Effect {
         step,
-        reason: error.to_string(),
+        reason: chain(error),
     }
 }
 

@@ -105,10 +105,11 @@ pub(crate) fn add_entropy(random: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<()
     check(result.into())
 }
 
-/// Has the kernel's generator draw a new key from its pool now.
+/// Has the kernel's generator draw a new key from its pool now, and all that hold a key of it (each processor, the vDSO of
+/// each process) take a new one with their next use. Source: `crng_reseed`, drivers/char/random.c.
 ///
 /// # Errors
-/// EPERM without CAP_SYS_ADMIN.
+/// EPERM without CAP_SYS_ADMIN; ENODATA before the generator is seeded, which 32 credited bytes do.
 pub(crate) fn reseed(random: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: RNDRESEEDCRNG takes no argument.
     let result = unsafe { libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG) };
@@ -128,6 +129,31 @@ pub(crate) fn resize_ext4(root: BorrowedFd<'_>, blocks: u64) -> io::Result<()> {
     const EXT4_IOC_RESIZE_FS: libc::c_ulong = 0x4008_6610;
     // SAFETY: the call reads one u64 through the pointer, which is valid for the call.
     let result = unsafe { libc::ioctl(root.as_raw_fd(), EXT4_IOC_RESIZE_FS, &raw const blocks) };
+    check(result.into())
+}
+
+/// Freezes the filesystem that `on` is on: writes what is dirty, then holds up whoever would write. Blocks until the
+/// writers of this moment are done.
+///
+/// # Errors
+/// The kernel's: EBUSY (frozen already), EOPNOTSUPP (a kind that cannot), EPERM without CAP_SYS_ADMIN.
+pub(crate) fn freeze(on: BorrowedFd<'_>) -> io::Result<()> {
+    /// `_IOWR('X', 119, int)` of linux/fs.h.
+    const FIFREEZE: libc::c_ulong = 0xc004_5877;
+    // SAFETY: whatever its number says, FIFREEZE takes no argument (ioctl_fsfreeze, fs/ioctl.c): nothing is read or written.
+    let result = unsafe { libc::ioctl(on.as_raw_fd(), FIFREEZE, 0) };
+    check(result.into())
+}
+
+/// Undoes [`freeze`].
+///
+/// # Errors
+/// The kernel's: EINVAL (not frozen), EPERM without CAP_SYS_ADMIN; EIO, and then it stays frozen.
+pub(crate) fn thaw(on: BorrowedFd<'_>) -> io::Result<()> {
+    /// `_IOWR('X', 120, int)` of linux/fs.h.
+    const FITHAW: libc::c_ulong = 0xc004_5878;
+    // SAFETY: as for FIFREEZE: FITHAW takes no argument (ioctl_fsthaw, fs/ioctl.c).
+    let result = unsafe { libc::ioctl(on.as_raw_fd(), FITHAW, 0) };
     check(result.into())
 }
 
@@ -251,6 +277,15 @@ mod tests {
         let address = socket_address(Ipv4Addr::new(169, 254, 0, 21));
         let bytes: Vec<u8> = address.sa_data.iter().map(|byte| *byte as u8).collect();
         assert_eq!(bytes, [0, 0, 169, 254, 0, 21, 0, 0, 0, 0, 0, 0, 0, 0]);
+    }
+
+    #[test]
+    fn freezing_and_thawing_are_known_to_the_kernel_and_refused_for_proc() {
+        use std::os::fd::AsFd as _;
+        let proc = std::fs::File::open("/proc/self").unwrap();
+        let errno = |result: io::Result<()>| result.unwrap_err().raw_os_error().unwrap();
+        assert!([libc::EOPNOTSUPP, libc::EPERM].contains(&errno(freeze(proc.as_fd()))));
+        assert!([libc::EINVAL, libc::EPERM].contains(&errno(thaw(proc.as_fd()))));
     }
 
     #[test]

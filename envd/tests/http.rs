@@ -236,3 +236,57 @@ fn metrics_are_of_this_machine() {
         "{body}"
     );
 }
+
+const SNAPSHOT_CALLS: [&str; 2] = ["/fsfreeze", "/fsthaw"];
+
+#[test]
+fn the_calls_around_a_snapshot_are_posts_and_may_be_repeated() {
+    let envd = Envd::start();
+    for path in SNAPSHOT_CALLS.iter().chain(&SNAPSHOT_CALLS) {
+        assert_eq!(envd.http("GET", path, &[], "").0, 405, "{path}");
+        assert_eq!(envd.http("POST", path, &[], ""), (204, String::new()), "{path}");
+        assert_eq!(envd.http("POST", path, &[], ""), (204, String::new()), "{path}");
+    }
+}
+
+#[test]
+fn the_calls_around_a_snapshot_need_the_token() {
+    let envd = Envd::start();
+    assert_eq!(envd.http("POST", "/init", &[], r#"{"accessToken": "secret"}"#).0, 204);
+    for path in SNAPSHOT_CALLS {
+        assert_eq!(envd.http("POST", path, &[], "").0, 401, "{path}");
+        assert_eq!(
+            envd.http("POST", path, &[("x-access-token", "wrong")], "").0,
+            401,
+            "{path}"
+        );
+        assert_eq!(
+            envd.http("POST", path, &[("x-access-token", "secret")], "").0,
+            204,
+            "{path}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_frozen_guest_answers_and_writes_resolvers_when_it_is_thawed() {
+    let envd = Envd::start();
+    let init = |resolver: &str| {
+        let body = format!(r#"{{"dns": ["{resolver}"], "envVars": {{"RESOLVER": "{resolver}"}}}}"#);
+        assert_eq!(envd.http("POST", "/init", &[], &body).0, 204);
+    };
+    let resolvers = || std::fs::read_to_string(envd.root.join("etc/resolv.conf")).unwrap();
+    init("192.0.2.1");
+    assert_eq!(envd.http("POST", "/fsfreeze", &[], "").0, 204);
+    init("192.0.2.2");
+    init("192.0.2.3");
+    assert_eq!(resolvers(), "nameserver 192.0.2.1\n");
+    assert_eq!(envd.http("GET", "/health", &[], "").0, 204);
+    assert_eq!(envd.http("GET", "/metrics", &[], "").0, 200);
+    let ran = run(&envd, bash("echo $RESOLVER"), CallOptions::default())
+        .await
+        .unwrap();
+    assert_eq!(ran.out(), "192.0.2.3\n");
+    assert_eq!(envd.http("POST", "/fsthaw", &[], "").0, 204);
+    assert_eq!(resolvers(), "nameserver 192.0.2.3\n");
+}

@@ -18,23 +18,19 @@ use nix::fcntl::{OFlag, open};
 use nix::kmod::{ModuleInitFlags, finit_module};
 use nix::mount::{MsFlags, mount};
 use nix::sys::stat::Mode;
-use nix::sys::statfs::{FsType, statfs};
 use nix::unistd::{chroot, dup2_stderr, dup2_stdin, dup2_stdout, fexecve};
 
 use super::{DEVICE_TIMEOUT, exec_self, mounts, uevent};
 use crate::console::say;
+use crate::filesystems::is_in_memory;
 
 const MODULES: &str = "/modules";
 const NEW_ROOT: &str = "/newroot";
 const ENVD: &str = "/usr/bin/envd";
 
-/// `RAMFS_MAGIC` and `TMPFS_MAGIC` of linux/magic.h: what an initramfs is on.
-const RAMFS: FsType = FsType(0x8584_58f6);
-const TMPFS: FsType = FsType(0x0102_1994);
-
 /// Whether the root is an initramfs.
 pub(crate) fn is_initramfs() -> bool {
-    statfs("/").is_ok_and(|stat| [RAMFS, TMPFS].contains(&stat.filesystem_type()))
+    is_in_memory(Path::new("/"))
 }
 
 /// Goes all the way to the next program. Returns only when it cannot.
