@@ -1,5 +1,5 @@
 //! What envd knows about the machine it is in, shared by all calls: settings from `/init`, readiness, whether the machine
-//! is ours to change, and whether its filesystems are frozen.
+//! is ours to change, whether its filesystems are frozen, and which connections are to end.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -8,6 +8,7 @@ use std::sync::{RwLock, RwLockReadGuard};
 use nix::unistd::geteuid;
 use tokio::sync::watch;
 
+use crate::connections::Connections;
 use crate::filesystems::Filesystems;
 use crate::users::{self, User, UserError};
 
@@ -54,6 +55,7 @@ pub(crate) struct Guest {
     pub(crate) readiness: watch::Sender<Readiness>,
     pub(crate) disk: watch::Sender<Disk>,
     pub(crate) filesystems: Filesystems,
+    pub(crate) connections: Connections,
     settings: RwLock<Settings>,
 }
 
@@ -73,6 +75,7 @@ impl Guest {
             readiness: watch::Sender::new(readiness),
             disk: watch::Sender::new(disk),
             filesystems: Filesystems::default(),
+            connections: Connections::default(),
             settings: RwLock::new(settings),
         }
     }

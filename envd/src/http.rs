@@ -2,13 +2,14 @@
 
 use std::convert::Infallible;
 use std::io;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use connectrpc::{CompressionPolicy, ConnectRpcBody, ConnectRpcService, Limits, Router};
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
-use http::{Method, Request, Response, StatusCode};
+use http::{Method, Request, Response, StatusCode, Version};
 use http_body_util::{Either, Full};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
@@ -16,12 +17,14 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use roost_common::guest::process::ProcessExt as _;
 use roost_common::guest::{
-    ACCESS_TOKEN_HEADER, ENVS_PATH, FSFREEZE_PATH, FSTHAW_PATH, HEALTH_PATH, INIT_PATH, METRICS_PATH, VERSION_HEADER,
+    ACCESS_TOKEN_HEADER, ENVS_PATH, FSFREEZE_PATH, FSTHAW_PATH, HEALTH_PATH, INIT_PATH, METRICS_PATH,
+    SNAPSHOT_PREPARE_PATH, VERSION_HEADER,
 };
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tower::Service as _;
 
+use crate::connections::Connection;
 use crate::console::say;
 use crate::process::service::ProcessService;
 use crate::rest::{Rest, RestError};
@@ -71,9 +74,11 @@ impl Server {
                 .expect("the semaphore is never closed");
             match listener.accept().await {
                 Ok((stream, _)) => {
+                    // Here, so that what is accepted before a preparation is also seen as older than it.
+                    let view = server.rest.guest.connections.open();
                     let server = Arc::clone(&server);
                     tokio::spawn(async move {
-                        server.connection(stream).await;
+                        server.connection(stream, view).await;
                         drop(permit);
                     });
                 }
@@ -83,7 +88,7 @@ impl Server {
     }
 
     /// Errors end the connection and are the client's to notice.
-    async fn connection(self: Arc<Self>, stream: TcpStream) {
+    async fn connection(self: Arc<Self>, stream: TcpStream, view: Connection) {
         // Small answers should not wait for more; where it fails the connection is gone.
         stream.set_nodelay(true).ok();
         let mut builder = Builder::new(TokioExecutor::new());
@@ -94,22 +99,42 @@ impl Server {
             .keep_alive_interval(IDLE)
             .max_concurrent_streams(MAX_STREAMS)
             .max_header_list_size(MAX_HEADERS);
-        let service = service_fn(move |request| {
-            let server = Arc::clone(&self);
-            async move { Ok::<_, Infallible>(server.answer(request).await) }
+        let service = service_fn({
+            let view = view.clone();
+            move |request| {
+                let (server, view) = (Arc::clone(&self), view.clone());
+                async move { Ok::<_, Infallible>(server.answer(request, &view).await) }
+            }
         });
         // The first bytes decide which protocol it is; a client that never sends any is not waited for.
-        if let Ok(Ok(())) = tokio::time::timeout(IDLE, stream.readable()).await {
-            builder.serve_connection(TokioIo::new(stream), service).await.ok();
+        tokio::select! {
+            biased;
+            first = tokio::time::timeout(IDLE, stream.readable()) => if !matches!(first, Ok(Ok(()))) { return },
+            () = view.closing() => return,
+        }
+        let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
+        tokio::select! {
+            _ = connection.as_mut() => return,
+            () = view.closing() => connection.as_mut().graceful_shutdown(),
+        }
+        tokio::select! {
+            _ = connection => {}
+            () = view.cut() => {}
         }
     }
 
-    async fn answer(&self, request: Request<Incoming>) -> Response<Body> {
+    async fn answer(&self, request: Request<Incoming>, view: &Connection) -> Response<Body> {
+        let version = request.version();
         let mut response = match self.route(request).await {
             Ok(response) => response,
             Err(refusal) => refusal.into_response().map(Either::Left),
         };
         allow_browsers(response.headers_mut());
+        // HTTP/2 has a frame for it, which the graceful shutdown sends.
+        if view.is_closing() && version < Version::HTTP_2 {
+            let close = HeaderValue::from_static("close");
+            response.headers_mut().insert(header::CONNECTION, close);
+        }
         response
     }
 
@@ -150,6 +175,10 @@ impl Server {
             ENVS_PATH => only(Method::GET)
                 .and_then(|()| rest.envs())
                 .map(|response| response.map(Either::Left)),
+            SNAPSHOT_PREPARE_PATH => {
+                only(Method::POST)?;
+                rest.prepare().await.map(|response| response.map(Either::Left))
+            }
             FSFREEZE_PATH => {
                 only(Method::POST)?;
                 rest.freeze().await.map(|response| response.map(Either::Left))

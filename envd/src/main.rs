@@ -6,9 +6,9 @@
 //! | module | holds |
 //! |---|---|
 //! | [`init`] | the machine: stage one, mounts, network, disk size, shutdown |
-//! | [`http`] | the listener and the routes |
+//! | [`http`], [`connections`] | the listener and the routes; which connections are to end |
 //! | [`rest`], [`clock`], [`entropy`], [`identity`], [`metrics`] | the plain HTTP calls and what they do |
-//! | [`filesystems`], [`freeze`], [`mountinfo`] | before a snapshot: the disks frozen |
+//! | [`snapshot`], [`filesystems`], [`freeze`], [`mountinfo`] | before a snapshot: the disk written, then frozen |
 //! | [`process`] | the Connect service that runs programs |
 //! | [`guest`] | settings and readiness, shared by all calls |
 //! | [`users`], [`net`] | `/etc/passwd`; interfaces |
@@ -17,6 +17,7 @@
 //! Wire facts are in `roost_common::guest`.
 
 mod clock;
+mod connections;
 mod console;
 mod entropy;
 mod filesystems;
@@ -30,6 +31,7 @@ mod mountinfo;
 mod net;
 mod process;
 mod rest;
+mod snapshot;
 mod sys;
 #[cfg(test)]
 mod testing;

@@ -1,4 +1,5 @@
-//! The plain HTTP calls: `/health`, `/init`, `/metrics`, `/envs`, `/fsfreeze`, `/fsthaw`.
+//! The plain HTTP calls: `/health`, `/init`, `/metrics`, `/envs`, and those around a snapshot: `/snapshot/prepare`,
+//! `/fsfreeze`, `/fsthaw`.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -18,6 +19,7 @@ use crate::guest::{Guest, Machine, Readiness};
 use crate::identity;
 use crate::metrics::Sampler;
 use crate::process::spawn::is_variable;
+use crate::snapshot::Settling;
 
 /// What clients read to learn what this envd can do: the highest version of this family's envd all of whose abilities
 /// it has. Each later part raises it; 0.1.4 is watching directories recursively.
@@ -32,7 +34,16 @@ pub(crate) struct Rest {
     pub(crate) guest: Arc<Guest>,
     pub(crate) metrics: Sampler,
     /// Held while an `/init` is applied: one at a time.
-    clock: Mutex<Clock>,
+    heard: Mutex<Heard>,
+    settling: Settling,
+}
+
+/// What the host said before.
+#[derive(Default)]
+struct Heard {
+    clock: Clock,
+    /// Of the last `/init` that was applied. The clock has its own: it hears the time of those that fail later, too.
+    lifecycle: Option<String>,
 }
 
 /// Why a call is refused.
@@ -89,7 +100,8 @@ impl Rest {
         Self {
             guest,
             metrics: Sampler::default(),
-            clock: Mutex::default(),
+            heard: Mutex::default(),
+            settling: Settling::default(),
         }
     }
 
@@ -118,12 +130,26 @@ impl Rest {
         to_json(&self.guest.settings().environment())
     }
 
+    /// `POST /snapshot/prepare`.
+    pub(crate) async fn prepare(&self) -> RestResult {
+        let settled = match self.guest.machine {
+            Machine::Own => self.settling.settle().await,
+            Machine::Borrowed => Ok(()),
+        };
+        // Last, so that those opened meanwhile go too; and whatever became of the rest.
+        self.guest.connections.close();
+        settled.map_err(|error| effect("settling for a snapshot", &error))?;
+        Ok(empty())
+    }
+
     /// `POST /fsfreeze`. Answers after the root filesystem has its size: growing it writes.
     pub(crate) async fn freeze(&self) -> RestResult {
         let guest = &self.guest;
         guest.disk_settled().await;
         let frozen = guest.filesystems.freeze(guest.machine).await;
         frozen.map_err(|error| effect("freezing the filesystems", &error))?;
+        // The snapshot is next: this call's own connection, opened since the preparation, would be in it.
+        guest.connections.close();
         Ok(empty())
     }
 
@@ -146,9 +172,15 @@ impl Rest {
             return Err(RestError::Token);
         }
         check(&request)?;
-        let mut clock = self.clock.lock().await;
+        let mut heard = self.heard.lock().await;
         self.guest.disk_settled().await;
-        self.apply(request, &mut clock).await?;
+        let lifecycle = request.lifecycle_id.clone().or_else(|| heard.lifecycle.clone());
+        self.apply(request, &mut heard.clock).await?;
+        let before = std::mem::replace(&mut heard.lifecycle, lifecycle);
+        // Before the first life there was none.
+        if before.is_some() && before != heard.lifecycle {
+            self.guest.connections.cut();
+        }
         Ok(empty())
     }
 

@@ -3,10 +3,14 @@
 
 mod common;
 
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
 
-use common::{Envd, bash, run};
+use common::{Envd, PATIENCE, bash, exists, run};
 use connectrpc::client::CallOptions;
+use roost_common::guest::process::StartResponse;
+use roost_common::guest::process::process_event::Event;
 
 const STREAM_JSON: (&str, &str) = ("content-type", "application/connect+json");
 const JSON: (&str, &str) = ("content-type", "application/json");
@@ -237,7 +241,34 @@ fn metrics_are_of_this_machine() {
     );
 }
 
-const SNAPSHOT_CALLS: [&str; 2] = ["/fsfreeze", "/fsthaw"];
+/// A call that would keep its connection.
+fn kept_call(method: &str, path: &str) -> String {
+    format!("{method} {path} HTTP/1.1\r\nHost: envd\r\nContent-Length: 0\r\n\r\n")
+}
+
+/// A connection that has had one answer and is kept.
+fn idle_connection(envd: &Envd) -> TcpStream {
+    let mut stream = TcpStream::connect(envd.address).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.write_all(kept_call("GET", "/health").as_bytes()).unwrap();
+    let mut answer = [0; 4096];
+    let length = stream.read(&mut answer).unwrap();
+    let answer = String::from_utf8_lossy(&answer[..length]).into_owned();
+    assert!(
+        answer.ends_with("\r\n\r\n") && !answer.contains("connection: close"),
+        "{answer}"
+    );
+    stream
+}
+
+/// What the server still says before it closes.
+fn rest_of(mut stream: TcpStream) -> String {
+    let mut rest = String::new();
+    stream.read_to_string(&mut rest).unwrap();
+    rest
+}
+
+const SNAPSHOT_CALLS: [&str; 3] = ["/snapshot/prepare", "/fsfreeze", "/fsthaw"];
 
 #[test]
 fn the_calls_around_a_snapshot_are_posts_and_may_be_repeated() {
@@ -268,6 +299,99 @@ fn the_calls_around_a_snapshot_need_the_token() {
     }
 }
 
+#[test]
+fn a_preparation_ends_the_connections_that_are_open() {
+    let envd = Envd::start();
+    let idle = idle_connection(&envd);
+    let silent = TcpStream::connect(envd.address).unwrap();
+    silent.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut asking = TcpStream::connect(envd.address).unwrap();
+    asking.set_read_timeout(Some(PATIENCE)).unwrap();
+    let request = kept_call("GET", "/envs");
+    let (first, second) = request.split_at(20);
+    asking.write_all(first.as_bytes()).unwrap();
+    // Connections are served beside each other: this one is only sure to be when it has been read from.
+    let deadline = Instant::now() + PATIENCE;
+    while !has_read(&envd, &asking) {
+        assert!(Instant::now() < deadline, "envd does not read");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let answer = envd.raw(kept_call("POST", "/snapshot/prepare").as_bytes());
+    assert!(answer.starts_with("HTTP/1.1 204 "), "{answer}");
+    assert!(answer.contains("connection: close"), "{answer}");
+    assert_eq!(rest_of(idle), "");
+    assert_eq!(rest_of(silent), "");
+    // It had asked already, or nearly: it is answered, and then ends.
+    asking.write_all(second.as_bytes()).unwrap();
+    let answer = rest_of(asking);
+    assert!(
+        answer.starts_with("HTTP/1.1 200 ") && answer.contains("connection: close"),
+        "{answer}"
+    );
+    // Those that come later are as ever.
+    idle_connection(&envd);
+}
+
+/// Whether envd has taken all that `client` has sent: its socket's receive queue is empty.
+fn has_read(envd: &Envd, client: &TcpStream) -> bool {
+    let (server, client) = (envd.address.port(), client.local_addr().unwrap().port());
+    let sockets = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    sockets.lines().any(|line| {
+        let fields: Vec<_> = line.split_whitespace().collect();
+        fields.len() > 4
+            && fields[1].ends_with(&format!(":{server:04X}"))
+            && fields[2].ends_with(&format!(":{client:04X}"))
+            && fields[4].ends_with(":00000000")
+    })
+}
+
+#[tokio::test]
+async fn a_stream_outlives_a_preparation_and_ends_when_the_guest_has_woken() {
+    let envd = Envd::start();
+    let init = |lifecycle: &str| {
+        envd.http("POST", "/init", &[], &format!(r#"{{"lifecycleID": "{lifecycle}"}}"#))
+            .0
+    };
+    assert_eq!(init("first"), 204);
+    let client = envd.client();
+    let script = bash("echo one; while [ ! -e $HOME/go ]; do sleep 0.05; done; echo two; sleep 600");
+    let mut stream = client.start(script).await.unwrap();
+    let mut next = async || {
+        let message = tokio::time::timeout(PATIENCE, stream.message::<StartResponse>())
+            .await
+            .unwrap();
+        message.map(|message| message.and_then(|message| message.to_owned_message().event.into_option()?.event))
+    };
+    let Some(Event::Start(start)) = next().await.unwrap() else {
+        panic!("no start")
+    };
+    assert!(matches!(next().await, Ok(Some(Event::Data(_)))));
+    assert_eq!(envd.http("POST", "/snapshot/prepare", &[], "").0, 204);
+    assert_eq!(init("first"), 204);
+    std::fs::write(envd.root.join("home/go"), "").unwrap();
+    assert!(matches!(next().await, Ok(Some(Event::Data(_)))));
+    assert_eq!(init("second"), 204);
+    assert!(!matches!(next().await, Ok(Some(_))), "the stream goes on");
+    // Its process goes on all the same.
+    assert!(exists(start.pid));
+    assert_eq!(envd.http("POST", "/init", &[], "").0, 204);
+}
+
+#[test]
+fn a_new_life_ends_the_connections_of_the_one_before() {
+    let envd = Envd::start();
+    let init = |body: &str| envd.http("POST", "/init", &[], body).0;
+    let mut idle = idle_connection(&envd);
+    // The first life has none before it, and one that stays or is not told is not new.
+    for body in [r#"{"lifecycleID": "a"}"#, r#"{"lifecycleID": "a"}"#, "{}"] {
+        assert_eq!(init(body), 204);
+    }
+    idle.write_all(kept_call("GET", "/health").as_bytes()).unwrap();
+    assert!(idle.read(&mut [0; 4096]).unwrap() > 0);
+    assert_eq!(init(r#"{"lifecycleID": "b"}"#), 204);
+    assert_eq!(rest_of(idle), "");
+}
+
 #[tokio::test]
 async fn a_frozen_guest_answers_and_writes_resolvers_when_it_is_thawed() {
     let envd = Envd::start();
@@ -283,6 +407,7 @@ async fn a_frozen_guest_answers_and_writes_resolvers_when_it_is_thawed() {
     assert_eq!(resolvers(), "nameserver 192.0.2.1\n");
     assert_eq!(envd.http("GET", "/health", &[], "").0, 204);
     assert_eq!(envd.http("GET", "/metrics", &[], "").0, 200);
+    assert_eq!(envd.http("POST", "/snapshot/prepare", &[], "").0, 204);
     let ran = run(&envd, bash("echo $RESOLVER"), CallOptions::default())
         .await
         .unwrap();

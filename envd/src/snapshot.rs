@@ -1,0 +1,99 @@
+//! `POST /snapshot/prepare`: a snapshot should find the disk written and the memory free of what the disk has too.
+
+use std::fs;
+use std::sync::Mutex;
+
+use nix::unistd::sync;
+use tokio::sync::watch;
+use tokio::task::spawn_blocking;
+use tokio::time::timeout;
+
+use crate::console::say;
+use crate::filesystems::LIMIT;
+
+/// The last run. Calls that come while it is under way wait for it: two would do the work twice, and on a slow disk calls
+/// that are given up and repeated would take all threads.
+#[derive(Default)]
+pub(crate) struct Settling(Mutex<Option<Run>>);
+
+/// Under way as long as the sender lives, which the thread that works has.
+type Run = watch::Receiver<()>;
+
+/// The disk has not taken everything yet; it goes on.
+#[derive(Debug, thiserror::Error)]
+#[error("the disk took too long")]
+pub(crate) struct Late;
+
+impl Settling {
+    /// Returns when everything is written and what is only cached is dropped.
+    ///
+    /// # Errors
+    /// [`Late`], after [`LIMIT`].
+    pub(crate) async fn settle(&self) -> Result<(), Late> {
+        self.run(settle_machine).await
+    }
+
+    async fn run(&self, work: impl FnOnce() + Send + 'static) -> Result<(), Late> {
+        let mut run = self.join(work);
+        // Nothing is ever sent: the only news is the end.
+        timeout(LIMIT, run.changed()).await.map_or(Err(Late), |_| Ok(()))
+    }
+
+    fn join(&self, work: impl FnOnce() + Send + 'static) -> Run {
+        let mut last = self.0.lock().expect("no holder of a run panics");
+        if let Some(run) = &*last
+            && run.has_changed().is_ok()
+        {
+            return run.clone();
+        }
+        let (under_way, run) = watch::channel(());
+        *last = Some(run.clone());
+        spawn_blocking(move || {
+            work();
+            drop(under_way);
+        });
+        run
+    }
+}
+
+fn settle_machine() {
+    sync();
+    // The clean page cache, after the sync has made it so. Free pages are reported to the host through the balloon and
+    // become holes in the snapshot, so it is smaller, written and read faster, and what was cached is on the disk all the
+    // same. Not dentries and inodes (2): they are few bytes, scattered over pages that stay in use.
+    if let Err(error) = fs::write("/proc/sys/vm/drop_caches", "1") {
+        say!("cannot drop the page cache: {error}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+    use std::sync::{Arc, mpsc};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_call_that_comes_while_another_runs_waits_for_the_same() {
+        let settling = Settling::default();
+        let runs = Arc::new(AtomicU32::new(0));
+        let (go, gate) = mpsc::channel::<()>();
+        let count = |gate: Option<mpsc::Receiver<()>>| {
+            let runs = Arc::clone(&runs);
+            move || {
+                if let Some(gate) = gate {
+                    gate.recv().unwrap();
+                }
+                runs.fetch_add(1, Ordering::Relaxed);
+            }
+        };
+        // A caller that leaves ends nothing.
+        drop(settling.join(count(Some(gate))));
+        let second = settling.run(count(None));
+        go.send(()).unwrap();
+        second.await.unwrap();
+        assert_eq!(runs.load(Ordering::Relaxed), 1);
+        settling.run(count(None)).await.unwrap();
+        assert_eq!(runs.load(Ordering::Relaxed), 2, "one that has ended was waited for");
+    }
+}
