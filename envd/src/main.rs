@@ -9,6 +9,7 @@
 //! | [`http`], [`connections`] | the listener and the routes; which connections are to end |
 //! | [`rest`], [`clock`], [`entropy`], [`identity`], [`metrics`] | the plain HTTP calls and what they do |
 //! | [`snapshot`], [`filesystems`], [`freeze`], [`mountinfo`] | before a snapshot: the disk written, then frozen |
+//! | [`disk`] | after a restore: proof that the disk answers |
 //! | [`process`] | the Connect service that runs programs |
 //! | [`guest`] | settings and readiness, shared by all calls |
 //! | [`users`], [`net`] | `/etc/passwd`; interfaces |
@@ -19,6 +20,7 @@
 mod clock;
 mod connections;
 mod console;
+mod disk;
 mod entropy;
 mod filesystems;
 mod freeze;

@@ -5,14 +5,16 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
+use http::header::HeaderValue;
 use http::{HeaderMap, Response, StatusCode, header};
 use http_body_util::{BodyExt as _, Full, LengthLimitError, Limited};
 use hyper::body::Incoming;
-use roost_common::guest::{ACCESS_TOKEN_HEADER, InitRequest, MAX_ENTROPY, VERSION_HEADER};
+use roost_common::guest::{ACCESS_TOKEN_HEADER, InitRequest, MAX_ENTROPY, MAX_NONCE, NONCE_HEADER, VERSION_HEADER};
 use tokio::sync::Mutex;
 
 use crate::clock::{self, Clock, Decision};
 use crate::console::{chain, say};
+use crate::disk::RootDisk;
 use crate::entropy;
 use crate::filesystems::Files;
 use crate::guest::{Guest, Machine, Readiness};
@@ -36,6 +38,7 @@ pub(crate) struct Rest {
     /// Held while an `/init` is applied: one at a time.
     heard: Mutex<Heard>,
     settling: Settling,
+    root_disk: RootDisk,
 }
 
 /// What the host said before.
@@ -102,6 +105,7 @@ impl Rest {
             metrics: Sampler::default(),
             heard: Mutex::default(),
             settling: Settling::default(),
+            root_disk: RootDisk::default(),
         }
     }
 
@@ -172,16 +176,19 @@ impl Rest {
             return Err(RestError::Token);
         }
         check(&request)?;
+        let nonce = request.nonce.as_deref().map(HeaderValue::from_str).transpose();
+        let nonce = nonce.map_err(|_| RestError::Field("nonce"))?;
         let mut heard = self.heard.lock().await;
         self.guest.disk_settled().await;
         let lifecycle = request.lifecycle_id.clone().or_else(|| heard.lifecycle.clone());
         self.apply(request, &mut heard.clock).await?;
+        let answer = self.prove(nonce).await;
         let before = std::mem::replace(&mut heard.lifecycle, lifecycle);
-        // Before the first life there was none.
+        // After the proof, for which the answer's own connection has to live. Before the first life there was none.
         if before.is_some() && before != heard.lifecycle {
             self.guest.connections.cut();
         }
-        Ok(empty())
+        answer
     }
 
     async fn apply(&self, request: InitRequest, clock: &mut Clock) -> Result<(), RestError> {
@@ -230,6 +237,19 @@ impl Rest {
         });
         Ok(())
     }
+
+    /// The answer to an `/init` that has been applied; with a nonce, after the root disk has answered too.
+    async fn prove(&self, nonce: Option<HeaderValue>) -> RestResult {
+        let mut answer = empty();
+        if let Some(nonce) = nonce {
+            if self.guest.machine == Machine::Own {
+                let read = self.root_disk.read().await;
+                read.map_err(|error| effect("reading the root disk", &error))?;
+            }
+            answer.headers_mut().insert(NONCE_HEADER, nonce);
+        }
+        Ok(answer)
+    }
 }
 
 async fn read_request(body: Incoming) -> Result<InitRequest, RestError> {
@@ -261,6 +281,7 @@ fn check(request: &InitRequest) -> Result<(), RestError> {
         (request.entropy.len() > MAX_ENTROPY, "entropy"),
         (!is_id(&request.sandbox_id), "sandboxID"),
         (!is_id(&request.template_id), "templateID"),
+        (!request.nonce.as_deref().is_none_or(is_nonce), "nonce"),
         (!is_text(&request.default_user), "defaultUser"),
         (!is_text(&request.default_workdir), "defaultWorkdir"),
         (
@@ -276,6 +297,11 @@ fn check(request: &InitRequest) -> Result<(), RestError> {
         .into_iter()
         .find(|(bad, _)| *bad)
         .map_or(Ok(()), |(_, field)| Err(RestError::Field(field)))
+}
+
+/// Whether a header can repeat it as it is.
+fn is_nonce(text: &str) -> bool {
+    (1..=MAX_NONCE).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic())
 }
 
 fn effect(step: &'static str, error: &dyn std::error::Error) -> RestError {
@@ -326,5 +352,21 @@ mod tests {
         assert!(rest.health().unwrap_err().to_string().contains("no eth0"));
         rest.guest.readiness.send_replace(Readiness::Ready);
         assert_eq!(status(&rest), StatusCode::NO_CONTENT);
+    }
+
+    #[test]
+    fn a_nonce_is_1_to_64_bytes_of_printable_ascii() {
+        let is_taken = |nonce: &str| {
+            let request = InitRequest {
+                nonce: Some(nonce.to_owned()),
+                ..Default::default()
+            };
+            check(&request).is_ok()
+        };
+        assert!(is_taken("!") && is_taken("a1-~") && is_taken(&"n".repeat(64)));
+        for bad in ["", " ", "a b", "a\r\nx: y", "\0", "\u{7f}", "\u{e9}", &"n".repeat(65)] {
+            assert!(!is_taken(bad), "{bad:?}");
+        }
+        assert!(check(&InitRequest::default()).is_ok());
     }
 }

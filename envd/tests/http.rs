@@ -116,6 +116,8 @@ fn an_init_that_is_not_valid_changes_nothing() {
         r#"{"timestamp": "yesterday"}"#,
         r#"{"entropy": "*"}"#,
         r#"{"timestamp": "1969-01-01T00:00:00Z"}"#,
+        r#"{"nonce": "a b"}"#,
+        r#"{"nonce": 5}"#,
         &long,
     ];
     for body in bodies {
@@ -392,11 +394,38 @@ fn a_new_life_ends_the_connections_of_the_one_before() {
     assert_eq!(rest_of(idle), "");
 }
 
+#[test]
+fn an_init_repeats_its_nonce() {
+    let envd = Envd::start();
+    let init = |body: &str| {
+        let head = "POST /init HTTP/1.1\r\nHost: envd\r\nConnection: close";
+        envd.raw(format!("{head}\r\nContent-Length: {}\r\n\r\n{body}", body.len()).as_bytes())
+    };
+    let answer = init(r#"{"nonce": "Proof-1", "sandboxID": "s-1", "entropy": "AAECAw=="}"#);
+    assert!(
+        answer.starts_with("HTTP/1.1 204 ") && answer.contains("x-roost-nonce: Proof-1\r\n"),
+        "{answer}"
+    );
+    let answer = init(r#"{"sandboxID": "s-1"}"#);
+    assert!(
+        answer.starts_with("HTTP/1.1 204 ") && !answer.contains("x-roost-nonce"),
+        "{answer}"
+    );
+    for bad in [&"n".repeat(65), "", "a b", "a\\r\\nx: y", "\u{e9}"] {
+        let answer = init(&format!(r#"{{"nonce": "{bad}"}}"#));
+        assert!(
+            answer.starts_with("HTTP/1.1 400 ") && answer.contains("nonce"),
+            "{bad:?}: {answer}"
+        );
+        assert!(!answer.contains("x-roost-nonce"), "{answer}");
+    }
+}
+
 #[tokio::test]
 async fn a_frozen_guest_answers_and_writes_resolvers_when_it_is_thawed() {
     let envd = Envd::start();
     let init = |resolver: &str| {
-        let body = format!(r#"{{"dns": ["{resolver}"], "envVars": {{"RESOLVER": "{resolver}"}}}}"#);
+        let body = format!(r#"{{"dns": ["{resolver}"], "nonce": "n", "envVars": {{"RESOLVER": "{resolver}"}}}}"#);
         assert_eq!(envd.http("POST", "/init", &[], &body).0, 204);
     };
     let resolvers = || std::fs::read_to_string(envd.root.join("etc/resolv.conf")).unwrap();
