@@ -39,6 +39,13 @@ pub const MAX_EXIT_FILE: usize = 2 * 6 * MAX_TAIL + 4096;
 pub const CONSOLE_FILE: &str = "console.log";
 /// Name of the VMM's own messages and events in a sandbox's run directory, a [`crate::ring`].
 pub const LOG_FILE: &str = "vmm.log";
+/// The guest kernel's command line: the console the shim records, the disk, the address that every guest has.
+pub const KERNEL_COMMAND_LINE: &str = "console=ttyS0 root=/dev/vda rw ip=169.254.0.21::169.254.0.22:255.255.255.252::eth0:off \
+                                       reboot=k panic=-1 quiet";
+/// The disk's id in the VMM. A restore finds the state of a device by the id that it was booted with.
+pub const DISK_ID: &str = "rootfs";
+/// The network device's id in the VMM.
+pub const NET_ID: &str = "net0";
 /// Guest memory that a shim accepts.
 pub const MEMORY_RANGE: RangeInclusive<Mebibytes> = Mebibytes(64)..=Mebibytes(1 << 20);
 /// Virtual CPUs that a shim accepts.

@@ -11,13 +11,12 @@ use std::path::Path;
 use nix::sys::stat::{SFlag, fstat, major, minor};
 use roost_common::ids::SandboxId;
 use roost_common::names;
-use roost_common::shim::{MEMORY_RANGE, RestoreMode, SpecField, Start, VCPUS_RANGE, VmSpec};
+use roost_common::shim::{
+    DISK_ID, KERNEL_COMMAND_LINE, MEMORY_RANGE, NET_ID, RestoreMode, SpecField, Start, VCPUS_RANGE, VmSpec,
+};
 
 use crate::confine::{self, sys};
 
-/// The guest kernel's command line: the console the shim records, the disk, the address that every guest has.
-const KERNEL_COMMAND_LINE: &str = "console=ttyS0 root=/dev/vda rw ip=169.254.0.21::169.254.0.22:255.255.255.252::eth0:off \
-                                   reboot=k panic=-1 quiet";
 /// The MAC address that every guest has.
 const GUEST_MAC: &str = "02:FC:00:00:00:05";
 /// Major and minor number of `/dev/net/tun`, fixed in the kernel's device list.
@@ -134,8 +133,11 @@ pub(crate) fn arguments(vmm: &Path, spec: &VmSpec) -> Vec<CString> {
             option("--cmdline", KERNEL_COMMAND_LINE.into());
             option("--cpus", format!("boot={},nested=off", spec.vcpus.0));
             option("--memory", format!("size={}M,shared=on,thp=off", spec.memory.0));
-            option("--disk", format!("path={},image_type=raw,id=rootfs", disk_node(spec)));
-            option("--net", format!("fd={},id=net0,mac={GUEST_MAC}", confine::TAP));
+            option(
+                "--disk",
+                format!("path={},image_type=raw,id={DISK_ID}", disk_node(spec)),
+            );
+            option("--net", format!("fd={},id={NET_ID},mac={GUEST_MAC}", confine::TAP));
             option("--rng", "src=/dev/urandom".into());
             option("--balloon", "size=0,free_page_reporting=on".into());
             option("--serial", "tty".into());
@@ -147,7 +149,7 @@ pub(crate) fn arguments(vmm: &Path, spec: &VmSpec) -> Vec<CString> {
                 RestoreMode::OnDemand => "ondemand",
             };
             let source = format!("source_url=file://{}/{attempt}", spec.vm_dir);
-            let net = format!("net_fds=[net0@[{}]]", confine::TAP);
+            let net = format!("net_fds=[{NET_ID}@[{}]]", confine::TAP);
             option(
                 "--restore",
                 format!("{source},{net},memory_restore_mode={mode},resume=false"),
