@@ -34,14 +34,24 @@ pub fn latest(dir: &Path) -> io::Result<Option<Kernel>> {
             best = Some(version.to_owned());
         }
     }
-    Ok(best.map(|version| {
-        let initramfs = dir.join(format!("initramfs-{version}"));
-        Kernel {
-            kernel: dir.join(format!("vmlinux-{version}")),
-            initramfs: initramfs.exists().then_some(initramfs),
-            version,
-        }
-    }))
+    Ok(best.and_then(|version| of_version(dir, &version)))
+}
+
+/// The kernel of one version in `dir`, `None` where it is not there.
+pub fn of_version(dir: &Path, version: &str) -> Option<Kernel> {
+    // A version is part of one file's name.
+    if version.contains('/') {
+        return None;
+    }
+    let existing = |name: &str| {
+        let path = dir.join(format!("{name}-{version}"));
+        path.exists().then_some(path)
+    };
+    Some(Kernel {
+        version: version.to_owned(),
+        kernel: existing("vmlinux")?,
+        initramfs: existing("initramfs"),
+    })
 }
 
 /// Compares versions run by run: digits as numbers, the rest as text.
@@ -102,6 +112,25 @@ mod tests {
         let kernel = latest(dir.path()).expect("read").expect("found");
         assert_eq!(kernel.version, "6.1.0-41");
         assert_eq!(kernel.initramfs, Some(dir.path().join("initramfs-6.1.0-41")));
+    }
+
+    #[test]
+    fn an_older_version_is_found_by_its_name() {
+        let dir = tempfile::tempdir().expect("a directory");
+        for name in [
+            "vmlinux-6.1.0-9",
+            "initramfs-6.1.0-9",
+            "vmlinux-6.1.0-41",
+            "initramfs-6.1.0-8",
+        ] {
+            std::fs::write(dir.path().join(name), "").expect("written");
+        }
+        let kernel = of_version(dir.path(), "6.1.0-9").expect("found");
+        assert_eq!(kernel.kernel, dir.path().join("vmlinux-6.1.0-9"));
+        assert_eq!(kernel.initramfs, Some(dir.path().join("initramfs-6.1.0-9")));
+        assert_eq!(of_version(dir.path(), "6.1.0-41").expect("found").initramfs, None);
+        assert_eq!(of_version(dir.path(), "6.1.0-8"), None);
+        assert_eq!(of_version(&dir.path().join("x"), "/../vmlinux-6.1.0-9"), None);
     }
 
     #[test]
