@@ -24,6 +24,7 @@ pub mod recover;
 pub mod registry;
 pub mod sandbox;
 pub mod serve;
+pub mod snapshot;
 pub mod tls;
 pub mod tombstone;
 pub mod vmm;
