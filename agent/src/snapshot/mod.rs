@@ -18,8 +18,10 @@
 //! Functions here block; callers put them on a blocking thread.
 
 pub mod config;
+pub mod copy;
 pub mod cpu;
 pub mod fit;
+pub mod generations;
 pub mod manifest;
 pub mod seal;
 mod state;
@@ -38,8 +40,10 @@ use nix::sys::stat::{Mode, fchmod, fstat};
 use roost_common::units::Bytes;
 
 pub use config::{RestoreConfig, write_config};
+pub use copy::{copy_generation, copy_sparse, flatten};
 pub use cpu::Cpu;
 pub use fit::{HostFacts, Misfit};
+pub use generations::{generations, next_number, remove_generation};
 pub use manifest::{About, Devices, Manifest, MemoryFile, Size};
 pub use seal::seal;
 pub use state::StateError;

@@ -19,7 +19,8 @@ pub const MAX_STATE: u64 = 16 << 20;
 /// its content, including `config.json`, which nobody reads; the caller removes it.
 ///
 /// The memory file goes on belonging to the VM's uid, and a VMM that holds it open can write to it until it has ended: who goes
-/// on to use the generation ends the VMM first and then [verifies](Manifest::verify) it.
+/// on to use the generation ends the VMM first and then [verifies](Manifest::verify) it, or makes a
+/// [copy](super::copy_generation).
 ///
 /// # Errors
 /// Any [`SnapshotError`]; nothing of `generation` stays, and the memory file is wherever it was, or gone.
