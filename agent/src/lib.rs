@@ -18,6 +18,7 @@ pub mod config;
 pub mod errors;
 pub mod guest;
 pub mod host;
+pub mod outbox;
 pub mod pki;
 pub mod proto;
 pub mod recover;

@@ -9,6 +9,7 @@
 //!     vm/                         what the VMM may write
 //! <dir>/sandboxes/.removing-<id>  a sandbox on its way out; recovery finishes it
 //! <dir>/tombstones/<id>.json      why a sandbox ended
+//! <dir>/outbox/                   lifecycle events that nobody has taken yet (see [`crate::outbox`])
 //! <vm_run_dir>/<id>/              sockets, exit record, console; the VM's uid may write
 //! ```
 //!
@@ -91,6 +92,11 @@ impl Layout {
     /// Why sandboxes ended.
     pub fn tombstones(&self) -> PathBuf {
         self.dir.join("tombstones")
+    }
+
+    /// Lifecycle events that nobody has taken yet.
+    pub fn outbox(&self) -> PathBuf {
+        self.dir.join("outbox")
     }
 }
 
