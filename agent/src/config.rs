@@ -10,6 +10,8 @@ use serde::Deserialize;
 
 /// Where the configuration is looked for when nothing else is said.
 pub const DEFAULT_FILE: &str = "/etc/roost/agent.toml";
+/// Highest floor of a busy guest's network and disk, in bytes a second: above it, none would ever count as busy.
+const MAX_BUSY_RATE: u64 = 1 << 30;
 
 /// Why there is no configuration.
 #[derive(Debug, thiserror::Error)]
@@ -82,6 +84,14 @@ pub struct Config {
     pub max_vcpus: u8,
     /// Most bytes of output that one Exec call may return, both streams together; more ends the command with an error.
     pub max_exec_output: u64,
+    /// Percent of one vCPU above which a guest counts as used although nobody calls, 1 to 100. An idle guest's timers, and the
+    /// agent that asks it for metrics, stay below.
+    pub busy_cpu_percent: u32,
+    /// Bytes a second to and from its network above which a guest counts as used. An idle guest's metrics, ARP and DNS stay below.
+    pub busy_network_bytes: u64,
+    /// Bytes a second to and from its disk above which a guest counts as used. An idle guest's journal and logs may be above, but
+    /// not for three seconds in five.
+    pub busy_disk_bytes: u64,
 }
 
 /// How shims are started.
@@ -114,6 +124,9 @@ impl Default for Config {
             max_memory_mb: 1 << 20,
             max_vcpus: 32,
             max_exec_output: 16 << 20,
+            busy_cpu_percent: 5,
+            busy_network_bytes: 16 << 10,
+            busy_disk_bytes: 64 << 10,
         }
     }
 }
@@ -163,6 +176,17 @@ impl Config {
         ] {
             if disk.is_some_and(|disk| disk == 0 || Mebibytes(disk).sectors() > MAX_DISK) {
                 return out_of_range(key, disk.unwrap_or_default().to_string(), "1 to 2097152");
+            }
+        }
+        if !(1..=100).contains(&config.busy_cpu_percent) {
+            return out_of_range("busy_cpu_percent", config.busy_cpu_percent.to_string(), "1 to 100");
+        }
+        for (key, rate) in [
+            ("busy_network_bytes", config.busy_network_bytes),
+            ("busy_disk_bytes", config.busy_disk_bytes),
+        ] {
+            if !(1..=MAX_BUSY_RATE).contains(&rate) {
+                return out_of_range(key, rate.to_string(), "1 to 1073741824");
             }
         }
         if config
@@ -225,6 +249,12 @@ mod tests {
             ("max_memory_mb = 63", "max_memory_mb"),
             ("max_disk_mb = 2097153", "max_disk_mb"),
             ("default_disk_mb = 0", "default_disk_mb"),
+            ("busy_cpu_percent = 0", "busy_cpu_percent"),
+            ("busy_cpu_percent = 101", "busy_cpu_percent"),
+            ("busy_network_bytes = 0", "busy_network_bytes"),
+            ("busy_network_bytes = 1073741825", "busy_network_bytes"),
+            ("busy_disk_bytes = 0", "busy_disk_bytes"),
+            ("busy_disk_bytes = 1073741825", "busy_disk_bytes"),
         ] {
             let error = anyhow::Error::new(parse(text).expect_err(text));
             assert!(format!("{error:#}").contains(named), "{text}: {error:#}");

@@ -12,6 +12,7 @@
 //! bounded in size and time.
 #![forbid(unsafe_code)]
 
+pub mod activity;
 pub mod api;
 pub mod cli;
 pub mod config;
