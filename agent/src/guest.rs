@@ -15,7 +15,8 @@ use roost_common::guest::process::{
     self, ProcessClient, ProcessConfig, ProcessSelector, SendSignalRequest, Signal, StartRequest, StartResponse,
 };
 use roost_common::guest::{
-    ACCESS_TOKEN_HEADER, HEALTH_PATH, INIT_PATH, InitRequest, KEEPALIVE_HEADER, PORT, VERSION_HEADER,
+    ACCESS_TOKEN_HEADER, FSFREEZE_PATH, FSTHAW_PATH, HEALTH_PATH, INIT_PATH, InitRequest, KEEPALIVE_HEADER,
+    NONCE_HEADER, PORT, SNAPSHOT_PREPARE_PATH, VERSION_HEADER,
 };
 use roost_common::ids::SandboxId;
 use tokio::net::TcpStream;
@@ -27,6 +28,10 @@ const PROBE_PAUSE: Duration = Duration::from_millis(20);
 const CONNECT_LIMIT: Duration = Duration::from_millis(250);
 /// How long envd may take to answer a connection that stands.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+/// How long envd may take to make ready for a snapshot, which is best effort: it writes out what is dirty.
+const PREPARE_LIMIT: Duration = Duration::from_secs(3);
+/// How long envd may take to freeze or thaw: the kernel writes out what is dirty first.
+const FREEZE_LIMIT: Duration = Duration::from_secs(30);
 /// Largest answer to a plain HTTP call that is read.
 const MAX_ANSWER: usize = 64 << 10;
 /// Largest message of a stream; envd's chunks are 32 KiB.
@@ -84,6 +89,37 @@ pub enum GuestError {
     /// The stream of a command broke off.
     #[error("the guest's answer {0}")]
     BadStream(&'static str),
+    /// envd repeated another nonce than the one it was sent: this is an answer to something else.
+    #[error("the guest's envd acknowledged something else than what it was told")]
+    WrongNonce,
+}
+
+/// What envd asks of callers, known to nobody but the agent. Not shown in logs.
+#[derive(Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(transparent)]
+pub struct Token(String);
+
+impl Token {
+    /// A new one.
+    pub fn random() -> Self {
+        Self(crate::sandbox::build::random_hex())
+    }
+}
+
+impl std::fmt::Debug for Token {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Token(...)")
+    }
+}
+
+/// Whether a guest's filesystems are frozen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Freeze {
+    /// They are: nothing of the guest's is written until they are thawed.
+    Frozen,
+    /// This envd knows nothing of it.
+    Unknown,
 }
 
 /// The exit code of a command that SIGKILL ended.
@@ -122,7 +158,7 @@ pub struct Finished {
 /// One incarnation of a guest. The token is set by [`Guest::init`] and known to nobody else.
 pub struct Guest {
     address: SocketAddr,
-    token: String,
+    token: Token,
     process: ProcessClient<HttpClient>,
 }
 
@@ -136,15 +172,15 @@ impl std::fmt::Debug for Guest {
 
 impl Guest {
     /// The guest behind a host address. Connects to nothing yet.
-    pub fn new(address: Ipv4Addr, token: String) -> Self {
+    pub fn new(address: Ipv4Addr, token: Token) -> Self {
         Self::at(SocketAddr::from((address, PORT)), token)
     }
 
-    fn at(address: SocketAddr, token: String) -> Self {
+    fn at(address: SocketAddr, token: Token) -> Self {
         let base = format!("http://{address}").parse().expect("an address is an authority");
         let config = ClientConfig::new(base)
             .with_default_max_message_size(MAX_MESSAGE)
-            .with_default_header(ACCESS_TOKEN_HEADER, token.as_str());
+            .with_default_header(ACCESS_TOKEN_HEADER, token.0.as_str());
         Self {
             address,
             process: ProcessClient::new(HttpClient::plaintext(), config),
@@ -174,7 +210,7 @@ impl Guest {
     }
 
     async fn health(&self) -> Result<String, GuestError> {
-        let answer = self.call(Method::GET, HEALTH_PATH, Vec::new()).await?;
+        let answer = self.call(Method::GET, HEALTH_PATH, Vec::new(), ANSWER_LIMIT).await?;
         let header = answer
             .headers()
             .get(VERSION_HEADER)
@@ -192,14 +228,16 @@ impl Guest {
             .collect())
     }
 
-    /// Tells envd who it is.
+    /// Tells envd who it is, and waits until it has taken that in: its clock, its entropy, its identity. An envd that knows of
+    /// nonces repeats the one it was sent, and has read from its disk before.
     ///
     /// # Errors
-    /// [`GuestError::Http`], [`GuestError::Refused`].
+    /// [`GuestError::Http`], [`GuestError::Refused`], [`GuestError::WrongNonce`].
     pub async fn init(&self, identity: Identity) -> Result<(), GuestError> {
+        let nonce = crate::sandbox::build::random_hex();
         let request = InitRequest {
             env_vars: Some(identity.env),
-            access_token: Some(self.token.clone()),
+            access_token: Some(self.token.0.clone()),
             timestamp: Some(SystemTime::now()),
             default_user: identity.user,
             lifecycle_id: Some(identity.lifecycle),
@@ -207,10 +245,49 @@ impl Guest {
             template_id: Some(identity.template),
             entropy: identity.entropy,
             dns: Some(identity.resolvers.into_iter().map(IpAddr::V4).collect()),
+            nonce: Some(nonce.clone()),
             ..InitRequest::default()
         };
         let body = serde_json::to_vec(&request).expect("strings serialise");
-        self.call(Method::POST, INIT_PATH, body).await.map(drop)
+        let answer = self.call(Method::POST, INIT_PATH, body, ANSWER_LIMIT).await?;
+        match answer.headers().get(NONCE_HEADER) {
+            Some(repeated) if repeated.as_bytes() != nonce.as_bytes() => Err(GuestError::WrongNonce),
+            Some(_) | None => Ok(()),
+        }
+    }
+
+    /// Asks envd to make ready for a snapshot: to write out and drop caches, and to keep no connection open. Best effort, so a
+    /// failure is for the log.
+    ///
+    /// # Errors
+    /// [`GuestError::Http`], [`GuestError::Refused`].
+    pub async fn prepare(&self) -> Result<(), GuestError> {
+        self.call(Method::POST, SNAPSHOT_PREPARE_PATH, Vec::new(), PREPARE_LIMIT)
+            .await
+            .map(drop)
+    }
+
+    /// Freezes the guest's filesystems; frozen ones stay so.
+    ///
+    /// # Errors
+    /// [`GuestError::Http`], [`GuestError::Refused`]; whether they are frozen is then unknown.
+    pub async fn freeze(&self) -> Result<Freeze, GuestError> {
+        match self.call(Method::POST, FSFREEZE_PATH, Vec::new(), FREEZE_LIMIT).await {
+            Ok(_) => Ok(Freeze::Frozen),
+            Err(GuestError::Refused { status, .. }) if status == StatusCode::NOT_FOUND => Ok(Freeze::Unknown),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Thaws the guest's filesystems; where none is frozen that is no error, nor where envd knows nothing of it.
+    ///
+    /// # Errors
+    /// [`GuestError::Http`], [`GuestError::Refused`].
+    pub async fn thaw(&self) -> Result<(), GuestError> {
+        match self.call(Method::POST, FSTHAW_PATH, Vec::new(), FREEZE_LIMIT).await {
+            Err(GuestError::Refused { status, .. }) if status == StatusCode::NOT_FOUND => Ok(()),
+            outcome => outcome.map(drop),
+        }
     }
 
     /// Runs a command to its end and collects what it writes, at most `max_output` bytes.
@@ -348,6 +425,7 @@ impl Guest {
         method: Method,
         path: &'static str,
         body: Vec<u8>,
+        limit: Duration,
     ) -> Result<http::Response<Bytes>, GuestError> {
         let failed = |source: Box<dyn std::error::Error + Send + Sync>| GuestError::Http { path, source };
         let stream = tokio::time::timeout(CONNECT_LIMIT, TcpStream::connect(self.address))
@@ -363,7 +441,7 @@ impl Guest {
                 .uri(path)
                 .header(http::header::HOST, self.address.to_string())
                 .header(http::header::CONTENT_TYPE, "application/json")
-                .header(ACCESS_TOKEN_HEADER, &self.token)
+                .header(ACCESS_TOKEN_HEADER, &self.token.0)
                 .body(Full::new(Bytes::from(body)))
                 .expect("an address and a hexadecimal token are header values");
             let answer = async {
@@ -385,7 +463,7 @@ impl Guest {
                 _ = connection => answer.await,
             }
         };
-        let answer = tokio::time::timeout(ANSWER_LIMIT, exchange)
+        let answer = tokio::time::timeout(limit, exchange)
             .await
             .map_err(|error| failed(error.into()))??;
         let (status, body) = (answer.status(), answer.body());
@@ -468,7 +546,7 @@ mod tests {
                 });
             }
         });
-        Guest::at(address, "t".into())
+        Guest::at(address, Token::random())
     }
 
     #[tokio::test]

@@ -21,7 +21,6 @@ pub mod guest;
 pub mod host;
 pub mod outbox;
 pub mod pki;
-pub mod proto;
 pub mod recover;
 pub mod registry;
 pub mod sandbox;

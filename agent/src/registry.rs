@@ -6,14 +6,15 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use roost_common::ids::{SandboxId, Slot};
+use roost_common::ids::SandboxId;
 use tokio::sync::oneshot;
 
 use crate::host::Host;
 use crate::host::slots::SlotLease;
 use crate::sandbox::CreateFailure;
 use crate::sandbox::plan::Plan;
-use crate::sandbox::task::{self, Handle};
+use crate::sandbox::record::Record;
+use crate::sandbox::task::{self, Found, Handle};
 
 /// Why a create was not accepted.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -72,16 +73,13 @@ impl Registry {
         Ok((handle, outcome))
     }
 
-    /// Takes in what an earlier agent left and could not be removed: it is listed, can be destroyed, and is tried again in a while.
-    pub(crate) fn take_remains(self: &Arc<Self>, plan: Plan, slot: Option<Slot>) {
-        let slots = &self.host.slots;
-        let Some(slot) = slot.and_then(|slot| slots.lease_this(slot)).or_else(|| slots.lease()) else {
-            tracing::error!(sandbox_id = %plan.id, "no slot for what is left of a sandbox; it stays until the next start");
-            return;
-        };
+    /// Takes in a sandbox of an earlier agent.
+    pub(crate) fn take(self: &Arc<Self>, record: Record, slot: SlotLease, found: Found) {
         let mut sandboxes = self.lock();
-        let id = plan.id.clone();
-        sandboxes.insert(id, task::spawn_remains(self.clone(), self.host.clone(), plan, slot));
+        let id = record.plan.id.clone();
+        let (registry, host) = (self.clone(), self.host.clone());
+        let handle = task::spawn_found(registry, host, record.plan, slot, record.created_at_unix, found);
+        sandboxes.insert(id, handle);
     }
 
     /// The sandbox of an id.

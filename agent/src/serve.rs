@@ -21,8 +21,8 @@ use tower::ServiceExt;
 
 use crate::api::service::Service;
 use crate::errors::Chain;
-use crate::proto::hostagent::v1::HostAgentServiceExt;
 use crate::tls;
+use roost_hostagent::hostagent::v1::HostAgentServiceExt;
 
 /// Most connections at a time; more wait in the kernel's backlog.
 const MAX_CONNECTIONS: usize = 1024;

@@ -27,8 +27,11 @@ pub enum Reason {
     OutOfMemory,
     /// The shim ended, and the VMM with it.
     ShimLost,
-    /// An agent started and found it running.
-    AgentRestarted,
+    /// An agent started and found that it had been running, and its VMM gone without a word: the host was restarted, or its shim
+    /// was killed meanwhile.
+    VmmLost,
+    /// Nobody used it for as long as it may be idle, and it could not be paused.
+    NotPaused,
 }
 
 /// The record of an end.
@@ -59,7 +62,7 @@ impl Tombstone {
     pub fn new(id: &SandboxId, created_at_unix: i64, end: End<'_>) -> Self {
         let exit = match end {
             End::Vmm(exit) => Some(exit),
-            End::ShimLost | End::AgentRestarted => None,
+            End::ShimLost | End::VmmLost | End::NotPaused => None,
         };
         let reason = match end {
             End::Vmm(exit) if exit.oom_kills > 0 => Reason::OutOfMemory,
@@ -69,7 +72,8 @@ impl Tombstone {
             }) => Reason::VmmKilled,
             End::Vmm(_) => Reason::VmmExited,
             End::ShimLost => Reason::ShimLost,
-            End::AgentRestarted => Reason::AgentRestarted,
+            End::VmmLost => Reason::VmmLost,
+            End::NotPaused => Reason::NotPaused,
         };
         let lines = |tail: Option<&[u8]>| match tail {
             Some(tail) => tail
@@ -106,7 +110,10 @@ impl Tombstone {
             (Reason::VmmExited | Reason::VmmKilled, _, _) => "its VMM ended".into(),
             (Reason::OutOfMemory, _, _) => "its VMM ran out of memory".into(),
             (Reason::ShimLost, _, _) => "its vmmshim ended, and the VMM with it".into(),
-            (Reason::AgentRestarted, _, _) => "the agent was started anew and ended it".into(),
+            (Reason::VmmLost, _, _) => {
+                "its VMM had gone when the agent was started, as after a restart of the host".into()
+            }
+            (Reason::NotPaused, _, _) => "nobody used it, and it could not be paused".into(),
         }
     }
 }
@@ -118,8 +125,10 @@ pub enum End<'a> {
     Vmm(&'a Exit),
     /// The shim has gone.
     ShimLost,
-    /// An agent started and found it.
-    AgentRestarted,
+    /// An agent started and found its VMM gone.
+    VmmLost,
+    /// It was idle and could not be paused.
+    NotPaused,
 }
 
 /// Writes a tombstone and removes those that are older than a day.

@@ -13,6 +13,12 @@ use tokio::net::UnixStream;
 
 /// How long one call may take.
 const CALL_LIMIT: Duration = Duration::from_secs(30);
+/// How long a snapshot may take: it writes as much as the guest has memory, at worst to a slow and busy disk.
+const SNAPSHOT_LIMIT: Duration = Duration::from_secs(240);
+/// How long a restored VM may take until it can be resumed: where it cannot load its memory lazily, it loads it first.
+const RESTORE_LIMIT: Duration = Duration::from_secs(240);
+/// Pause between two attempts of what the VMM is not ready for yet.
+const RETRY_PAUSE: Duration = Duration::from_millis(20);
 /// Largest answer that is read.
 const MAX_ANSWER: usize = 1 << 20;
 
@@ -55,6 +61,19 @@ pub enum VmmError {
     },
 }
 
+/// What a VM is doing, as its VMM says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize)]
+pub enum State {
+    /// Configured, not booted.
+    Created,
+    /// Running.
+    Running,
+    /// Its processors are stopped.
+    Paused,
+    /// Powered off.
+    Shutdown,
+}
+
 /// One VMM's API.
 #[derive(Debug, Clone)]
 pub struct Vmm {
@@ -77,7 +96,7 @@ impl Vmm {
             version: String,
         }
         let call = "vmm.ping";
-        let body = self.call(Method::GET, call).await?;
+        let body = self.call(Method::GET, call, Vec::new(), CALL_LIMIT).await?;
         let ping: Ping = serde_json::from_slice(&body).map_err(|_| VmmError::Refused {
             call,
             status: StatusCode::OK,
@@ -87,13 +106,104 @@ impl Vmm {
         Ok(printable.collect())
     }
 
-    async fn call(&self, method: Method, call: &'static str) -> Result<Bytes, VmmError> {
-        tokio::time::timeout(CALL_LIMIT, self.exchange(method, call))
+    /// What the VM is doing.
+    ///
+    /// # Errors
+    /// Any [`VmmError`].
+    pub async fn state(&self) -> Result<State, VmmError> {
+        #[derive(serde::Deserialize)]
+        struct Info {
+            state: State,
+        }
+        let call = "vm.info";
+        let body = self.call(Method::GET, call, Vec::new(), CALL_LIMIT).await?;
+        let info: Info = serde_json::from_slice(&body).map_err(|_| VmmError::Refused {
+            call,
+            status: StatusCode::OK,
+            body: shorten(&body),
+        })?;
+        Ok(info.state)
+    }
+
+    /// Stops the guest's processors.
+    ///
+    /// # Errors
+    /// Any [`VmmError`].
+    pub async fn pause(&self) -> Result<(), VmmError> {
+        self.call(Method::PUT, "vm.pause", Vec::new(), CALL_LIMIT)
+            .await
+            .map(drop)
+    }
+
+    /// Lets the guest's processors run.
+    ///
+    /// # Errors
+    /// Any [`VmmError`].
+    pub async fn resume(&self) -> Result<(), VmmError> {
+        self.call(Method::PUT, "vm.resume", Vec::new(), CALL_LIMIT)
+            .await
+            .map(drop)
+    }
+
+    /// Writes a paused VM into `directory`, which is there and empty.
+    ///
+    /// # Errors
+    /// Any [`VmmError`]; what is in the directory then is of no use.
+    pub async fn snapshot(&self, directory: &Path) -> Result<(), VmmError> {
+        let body = serde_json::json!({ "destination_url": format!("file://{}", directory.display()) });
+        self.call(
+            Method::PUT,
+            "vm.snapshot",
+            body.to_string().into_bytes(),
+            SNAPSHOT_LIMIT,
+        )
+        .await
+        .map(drop)
+    }
+
+    /// Waits until a VMM that was started to restore has done so: its VM is paused then.
+    ///
+    /// # Errors
+    /// Any [`VmmError`]; its own end is for the caller to notice.
+    pub async fn restored(&self) -> Result<(), VmmError> {
+        let call = "vm.info";
+        let attempts = async {
+            loop {
+                match self.state().await {
+                    Ok(State::Paused) => return Ok(()),
+                    // There is no VM yet. A VMM may as well not answer before it has loaded one.
+                    Ok(State::Created) | Err(VmmError::Timeout { .. }) => {}
+                    Err(VmmError::Refused { status, .. }) if !status.is_success() => {}
+                    Ok(state @ (State::Running | State::Shutdown)) => {
+                        return Err(VmmError::Refused {
+                            call,
+                            status: StatusCode::OK,
+                            body: format!("{state:?} where a restored VM is paused"),
+                        });
+                    }
+                    Err(error) => return Err(error),
+                }
+                tokio::time::sleep(RETRY_PAUSE).await;
+            }
+        };
+        tokio::time::timeout(RESTORE_LIMIT, attempts)
             .await
             .map_err(|_| VmmError::Timeout { call })?
     }
 
-    async fn exchange(&self, method: Method, call: &'static str) -> Result<Bytes, VmmError> {
+    async fn call(
+        &self,
+        method: Method,
+        call: &'static str,
+        body: Vec<u8>,
+        limit: Duration,
+    ) -> Result<Bytes, VmmError> {
+        tokio::time::timeout(limit, self.exchange(method, call, body))
+            .await
+            .map_err(|_| VmmError::Timeout { call })?
+    }
+
+    async fn exchange(&self, method: Method, call: &'static str, body: Vec<u8>) -> Result<Bytes, VmmError> {
         let failed = |source: Box<dyn std::error::Error + Send + Sync>| VmmError::Http { call, source };
         let stream = UnixStream::connect(&self.socket)
             .await
@@ -108,7 +218,8 @@ impl Vmm {
             .method(method)
             .uri(format!("/api/v1/{call}"))
             .header(http::header::HOST, "localhost")
-            .body(Full::<Bytes>::default())
+            .header(http::header::CONTENT_TYPE, "application/json")
+            .body(Full::<Bytes>::from(body))
             .expect("constant parts");
         let exchange = async {
             let answer = sender

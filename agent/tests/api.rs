@@ -8,10 +8,14 @@ use std::sync::Arc;
 
 use roost_agent::api::service::Service;
 use roost_agent::config::Config;
+use roost_agent::guest::Token;
 use roost_agent::host::Host;
 use roost_agent::registry::Registry;
+use roost_agent::sandbox::plan::{Plan, Wish};
+use roost_agent::sandbox::record::{Kept, Memory, PauseReason, Phase, Record};
 use roost_agent::serve::{Access, serve};
 use roost_agent::{pki, recover, tls};
+use roost_common::units::Sectors;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -246,6 +250,16 @@ async fn a_host_without_privd_or_shims_says_which_socket_and_undoes_the_create()
     assert!(agent.refusal(&["ping", "x"]).await.contains("no sandbox x"));
 }
 
+/// The record of a sandbox that was never made.
+fn record(id: &str, slot: u32) -> Record {
+    let wish = Wish {
+        id: id.into(),
+        ..Wish::default()
+    };
+    let plan = Plan::check(wish, &Config::default(), || unreachable!("it has an id"));
+    Record::new(slot, plan.expect("checked"), Sectors(8), 5, Token::random())
+}
+
 #[tokio::test]
 async fn recovery_removes_what_an_earlier_agent_left_and_says_why_it_ended() {
     let agent = Agent::start_recovering(&["roost-cli"]).await;
@@ -259,16 +273,7 @@ async fn recovery_removes_what_an_earlier_agent_left_and_says_why_it_ended() {
     ] {
         std::fs::create_dir_all(agent.dir.path().join(dir)).expect("made");
     }
-    let plan = roost_agent::sandbox::plan::Plan::check(
-        roost_agent::sandbox::plan::Wish {
-            id: "ran".into(),
-            ..Default::default()
-        },
-        &Config::default(),
-        || unreachable!("it has an id"),
-    );
-    let phase = roost_agent::sandbox::record::Phase::Running;
-    let record = roost_agent::sandbox::record::Record::new(phase, 1, plan.expect("checked"), 5);
+    let record = record("ran", 1).with(Phase::Running);
     record.write(&agent.host.layout).expect("written");
     recover::recover(&agent.registry).await.expect("recovered");
     agent.service.recovered();
@@ -278,6 +283,54 @@ async fn recovery_removes_what_an_earlier_agent_left_and_says_why_it_ended() {
         0
     );
     let said = agent.refusal(&["ping", "ran"]).await;
-    assert!(said.contains("started anew"), "{said}");
-    assert!(!agent.refusal(&["ping", "half"]).await.contains("started anew"));
+    assert!(said.contains("restart of the host"), "{said}");
+    assert!(!agent.refusal(&["ping", "half"]).await.contains("restart of the host"));
+}
+
+#[tokio::test]
+async fn recovery_keeps_what_is_paused_and_tidies_it() {
+    let agent = Agent::start_recovering(&["roost-cli"]).await;
+    let layout = &agent.host.layout;
+    let record = record("kept", 7);
+    let id = &record.plan.id;
+    for number in [1, 2, 3] {
+        std::fs::create_dir_all(layout.generation(id, number)).expect("made");
+    }
+    std::fs::create_dir_all(layout.vm_run(id)).expect("made");
+    std::fs::write(layout.cow(id), "").expect("written");
+    let kept = Kept {
+        generation: 2,
+        memory: Memory::Whole,
+        reason: PauseReason::Idle,
+        paused_at_unix: 9,
+        disk_written_at: 1,
+    };
+    // Its resume was under way, and somebody wrote to its disk: the file is younger than the record says.
+    record.with(Phase::Resuming(kept)).write(layout).expect("written");
+    recover::recover(&agent.registry).await.expect("recovered");
+    agent.service.recovered();
+    let names = std::fs::read_dir(layout.vm(id)).expect("read");
+    let names: Vec<_> = names.map(|entry| entry.expect("read").file_name()).collect();
+    assert_eq!(names, ["2"]);
+    assert!(!layout.vm_run(id).exists());
+    let spent = Kept {
+        memory: Memory::Spent,
+        ..kept
+    };
+    assert_eq!(
+        Record::read(layout, id).expect("read").phase,
+        Phase::Paused(spent),
+        "a memory that the disk has left behind is not offered"
+    );
+    let listed = agent.roost(&["ls", "--json"]).await.stdout;
+    let listed: serde_json::Value = serde_json::from_slice(&listed).expect("JSON");
+    assert_eq!(listed["autoPausedSandboxIds"], serde_json::json!(["kept"]));
+    assert_eq!(listed["pausedSandboxes"][0]["hostIp"], "10.11.0.7");
+    assert!(listed.get("sandboxes").is_none(), "{listed}");
+    let said = agent.refusal(&["resume", "kept"]).await;
+    assert!(said.contains("from its disk alone"), "{said}");
+    assert!(agent.refusal(&["exec", "kept", "true"]).await.contains("paused"));
+    let rm = agent.roost(&["rm", "kept"]).await;
+    assert!(rm.status.success(), "{rm:?}");
+    assert!(!layout.sandbox(id).exists());
 }

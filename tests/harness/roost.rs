@@ -134,6 +134,22 @@ impl Sandbox {
         [addresses.host, addresses.veth_host, addresses.veth_namespace].map(|address| address.to_string())
     }
 
+    /// Pauses it.
+    ///
+    /// # Panics
+    /// When that fails.
+    pub fn pause(&self) {
+        ok(&["pause", &self.id]);
+    }
+
+    /// Resumes it.
+    ///
+    /// # Panics
+    /// When that fails.
+    pub fn resume(&self) {
+        ok(&["resume", &self.id]);
+    }
+
     /// Forgets it without destroying it.
     pub fn forget(mut self) -> String {
         std::mem::take(&mut self.id)
@@ -157,10 +173,19 @@ impl Drop for Sandbox {
     }
 }
 
-/// The listing of one sandbox.
+/// The listing of one sandbox that is alive: anything but paused.
 pub fn find(id: &str) -> Option<Value> {
+    find_among("sandboxes", id)
+}
+
+/// The listing of one paused sandbox.
+pub fn find_paused(id: &str) -> Option<Value> {
+    find_among("pausedSandboxes", id)
+}
+
+fn find_among(list: &str, id: &str) -> Option<Value> {
     let listing: Value = serde_json::from_str(&ok(&["ls", "--json"])).expect("JSON");
-    listing["sandboxes"]
+    listing[list]
         .as_array()?
         .iter()
         .find(|sandbox| sandbox["sandboxId"] == id)
@@ -260,11 +285,16 @@ pub fn vmm_command() -> &'static str {
 pub fn kill_9(command: &str) {
     let pids = pids(command);
     assert!(!pids.is_empty(), "no {command} runs");
-    for pid in pids {
-        let killed = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
-        // One that has ended meanwhile is as good as killed.
-        assert!(matches!(killed, Ok(()) | Err(nix::errno::Errno::ESRCH)), "{killed:?}");
-    }
+    pids.into_iter().for_each(kill_9_pid);
+}
+
+/// Kills a process; one that has ended meanwhile is as good as killed.
+///
+/// # Panics
+/// When it may not be killed.
+pub fn kill_9_pid(pid: i32) {
+    let killed = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+    assert!(matches!(killed, Ok(()) | Err(nix::errno::Errno::ESRCH)), "{killed:?}");
 }
 
 /// Whether the rig's daemons run under systemd, or were started by hand (`cargo xtask rig --direct`).

@@ -3,7 +3,7 @@
 use std::process::Command;
 
 use roost_tests::census::Census;
-use roost_tests::roost::{self, Sandbox, find, kill_9, pids, vmm_command, wait_for_agent};
+use roost_tests::roost::{self, Sandbox, find, kill_9, kill_9_pid, pids, vmm_command, wait_for_agent};
 use roost_tests::{eventually, in_rig};
 
 /// The tombstone of a sandbox.
@@ -80,13 +80,13 @@ fn a_killed_privd_is_not_noticed_by_a_sandbox_nor_by_the_next_create() {
 }
 
 #[test]
-fn a_killed_agent_leaves_guests_running_and_the_next_one_ends_them() {
+fn a_killed_agent_leaves_guests_running_and_the_next_one_takes_them_over() {
     in_rig(|| {
-        let sandbox = Sandbox::create(&["--memory", "256"]);
+        let sandbox = Sandbox::create(&["--memory", "256", "--env", "COLOUR=teal"]);
         let ip = sandbox.host_ip();
+        sandbox.sh("setsid sleep 12345 >/dev/null 2>&1 & echo started");
         let vmm = pids(vmm_command());
         assert_eq!(vmm.len(), 1);
-        let id = sandbox.forget();
         // systemd would start it anew at once, and there would be no time without an agent to look at.
         let unattended = NoRestart::set();
         kill_9("roost-agent");
@@ -99,9 +99,37 @@ fn a_killed_agent_leaves_guests_running_and_the_next_one_ends_them() {
         assert!(pids("roost-agent").is_empty(), "an agent was started meanwhile");
         drop(unattended);
         wait_for_agent();
+        assert_eq!(pids(vmm_command()), vmm, "the VMM was not taken over");
+        assert_eq!(sandbox.host_ip(), ip);
+        assert_eq!(sandbox.sh("pgrep -c -x sleep; echo $COLOUR"), "1\nteal");
+        let other = Sandbox::create(&["--memory", "256"]);
+        assert_ne!(other.host_ip(), ip, "a slot was given out twice");
+        // The next agent hears of its end as the first one would have.
+        let id = sandbox.forget();
+        kill_9_pid(vmm[0]);
+        eventually("the sandbox to be gone", || find(&id).is_none().then_some(()));
+        assert_eq!(tombstone(&id)["reason"], "vmm_killed");
+    });
+}
+
+#[test]
+fn a_vm_that_ended_while_no_agent_was_there_is_a_sandbox_gone_with_its_reason() {
+    in_rig(|| {
+        let id = Sandbox::create(&["--memory", "256"]).forget();
+        let unattended = NoRestart::set();
+        kill_9("roost-agent");
+        eventually("systemd to have noticed", || (unit_result() == "signal").then_some(()));
+        kill_9(vmm_command());
+        eventually("the shim to be gone", || pids("roost-vmmshim").is_empty().then_some(()));
+        drop(unattended);
+        wait_for_agent();
         assert!(find(&id).is_none());
-        eventually("the VMM to be ended", || pids(vmm_command()).is_empty().then_some(()));
-        assert_eq!(tombstone(&id)["reason"], "agent_restarted");
+        let tombstone = tombstone(&id);
+        assert_eq!(
+            (&tombstone["reason"], &tombstone["signal"]),
+            (&"vmm_killed".into(), &9.into()),
+            "{tombstone}"
+        );
     });
 }
 

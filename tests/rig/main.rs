@@ -8,5 +8,6 @@ mod concurrency;
 mod faults;
 mod isolation;
 mod lifecycle;
+mod pause;
 mod privd;
 mod shim;

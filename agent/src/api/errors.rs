@@ -12,7 +12,7 @@ use crate::host::images::ImageError;
 use crate::host::privd::CallError;
 use crate::registry::Refusal;
 use crate::sandbox::plan::WishError;
-use crate::sandbox::{BuildError, CreateFailure, TeardownError};
+use crate::sandbox::{BuildError, CreateFailure, PartError, PauseFailure, ResumeError, ResumeFailure, TeardownError};
 
 /// Why a call has no result.
 #[derive(Debug, thiserror::Error)]
@@ -35,6 +35,12 @@ pub enum ApiError {
     /// A destroy that failed.
     #[error(transparent)]
     Destroy(#[from] std::sync::Arc<TeardownError>),
+    /// A pause that failed.
+    #[error(transparent)]
+    Pause(PauseFailure),
+    /// A resume that failed.
+    #[error(transparent)]
+    Resume(ResumeFailure),
     /// There is no such sandbox; why, where that is known.
     #[error("no sandbox {id} on this host{}", why.as_deref().map(|why| format!(": {why}")).unwrap_or_default())]
     NoSandbox {
@@ -72,6 +78,11 @@ impl ApiError {
             Self::Create(CreateFailure::Destroyed) => ErrorCode::Aborted,
             Self::Create(CreateFailure::Failed(error)) => build_code(error),
             Self::Destroy(_) => ErrorCode::Internal,
+            Self::Pause(PauseFailure::Refused(_)) | Self::Resume(ResumeFailure::Refused(_)) => {
+                ErrorCode::FailedPrecondition
+            }
+            Self::Pause(PauseFailure::Failed(_)) => ErrorCode::Internal,
+            Self::Resume(ResumeFailure::Failed(error)) => resume_code(error),
             Self::NoSandbox { .. } => ErrorCode::NotFound,
             Self::NotRunning { .. } => ErrorCode::FailedPrecondition,
             Self::Guest(error) => guest_code(error),
@@ -85,22 +96,46 @@ fn build_code(error: &BuildError) -> ErrorCode {
         BuildError::Stopped => ErrorCode::Aborted,
         BuildError::Image(ImageError::Unknown(..)) => ErrorCode::NotFound,
         BuildError::DiskTooSmall { .. } | BuildError::DiskTooLarge(_) => ErrorCode::InvalidArgument,
-        BuildError::Privd(CallError::Refused {
-            source: PrivdError::TooMany { .. },
-            ..
-        }) => ErrorCode::Unavailable,
+        BuildError::Part(error) => part_code(error),
         // What the guest says to its identity is about the caller's default_user and default_env.
         BuildError::Guest(GuestError::Refused { status, .. }) if status.as_u16() == 400 => ErrorCode::InvalidArgument,
         BuildError::Image(ImageError::File(_) | ImageError::NotAnImage { .. })
         | BuildError::NoKernel { .. }
         | BuildError::Left(_)
         | BuildError::File(_)
-        | BuildError::Privd(_)
-        | BuildError::Shim(_)
         | BuildError::Vmm(_)
         | BuildError::VmmEnded(_)
         | BuildError::ShimLost
         | BuildError::Guest(_) => ErrorCode::Internal,
+    }
+}
+
+fn resume_code(error: &ResumeError) -> ErrorCode {
+    match error {
+        ResumeError::Stopped => ErrorCode::Aborted,
+        // What its caller can act on: there is another way to resume it.
+        ResumeError::Spent | ResumeError::Misfit(_) | ResumeError::Snapshot(_) => ErrorCode::FailedPrecondition,
+        ResumeError::Part(error) => part_code(error),
+        ResumeError::Guest(GuestError::Refused { status, .. }) if status.as_u16() == 400 => ErrorCode::InvalidArgument,
+        ResumeError::Record(_)
+        | ResumeError::NotPaused
+        | ResumeError::Template(_)
+        | ResumeError::File(_)
+        | ResumeError::Earlier(_)
+        | ResumeError::Vmm(_)
+        | ResumeError::VmmEnded(_)
+        | ResumeError::ShimLost
+        | ResumeError::Guest(_) => ErrorCode::Internal,
+    }
+}
+
+fn part_code(error: &PartError) -> ErrorCode {
+    match error {
+        PartError::Privd(CallError::Refused {
+            source: PrivdError::TooMany { .. },
+            ..
+        }) => ErrorCode::Unavailable,
+        PartError::Privd(_) | PartError::Shim(_) | PartError::File(_) => ErrorCode::Internal,
     }
 }
 
@@ -115,9 +150,11 @@ fn guest_code(error: &GuestError) -> ErrorCode {
         },
         GuestError::TimedOut(_) => ErrorCode::DeadlineExceeded,
         GuestError::TooMuchOutput(_) => ErrorCode::ResourceExhausted,
-        GuestError::NotUp(_) | GuestError::Http { .. } | GuestError::Refused { .. } | GuestError::BadStream(_) => {
-            ErrorCode::Internal
-        }
+        GuestError::NotUp(_)
+        | GuestError::Http { .. }
+        | GuestError::Refused { .. }
+        | GuestError::BadStream(_)
+        | GuestError::WrongNonce => ErrorCode::Internal,
     }
 }
 

@@ -13,12 +13,14 @@ use roost_common::net::SlotAddresses;
 
 use super::errors::ApiError;
 use crate::guest::Guest;
-use crate::proto::hostagent::v1::*;
 use crate::registry::Registry;
-use crate::sandbox::build::{Versions, fill_random};
-use crate::sandbox::plan::{Plan, Wish};
+use crate::sandbox::build::fill_random;
+use crate::sandbox::plan::{self, Plan, Wish};
+use crate::sandbox::resume::From;
 use crate::sandbox::task::{Handle, View};
+use crate::sandbox::{ResumeWish, Versions};
 use crate::tombstone;
+use roost_hostagent::hostagent::v1::*;
 
 /// Time that an Exec has when its caller sets none.
 const DEFAULT_EXEC_LIMIT: Duration = Duration::from_secs(30);
@@ -71,7 +73,7 @@ impl Service {
             View::Running(guest, _) => Ok((handle, guest)),
             other => Err(ApiError::NotRunning {
                 id: handle.plan.id.clone(),
-                state: status(&other),
+                state: other.name(),
             }),
         }
     }
@@ -99,10 +101,31 @@ impl Service {
         let view = handle.view();
         Ok(CreateSandboxResponse {
             sandbox_id: handle.plan.id.to_string(),
-            status: status(&view).into(),
+            status: view.name().into(),
             host_ip: host_ip(&handle),
             metadata: metadata(&view),
             ..CreateSandboxResponse::default()
+        })
+    }
+
+    async fn resume(&self, request: ResumeSandboxRequest) -> Result<ResumeSandboxResponse, ApiError> {
+        let handle = self.find(&request.sandbox_id)?;
+        let env = request.default_env.into_iter().collect::<BTreeMap<_, _>>();
+        let wish = ResumeWish {
+            timeout_sec: plan::timeout(request.timeout_sec)?,
+            user: plan::user(request.default_user)?,
+            env: Some(plan::environment(env)?).filter(|env| !env.is_empty()),
+            kernel_version: Some(request.kernel_version).filter(|version| !version.is_empty()),
+            from: if request.disk_only { From::Disk } else { From::Memory },
+        };
+        handle.resume(wish).await.map_err(ApiError::Resume)?;
+        let view = handle.view();
+        Ok(ResumeSandboxResponse {
+            sandbox_id: handle.plan.id.to_string(),
+            status: view.name().into(),
+            host_ip: host_ip(&handle),
+            metadata: metadata(&view),
+            ..ResumeSandboxResponse::default()
         })
     }
 
@@ -126,7 +149,7 @@ impl Service {
             finished = guest.exec(request.cmd, request.args, limit, max_output) => finished?,
             // A guest that has gone says nothing more, and its connection would be waited for in vain.
             () = handle.stopped_running() => {
-                return Err(ApiError::NotRunning { id: handle.plan.id.clone(), state: status(&handle.view()) });
+                return Err(ApiError::NotRunning { id: handle.plan.id.clone(), state: handle.view().name() });
             }
         };
         handle.touch();
@@ -143,28 +166,19 @@ impl Service {
         let view = handle.view();
         SandboxInfo {
             sandbox_id: plan.id.to_string(),
-            status: status(&view).into(),
+            status: view.name().into(),
             template: plan.template_name.clone(),
             vcpus: plan.vcpus.0.into(),
             memory_mb: i32::try_from(plan.memory.0).unwrap_or(i32::MAX),
             host_ip: host_ip(handle),
             created_at_unix: handle.created_at_unix,
             last_active_at_unix: handle.last_active_at_unix(),
-            timeout_sec: i32::try_from(plan.timeout_sec).unwrap_or(i32::MAX),
+            timeout_sec: i32::try_from(handle.timeout_sec()).unwrap_or(i32::MAX),
             team_id: plan.template.team.to_string(),
             template_id: plan.template.template.to_string(),
             metadata: metadata(&view),
             ..SandboxInfo::default()
         }
-    }
-}
-
-fn status(view: &View) -> &'static str {
-    match view {
-        View::Creating => "starting",
-        View::Running(..) => "running",
-        View::Destroying => "stopping",
-        View::Gone => "stopped",
     }
 }
 
@@ -175,7 +189,9 @@ fn host_ip(handle: &Handle) -> String {
 fn metadata<M: FromIterator<(String, String)>>(view: &View) -> M {
     let versions = match view {
         View::Running(_, versions) => versions.as_ref().clone(),
-        View::Creating | View::Destroying | View::Gone => Versions::default(),
+        View::Creating | View::Pausing | View::Paused(_) | View::Resuming | View::Destroying | View::Gone => {
+            Versions::default()
+        }
     };
     [
         ("kernel_version", versions.kernel),
@@ -258,8 +274,17 @@ impl HostAgentService for Service {
         _: ServiceRequest<'_, ListSandboxesRequest>,
     ) -> ServiceResult<impl Encodable<ListSandboxesResponse> + Send + use<'a>> {
         self.ready()?;
+        // A control plane takes every id among the sandboxes for alive, and of those that are not, it takes the ones listed as
+        // auto-paused for paused and the rest for stopped: so every paused one is listed so, always, whoever paused it.
+        let (paused, alive): (Vec<Handle>, Vec<Handle>) = self
+            .registry
+            .list()
+            .into_iter()
+            .partition(|handle| matches!(handle.view(), View::Paused(_)));
         Response::ok(ListSandboxesResponse {
-            sandboxes: self.registry.list().iter().map(Self::info).collect(),
+            sandboxes: alive.iter().map(Self::info).collect(),
+            auto_paused_sandbox_ids: paused.iter().map(|handle| handle.plan.id.to_string()).collect(),
+            paused_sandboxes: paused.iter().map(Self::info).collect(),
             ..ListSandboxesResponse::default()
         })
     }
@@ -274,9 +299,26 @@ impl HostAgentService for Service {
         Response::ok(PingSandboxResponse::default())
     }
 
+    async fn pause_sandbox<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, PauseSandboxRequest>,
+    ) -> ServiceResult<impl Encodable<PauseSandboxResponse> + Send + use<'a>> {
+        let handle = self.find(request.sandbox_id)?;
+        handle.pause().await.map_err(ApiError::Pause)?;
+        Response::ok(PauseSandboxResponse::default())
+    }
+
+    async fn resume_sandbox<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, ResumeSandboxRequest>,
+    ) -> ServiceResult<impl Encodable<ResumeSandboxResponse> + Send + use<'a>> {
+        let request = request.to_owned_message();
+        Response::ok(self.resume(request).await?)
+    }
+
     unimplemented_unary! {
-        pause_sandbox(PauseSandboxRequest) -> PauseSandboxResponse;
-        resume_sandbox(ResumeSandboxRequest) -> ResumeSandboxResponse;
         write_file(WriteFileRequest) -> WriteFileResponse;
         read_file(ReadFileRequest) -> ReadFileResponse;
         list_dir(ListDirRequest) -> ListDirResponse;

@@ -12,8 +12,8 @@ use rustls_pki_types::ServerName;
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 
-use crate::proto::hostagent::v1::HostAgentServiceClient;
 use crate::tls::{self, TlsError};
+use roost_hostagent::hostagent::v1::HostAgentServiceClient;
 
 /// A client of the agent's API.
 pub(super) type Client = HostAgentServiceClient<Https>;

@@ -16,11 +16,12 @@ use serde::Serialize;
 
 use crate::errors::Chain;
 use crate::pki;
-use crate::proto::hostagent::v1::{
-    CreateSandboxRequest, DestroySandboxRequest, ExecRequest, ListSandboxesRequest, PingSandboxRequest, SandboxInfo,
-};
 use crate::sandbox::unix_now;
 use client::{Client, ClientError};
+use roost_hostagent::hostagent::v1::{
+    CreateSandboxRequest, DestroySandboxRequest, ExecRequest, ListSandboxesRequest, PauseSandboxRequest,
+    PingSandboxRequest, ResumeSandboxRequest, SandboxInfo,
+};
 
 /// The exit status of an exec that could not be run.
 const NOT_RUN: u8 = 125;
@@ -67,6 +68,14 @@ enum Command {
         /// The sandbox
         id: String,
     },
+    /// Pause sandboxes: memory and disk are kept, and nothing runs
+    Pause {
+        /// The sandboxes
+        #[arg(required = true)]
+        ids: Vec<String>,
+    },
+    /// Resume a paused sandbox where it was
+    Resume(Resume),
     /// Destroy sandboxes and delete all they have
     Rm {
         /// The sandboxes
@@ -100,7 +109,7 @@ struct Create {
     /// Disk in MiB [default: the image's size]
     #[arg(long, value_name = "MIB")]
     disk: Option<i32>,
-    /// Seconds without activity until it is to be paused; kept and listed, not acted on yet [default: never]
+    /// Seconds without activity until it is paused [default: never]
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<i32>,
     /// The user that commands run as
@@ -109,6 +118,18 @@ struct Create {
     /// A variable of every command's environment; may be given several times
     #[arg(long = "env", value_name = "NAME=VALUE", value_parser = pair)]
     env: Vec<(String, String)>,
+}
+
+#[derive(Args)]
+struct Resume {
+    /// Boot from its disk and give its memory up
+    #[arg(long)]
+    disk_only: bool,
+    /// Another number of seconds without activity until it is paused [default: as before]
+    #[arg(long, value_name = "SECONDS")]
+    timeout: Option<i32>,
+    /// The sandbox
+    id: String,
 }
 
 #[derive(Args)]
@@ -217,6 +238,8 @@ async fn run(arguments: Arguments) -> Result<ExitCode, CliError> {
             };
             client()?.ping_sandbox(request).await?;
         }
+        Command::Pause { ids } => return pause(&client()?, ids).await,
+        Command::Resume(wish) => resume(&client()?, wish, json).await?,
         Command::Rm { ids } => return remove(&client()?, ids).await,
         Command::Pki {
             command: Pki::Init { dir, names },
@@ -256,7 +279,7 @@ async fn list(client: &Client, json: bool) -> Result<(), CliError> {
     }
     let header = ["ID", "STATUS", "VCPUS", "MEMORY", "ADDRESS", "AGE"].map(str::to_owned);
     let rows: Vec<[String; 6]> = std::iter::once(header)
-        .chain(answer.sandboxes.iter().map(row))
+        .chain(answer.sandboxes.iter().chain(&answer.paused_sandboxes).map(row))
         .collect();
     let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
     let widths: Vec<usize> = (0..6).map(width).collect();
@@ -314,18 +337,48 @@ async fn exec(client: &Client, exec: Exec, json: bool) -> Result<ExitCode, CliEr
 }
 
 async fn remove(client: &Client, ids: Vec<String>) -> Result<ExitCode, CliError> {
-    let mut code = ExitCode::SUCCESS;
-    for id in ids {
+    each(ids, async |id| {
         let request = DestroySandboxRequest {
-            sandbox_id: id.clone(),
+            sandbox_id: id,
             ..DestroySandboxRequest::default()
         };
-        if let Err(error) = client.destroy_sandbox(request).await {
+        client.destroy_sandbox(request).await.map(drop)
+    })
+    .await
+}
+
+async fn pause(client: &Client, ids: Vec<String>) -> Result<ExitCode, CliError> {
+    each(ids, async |id| {
+        let request = PauseSandboxRequest {
+            sandbox_id: id,
+            ..PauseSandboxRequest::default()
+        };
+        client.pause_sandbox(request).await.map(drop)
+    })
+    .await
+}
+
+/// Calls for one sandbox after the other; a failure is told, and the others have their turn.
+async fn each(ids: Vec<String>, call: impl AsyncFn(String) -> Result<(), ConnectError>) -> Result<ExitCode, CliError> {
+    let mut code = ExitCode::SUCCESS;
+    for id in ids {
+        if let Err(error) = call(id.clone()).await {
             eprintln!("roost: {id}: {}", words(&error));
             code = ExitCode::FAILURE;
         }
     }
     Ok(code)
+}
+
+async fn resume(client: &Client, wish: Resume, json: bool) -> Result<(), CliError> {
+    let request = ResumeSandboxRequest {
+        sandbox_id: wish.id,
+        timeout_sec: wish.timeout.unwrap_or_default(),
+        disk_only: wish.disk_only,
+        ..ResumeSandboxRequest::default()
+    };
+    let answer = client.resume_sandbox(request).await?.into_owned();
+    if json { print_json(&answer) } else { Ok(()) }
 }
 
 fn init(dir: &Path, names: &[String]) -> Result<(), CliError> {

@@ -6,7 +6,7 @@
 //! <dir>/sandboxes/<id>/           0700, the VM's uid may pass through
 //!     sandbox.json                the record; its absence means a create that never got far
 //!     rootfs.cow                  the exception store
-//!     vm/                         what the VMM may write
+//!     vm/<n>/                     a snapshot: what the VMM writes, then ours; the record names the one that counts
 //! <dir>/sandboxes/.removing-<id>  a sandbox on its way out; recovery finishes it
 //! <dir>/tombstones/<id>.json      why a sandbox ended
 //! <dir>/outbox/                   lifecycle events that nobody has taken yet (see [`crate::outbox`])
@@ -82,6 +82,11 @@ impl Layout {
     /// What a sandbox's VMM may write.
     pub fn vm(&self, id: &SandboxId) -> PathBuf {
         self.sandbox(id).join("vm")
+    }
+
+    /// One snapshot of a sandbox: an attempt that its VMM writes, or a generation that is ours.
+    pub fn generation(&self, id: &SandboxId, number: u32) -> PathBuf {
+        self.vm(id).join(number.to_string())
     }
 
     /// A VM's run directory.
@@ -165,6 +170,19 @@ pub fn read_small(path: &Path) -> Result<Vec<u8>, FileError> {
         return Err(step(io::ErrorKind::FileTooLarge.into()));
     }
     Ok(content)
+}
+
+/// When a file's content was last changed, in nanoseconds since 1970.
+///
+/// # Errors
+/// [`FileError`] naming the file.
+pub fn written_at(path: &Path) -> Result<i64, FileError> {
+    use std::os::unix::fs::MetadataExt;
+    let metadata = fs::metadata(path).map_err(|source| FileError::new("inspecting", path, source))?;
+    Ok(metadata
+        .mtime()
+        .saturating_mul(1_000_000_000)
+        .saturating_add(metadata.mtime_nsec()))
 }
 
 /// Removes a sandbox's files and its run directory; what is not there is no error. The sandbox's directory first gets a name

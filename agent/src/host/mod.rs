@@ -12,7 +12,7 @@ pub mod shim;
 pub mod slots;
 
 use std::net::Ipv4Addr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use crate::config::Config;
 use files::Layout;
@@ -35,6 +35,7 @@ pub struct Host {
     pub slots: Arc<Slots>,
     /// Resolvers for guests.
     pub resolvers: Vec<Ipv4Addr>,
+    vmm_version: Mutex<Option<String>>,
 }
 
 impl Host {
@@ -46,7 +47,21 @@ impl Host {
             shims: Shims::new(&config),
             slots: Arc::new(Slots::new()),
             resolvers: config.resolvers(),
+            vmm_version: Mutex::default(),
             config,
         }
+    }
+
+    /// Remembers what version the VMM of this host said it is when it last started.
+    pub fn vmm_is(&self, version: &str) {
+        *self.vmm_version.lock().expect("nothing panics while it holds this") = Some(version.to_owned());
+    }
+
+    /// The version that the VMM of this host is likely to have, where one has started yet: it may have been exchanged since.
+    pub fn vmm_version(&self) -> Option<String> {
+        self.vmm_version
+            .lock()
+            .expect("nothing panics while it holds this")
+            .clone()
     }
 }

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt};
 use roost_common::ipc::{self, IpcError, PacketSocket};
-use roost_common::shim::{Exit, FromShim, Launch, PROTOCOL, ShimError, Started, ToShim};
+use roost_common::shim::{Exit, FromShim, Launch, Lendable, PROTOCOL, ShimError, Started, Status, ToShim, VmSpec};
 
 use super::privd::{Credentials, connect_packets};
 use crate::config::{self, Config};
@@ -148,6 +148,34 @@ async fn connect(socket: &Path) -> Result<ShimLink, ShimFault> {
     ShimLink::greet(PacketSocket::new(connection).map_err(failed)?).await
 }
 
+/// Takes over the VM of the shim that listens at a socket: what was launched, and a link that holds it. `None` where no shim is.
+///
+/// # Errors
+/// Any [`ShimFault`]; the VM is as it was.
+pub async fn adopt(socket: &Path) -> Result<Option<(ShimLink, VmSpec)>, ShimFault> {
+    let mut link = match connect(socket).await {
+        Ok(link) => link,
+        Err(ShimFault::Unreachable { source, .. })
+            if matches!(
+                source.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+            ) =>
+        {
+            return Ok(None);
+        }
+        Err(error) => return Err(error),
+    };
+    match link.ask(&ToShim::Status).await? {
+        FromShim::Status(Status::Running { spec, .. }) => {
+            link.phase = Phase::Launched;
+            Ok(Some((link, spec)))
+        }
+        // Its VMM has ended and it is about to: a shim listens only once it has launched.
+        FromShim::Status(Status::Idle) => Ok(None),
+        _ => Err(ShimFault::Protocol("it did not answer a question for its status")),
+    }
+}
+
 /// Ends the shim that listens at a socket, and its VMM with it, and waits until it has let go of everything. Whether there was one.
 ///
 /// # Errors
@@ -278,6 +306,30 @@ impl ShimLink {
         match self.ask(&ToShim::Launch(Box::new(launch))).await? {
             FromShim::Started(started) => Ok(started),
             _ => Err(ShimFault::Protocol("it did not answer a launch with its start")),
+        }
+    }
+
+    /// A copy of the disk's descriptor.
+    ///
+    /// # Errors
+    /// Any [`ShimFault`].
+    pub async fn lend_disk(&mut self) -> Result<OwnedFd, ShimFault> {
+        match self.ask(&ToShim::Lend(Lendable::Disk)).await? {
+            FromShim::Lent(descriptor) => descriptor
+                .into_owned()
+                .map_err(|error| ShimFault::Connection(IpcError::Socket(error))),
+            _ => Err(ShimFault::Protocol("it did not lend what it was asked for")),
+        }
+    }
+
+    /// Opens the files of a snapshot attempt to us.
+    ///
+    /// # Errors
+    /// Any [`ShimFault`].
+    pub async fn publish(&mut self, attempt: u32) -> Result<(), ShimFault> {
+        match self.ask(&ToShim::Publish { attempt }).await? {
+            FromShim::Published => Ok(()),
+            _ => Err(ShimFault::Protocol("it did not answer a question to publish")),
         }
     }
 

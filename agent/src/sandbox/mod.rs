@@ -1,22 +1,37 @@
 //! A sandbox's whole life: one enum, each state owning what exists in it.
 //!
 //! ```text
-//!             Built(Ok)              DestroyRequested, VmmEnded
-//! Creating ---------------> Running --Unclaimed-----------------+
-//!    |  |                                                       v
-//!    |  +-- DestroyRequested, CallerGone (cancels the build) --> Destroying --TornDown(Ok)--> Gone
-//!    |                                                         ^  ^    | TornDown(Err): stays; a repeated
-//!    +-- Built(Err), undone --> Gone                           |  +----+ destroy tries again, and so does RetryDue
-//!    +-- Built(Err), something left ---------------------------+
+//!             Built(Ok)              DestroyRequested, VmmEnded, Unclaimed
+//! Creating ---------------> Running ------------------------------+
+//!    |  |                   |  ^  ^ PauseEnded(Running)           |
+//!    |  |    PauseRequested |  |  |                               |
+//!    |  |    IdleDeadline   v  |  |   PauseEnded(Ended)           |
+//!    |  |                  Pausing ----------------------------+  |
+//!    |  |    PauseEnded(Paused) |   or any, a destroy waiting  |  |
+//!    |  |                       v                              v  v
+//!    |  |                    Paused -- DestroyRequested --> Destroying --TornDown(Ok)--> Gone
+//!    |  |   ResumeRequested |   ^ ResumeEnded(Paused)          ^  ^    | TornDown(Err): stays; a repeated
+//!    |  |                   v   |                              |  +----+ destroy tries again, and so does RetryDue
+//!    |  |                  Resuming --ResumeEnded(Running)--> Running
+//!    |  |                       +-- any end, a destroy waiting (which cancels it) --> Destroying
+//!    |  +-- DestroyRequested, CallerGone (cancels the build) ----> Destroying
+//!    +-- Built(Err), undone --> Gone
+//!    +-- Built(Err), something left -----------------------------> Destroying
 //! ```
+//!
+//! A pause is never cancelled: it ends by itself, bounded, and a destroy waits for it. A resume is, by a destroy. Both go on when
+//! whoever asked for them has gone, and whoever asks again meanwhile is answered with their end.
 //!
 //! Transitions here are plain functions from a state and an event to a state and actions; [`task`] performs the actions. Time and
 //! effects stay outside. The type parameter is what a running sandbox owns on its host, so that tests can use something that
 //! counts its owners.
 
 pub mod build;
+mod parts;
+pub mod pause;
 pub mod plan;
 pub mod record;
+pub mod resume;
 pub mod task;
 
 use std::sync::Arc;
@@ -24,7 +39,11 @@ use std::sync::Arc;
 use roost_common::shim::Exit;
 use tokio::sync::oneshot;
 
-pub use build::{BuildError, Vm};
+pub use build::BuildError;
+pub use parts::{PartError, Versions, Vm};
+pub use pause::PauseError;
+pub use record::{Kept, PauseReason};
+pub use resume::{ResumeError, ResumeWish};
 
 use crate::errors::FileError;
 
@@ -32,6 +51,10 @@ use crate::errors::FileError;
 pub type CreateReply = oneshot::Sender<Result<(), CreateFailure>>;
 /// The answer to a destroy.
 pub type DestroyReply = oneshot::Sender<Result<(), Arc<TeardownError>>>;
+/// The answer to a pause.
+pub type PauseReply = oneshot::Sender<Result<(), PauseFailure>>;
+/// The answer to a resume.
+pub type ResumeReply = oneshot::Sender<Result<(), ResumeFailure>>;
 
 /// Why a create has no sandbox.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +65,28 @@ pub enum CreateFailure {
     /// A destroy came first; everything has been undone.
     #[error("the sandbox was destroyed while it was being created")]
     Destroyed,
+}
+
+/// Why a sandbox is not paused.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum PauseFailure {
+    /// A step failed; the sandbox runs on, unless the error is that its VMM has ended.
+    #[error("the sandbox could not be paused")]
+    Failed(#[source] Arc<PauseError>),
+    /// It is doing something else.
+    #[error("the sandbox is {0}, not running")]
+    Refused(&'static str),
+}
+
+/// Why a sandbox does not run again.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum ResumeFailure {
+    /// A step failed; the sandbox is still paused.
+    #[error("the sandbox could not be resumed")]
+    Failed(#[source] Arc<ResumeError>),
+    /// It is doing something else.
+    #[error("the sandbox is {0}, not paused")]
+    Refused(&'static str),
 }
 
 /// A build that failed.
@@ -73,6 +118,16 @@ pub enum Event<V> {
     CallerGone,
     /// Somebody wants it gone.
     DestroyRequested(DestroyReply),
+    /// Somebody wants it paused.
+    PauseRequested(PauseReply),
+    /// Nobody has used it for as long as its plan allows.
+    IdleDeadline,
+    /// The pause has ended.
+    PauseEnded(PauseEnd<V>),
+    /// Somebody wants it to run again.
+    ResumeRequested(ResumeWish, ResumeReply),
+    /// The resume has ended.
+    ResumeEnded(ResumeEnd<V>),
     /// The VMM has ended by itself.
     VmmEnded(Ending),
     /// The teardown has ended.
@@ -83,13 +138,35 @@ pub enum Event<V> {
     RetryDue,
 }
 
-/// How a VMM ended that nobody ended.
+/// How a VMM ended that nobody ended, or why we ended one.
 #[derive(Debug)]
 pub enum Ending {
     /// The shim reports it.
     Reported(Box<Exit>),
     /// The shim has gone.
     ShimLost,
+    /// It was idle and could not be paused.
+    NotPaused(Arc<PauseError>),
+}
+
+/// How a pause ended.
+#[derive(Debug)]
+pub enum PauseEnd<V> {
+    /// It is on disk, and its VMM has been stopped.
+    Paused(Kept),
+    /// It failed; the sandbox runs on.
+    Running(V, PauseError),
+    /// The VMM ended meanwhile, by itself.
+    Ended(V, Ending),
+}
+
+/// How a resume ended.
+#[derive(Debug)]
+pub enum ResumeEnd<V> {
+    /// It runs.
+    Running(V),
+    /// It failed, and has undone itself: what is on disk is as this says.
+    Paused(Kept, ResumeError),
 }
 
 /// What the driver is to do.
@@ -97,12 +174,24 @@ pub enum Ending {
 pub enum Action<V> {
     /// Ask the build to stop; its end comes as [`Event::Built`].
     CancelBuild,
+    /// Pause a VM; the end comes as [`Event::PauseEnded`].
+    Pause(V, PauseReason),
+    /// Resume from what is kept; the end comes as [`Event::ResumeEnded`].
+    Resume(Kept, ResumeWish),
+    /// Ask the resume to stop; its end comes all the same.
+    CancelResume,
     /// Take down a VM, or only the files where there is none; its end comes as [`Event::TornDown`].
     TearDown(Option<V>),
+    /// Kill a VM that is one too many; the sandbox's files stay.
+    Kill(V),
     /// Write down why the sandbox ended.
     Bury(Ending),
     /// Answer a create.
     AnswerCreate(CreateReply, Result<(), CreateFailure>),
+    /// Answer pauses.
+    AnswerPauses(Vec<PauseReply>, Result<(), PauseFailure>),
+    /// Answer resumes.
+    AnswerResumes(Vec<ResumeReply>, Result<(), ResumeFailure>),
     /// Answer destroys.
     AnswerDestroys(Vec<DestroyReply>, Result<(), TeardownError>),
 }
@@ -114,6 +203,12 @@ pub enum Sandbox<V> {
     Creating(Creating),
     /// Takes commands.
     Running(Running<V>),
+    /// On its way to disk. Its VM is with the driver.
+    Pausing(Pausing),
+    /// On disk, and nowhere else.
+    Paused(Paused),
+    /// On its way back.
+    Resuming(Resuming),
     /// On its way out.
     Destroying(Destroying),
     /// Nothing is left.
@@ -132,6 +227,30 @@ pub struct Creating {
 pub struct Running<V> {
     /// Everything it has on the host.
     pub vm: V,
+}
+
+/// The pause runs in the driver and owns the VM; here is who waits for it.
+#[derive(Debug)]
+pub struct Pausing {
+    reason: PauseReason,
+    pauses: Vec<PauseReply>,
+    /// These wait for the pause, and then delete what it left.
+    destroys: Vec<DestroyReply>,
+}
+
+/// A sandbox on disk.
+#[derive(Debug)]
+pub struct Paused {
+    /// What of it can be resumed.
+    pub kept: Kept,
+}
+
+/// The resume runs in the driver and owns what it has acquired; here is who waits for it.
+#[derive(Debug)]
+pub struct Resuming {
+    resumes: Vec<ResumeReply>,
+    /// Not empty: the resume has been told to stop.
+    destroys: Vec<DestroyReply>,
 }
 
 /// Something is being taken down: the build (which undoes itself) or the VM, then the files.
@@ -172,35 +291,77 @@ impl<V> Sandbox<V> {
         })
     }
 
+    /// A running sandbox of an earlier agent.
+    pub fn adopted(vm: V) -> Self {
+        Self::Running(Running { vm })
+    }
+
+    /// A paused sandbox of an earlier agent.
+    pub fn kept(kept: Kept) -> Self {
+        Self::Paused(Paused { kept })
+    }
+
     /// Whether its last teardown failed, and is to be tried again.
     pub fn is_stuck(&self) -> bool {
         matches!(self, Self::Destroying(Destroying { step: Step::Stuck, .. }))
     }
 
+    /// The state in the words of the protocol.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Creating(_) => "starting",
+            Self::Running(_) => "running",
+            Self::Pausing(_) => "pausing",
+            Self::Paused(_) => "paused",
+            Self::Resuming(_) => "resuming",
+            Self::Destroying(_) => "stopping",
+            Self::Gone => "stopped",
+        }
+    }
+
     /// What follows from an event.
     pub fn on(self, event: Event<V>) -> Next<V> {
+        let name = self.name();
         match self {
-            Self::Creating(state) => state.on(event),
+            Self::Creating(state) => state.on(event, name),
             Self::Running(state) => state.on(event),
-            Self::Destroying(state) => state.on(event),
+            Self::Pausing(state) => state.on(event, name),
+            Self::Paused(state) => state.on(event),
+            Self::Resuming(state) => state.on(event, name),
+            Self::Destroying(state) => state.on(event, name),
             Self::Gone => match event {
                 Event::DestroyRequested(reply) => (Self::Gone, vec![Action::AnswerDestroys(vec![reply], Ok(()))]),
+                Event::PauseRequested(reply) => (Self::Gone, vec![refuse_pause(reply, name)]),
+                Event::ResumeRequested(_, reply) => (Self::Gone, vec![refuse_resume(reply, name)]),
                 // Echoes of how we got here.
                 Event::Built(Err(_))
+                | Event::PauseEnded(PauseEnd::Paused(_))
+                | Event::ResumeEnded(ResumeEnd::Paused(..))
                 | Event::CallerGone
+                | Event::IdleDeadline
                 | Event::VmmEnded(_)
                 | Event::TornDown(_)
                 | Event::Unclaimed
                 | Event::RetryDue => (Self::Gone, vec![]),
-                // Nothing builds for a sandbox that is gone; should it happen, nothing of it may stay.
-                Event::Built(Ok(vm)) => (Self::Gone, vec![Action::TearDown(Some(vm))]),
+                // Nothing is under way for a sandbox that is gone; should it be, nothing of it may stay.
+                Event::Built(Ok(vm))
+                | Event::PauseEnded(PauseEnd::Running(vm, _) | PauseEnd::Ended(vm, _))
+                | Event::ResumeEnded(ResumeEnd::Running(vm)) => (Self::Gone, vec![Action::TearDown(Some(vm))]),
             },
         }
     }
 }
 
+fn refuse_pause<V>(reply: PauseReply, state: &'static str) -> Action<V> {
+    Action::AnswerPauses(vec![reply], Err(PauseFailure::Refused(state)))
+}
+
+fn refuse_resume<V>(reply: ResumeReply, state: &'static str) -> Action<V> {
+    Action::AnswerResumes(vec![reply], Err(ResumeFailure::Refused(state)))
+}
+
 impl Creating {
-    fn on<V>(self, event: Event<V>) -> Next<V> {
+    fn on<V>(self, event: Event<V>, name: &'static str) -> Next<V> {
         match event {
             Event::Built(Ok(vm)) => (
                 Sandbox::Running(Running { vm }),
@@ -213,19 +374,20 @@ impl Creating {
                 };
                 // Nobody waits for this answer, but the driver logs it.
                 actions.push(Action::AnswerDestroys(vec![], Err(left)));
-                let state = Destroying {
-                    caller: None,
-                    waiting: vec![],
-                    step: Step::Stuck,
-                };
-                (Sandbox::Destroying(state), actions)
+                (Sandbox::remains(), actions)
             }
             Event::DestroyRequested(reply) => self.cut_short(vec![reply]),
             Event::CallerGone => self.cut_short(vec![]),
-            // A VM's end is an error of the build while there is one, and nothing has been taken down yet.
-            Event::VmmEnded(_) | Event::TornDown(_) | Event::Unclaimed | Event::RetryDue => {
-                (Sandbox::Creating(self), vec![])
-            }
+            Event::PauseRequested(reply) => (Sandbox::Creating(self), vec![refuse_pause(reply, name)]),
+            Event::ResumeRequested(_, reply) => (Sandbox::Creating(self), vec![refuse_resume(reply, name)]),
+            // A VM's end is an error of the build while there is one, and nothing has been paused or taken down yet.
+            Event::PauseEnded(_)
+            | Event::ResumeEnded(_)
+            | Event::IdleDeadline
+            | Event::VmmEnded(_)
+            | Event::TornDown(_)
+            | Event::Unclaimed
+            | Event::RetryDue => (Sandbox::Creating(self), vec![]),
         }
     }
 
@@ -242,45 +404,199 @@ impl Creating {
 impl<V> Running<V> {
     fn on(self, event: Event<V>) -> Next<V> {
         match event {
-            Event::DestroyRequested(reply) => {
-                let state = Destroying {
-                    caller: None,
-                    waiting: vec![reply],
-                    step: Step::Teardown,
-                };
-                (Sandbox::Destroying(state), vec![Action::TearDown(Some(self.vm))])
-            }
-            Event::VmmEnded(ending) => {
-                let state = Destroying {
-                    caller: None,
-                    waiting: vec![],
-                    step: Step::Teardown,
-                };
-                (
-                    Sandbox::Destroying(state),
-                    vec![Action::Bury(ending), Action::TearDown(Some(self.vm))],
-                )
-            }
-            Event::Unclaimed => {
-                let state = Destroying {
-                    caller: None,
-                    waiting: vec![],
-                    step: Step::Teardown,
-                };
-                (Sandbox::Destroying(state), vec![Action::TearDown(Some(self.vm))])
+            Event::DestroyRequested(reply) => Destroying::begin(vec![reply], Some(self.vm), vec![]),
+            Event::VmmEnded(ending) => Destroying::begin(vec![], Some(self.vm), vec![Action::Bury(ending)]),
+            Event::Unclaimed => Destroying::begin(vec![], Some(self.vm), vec![]),
+            Event::PauseRequested(reply) => Pausing::begin(self.vm, PauseReason::Requested, vec![reply]),
+            Event::IdleDeadline => Pausing::begin(self.vm, PauseReason::Idle, vec![]),
+            // It is what was asked for, so nothing changes.
+            Event::ResumeRequested(_, reply) => {
+                (Sandbox::Running(self), vec![Action::AnswerResumes(vec![reply], Ok(()))])
             }
             // The create has been answered, so its caller may go; the others are echoes of how we got here.
-            Event::CallerGone | Event::Built(Err(_)) | Event::TornDown(_) | Event::RetryDue => {
-                (Sandbox::Running(self), vec![])
+            Event::CallerGone
+            | Event::Built(Err(_))
+            | Event::PauseEnded(PauseEnd::Paused(_))
+            | Event::ResumeEnded(ResumeEnd::Paused(..))
+            | Event::TornDown(_)
+            | Event::RetryDue => (Sandbox::Running(self), vec![]),
+            // One VM per sandbox; should a second one come, it is the surplus one.
+            Event::Built(Ok(vm))
+            | Event::PauseEnded(PauseEnd::Running(vm, _) | PauseEnd::Ended(vm, _))
+            | Event::ResumeEnded(ResumeEnd::Running(vm)) => (Sandbox::Running(self), vec![Action::Kill(vm)]),
+        }
+    }
+}
+
+impl Pausing {
+    fn begin<V>(vm: V, reason: PauseReason, pauses: Vec<PauseReply>) -> Next<V> {
+        let state = Self {
+            reason,
+            pauses,
+            destroys: vec![],
+        };
+        (Sandbox::Pausing(state), vec![Action::Pause(vm, reason)])
+    }
+
+    fn on<V>(mut self, event: Event<V>, name: &'static str) -> Next<V> {
+        match event {
+            Event::PauseEnded(end) => self.ended(end),
+            Event::PauseRequested(reply) => {
+                self.pauses.push(reply);
+                (Sandbox::Pausing(self), vec![])
             }
-            // One build per sandbox; should a second one come, it is the surplus one.
-            Event::Built(Ok(vm)) => (Sandbox::Running(self), vec![Action::TearDown(Some(vm))]),
+            Event::DestroyRequested(reply) => {
+                self.destroys.push(reply);
+                (Sandbox::Pausing(self), vec![])
+            }
+            Event::ResumeRequested(_, reply) => (Sandbox::Pausing(self), vec![refuse_resume(reply, name)]),
+            // The VMM's end comes with the pause's; nothing else is under way.
+            Event::Built(Err(_))
+            | Event::ResumeEnded(ResumeEnd::Paused(..))
+            | Event::CallerGone
+            | Event::IdleDeadline
+            | Event::VmmEnded(_)
+            | Event::TornDown(_)
+            | Event::Unclaimed
+            | Event::RetryDue => (Sandbox::Pausing(self), vec![]),
+            Event::Built(Ok(vm)) | Event::ResumeEnded(ResumeEnd::Running(vm)) => {
+                (Sandbox::Pausing(self), vec![Action::Kill(vm)])
+            }
+        }
+    }
+
+    fn ended<V>(self, end: PauseEnd<V>) -> Next<V> {
+        let Self {
+            reason,
+            pauses,
+            destroys,
+        } = self;
+        match end {
+            PauseEnd::Paused(kept) => {
+                let answer = Action::AnswerPauses(pauses, Ok(()));
+                if destroys.is_empty() {
+                    (Sandbox::Paused(Paused { kept }), vec![answer])
+                } else {
+                    Destroying::begin(destroys, None, vec![answer])
+                }
+            }
+            PauseEnd::Running(vm, error) => {
+                let error = Arc::new(error);
+                let answer = Action::AnswerPauses(pauses, Err(PauseFailure::Failed(error.clone())));
+                if !destroys.is_empty() {
+                    return Destroying::begin(destroys, Some(vm), vec![answer]);
+                }
+                match reason {
+                    PauseReason::Requested => (Sandbox::Running(Running { vm }), vec![answer]),
+                    // Nobody uses it and it cannot be kept: it must not hold its memory for ever.
+                    PauseReason::Idle => {
+                        Destroying::begin(vec![], Some(vm), vec![answer, Action::Bury(Ending::NotPaused(error))])
+                    }
+                }
+            }
+            PauseEnd::Ended(vm, ending) => {
+                let error = Arc::new(PauseError::VmmEnded);
+                let answer = Action::AnswerPauses(pauses, Err(PauseFailure::Failed(error)));
+                Destroying::begin(destroys, Some(vm), vec![answer, Action::Bury(ending)])
+            }
+        }
+    }
+}
+
+impl Paused {
+    fn on<V>(self, event: Event<V>) -> Next<V> {
+        match event {
+            Event::ResumeRequested(wish, reply) => {
+                let state = Resuming {
+                    resumes: vec![reply],
+                    destroys: vec![],
+                };
+                (Sandbox::Resuming(state), vec![Action::Resume(self.kept, wish)])
+            }
+            Event::DestroyRequested(reply) => Destroying::begin(vec![reply], None, vec![]),
+            // It is what was asked for, so nothing changes.
+            Event::PauseRequested(reply) => (Sandbox::Paused(self), vec![Action::AnswerPauses(vec![reply], Ok(()))]),
+            // Echoes of how we got here.
+            Event::Built(Err(_))
+            | Event::PauseEnded(PauseEnd::Paused(_))
+            | Event::ResumeEnded(ResumeEnd::Paused(..))
+            | Event::CallerGone
+            | Event::IdleDeadline
+            | Event::VmmEnded(_)
+            | Event::TornDown(_)
+            | Event::Unclaimed
+            | Event::RetryDue => (Sandbox::Paused(self), vec![]),
+            // A VM beside what is kept would write to its disk.
+            Event::Built(Ok(vm))
+            | Event::PauseEnded(PauseEnd::Running(vm, _) | PauseEnd::Ended(vm, _))
+            | Event::ResumeEnded(ResumeEnd::Running(vm)) => (Sandbox::Paused(self), vec![Action::Kill(vm)]),
+        }
+    }
+}
+
+impl Resuming {
+    fn on<V>(mut self, event: Event<V>, name: &'static str) -> Next<V> {
+        match event {
+            Event::ResumeEnded(ResumeEnd::Running(vm)) => {
+                let answer = Action::AnswerResumes(self.resumes, Ok(()));
+                if self.destroys.is_empty() {
+                    (Sandbox::Running(Running { vm }), vec![answer])
+                } else {
+                    Destroying::begin(self.destroys, Some(vm), vec![answer])
+                }
+            }
+            Event::ResumeEnded(ResumeEnd::Paused(kept, error)) => {
+                let answer = Action::AnswerResumes(self.resumes, Err(ResumeFailure::Failed(Arc::new(error))));
+                if self.destroys.is_empty() {
+                    (Sandbox::Paused(Paused { kept }), vec![answer])
+                } else {
+                    Destroying::begin(self.destroys, None, vec![answer])
+                }
+            }
+            // Whatever this one wishes: it joins the one under way.
+            Event::ResumeRequested(_, reply) => {
+                self.resumes.push(reply);
+                (Sandbox::Resuming(self), vec![])
+            }
+            Event::DestroyRequested(reply) => {
+                let actions = if self.destroys.is_empty() {
+                    vec![Action::CancelResume]
+                } else {
+                    vec![]
+                };
+                self.destroys.push(reply);
+                (Sandbox::Resuming(self), actions)
+            }
+            Event::PauseRequested(reply) => (Sandbox::Resuming(self), vec![refuse_pause(reply, name)]),
+            // The VMM's end is an error of the resume; nothing else is under way.
+            Event::Built(Err(_))
+            | Event::PauseEnded(PauseEnd::Paused(_))
+            | Event::CallerGone
+            | Event::IdleDeadline
+            | Event::VmmEnded(_)
+            | Event::TornDown(_)
+            | Event::Unclaimed
+            | Event::RetryDue => (Sandbox::Resuming(self), vec![]),
+            Event::Built(Ok(vm)) | Event::PauseEnded(PauseEnd::Running(vm, _) | PauseEnd::Ended(vm, _)) => {
+                (Sandbox::Resuming(self), vec![Action::Kill(vm)])
+            }
         }
     }
 }
 
 impl Destroying {
-    fn on<V>(mut self, event: Event<V>) -> Next<V> {
+    /// Starts a teardown, after `first`.
+    fn begin<V>(waiting: Vec<DestroyReply>, vm: Option<V>, mut first: Vec<Action<V>>) -> Next<V> {
+        let state = Self {
+            caller: None,
+            waiting,
+            step: Step::Teardown,
+        };
+        first.push(Action::TearDown(vm));
+        (Sandbox::Destroying(state), first)
+    }
+
+    fn on<V>(mut self, event: Event<V>, name: &'static str) -> Next<V> {
         match event {
             Event::DestroyRequested(reply) => {
                 self.waiting.push(reply);
@@ -292,8 +608,12 @@ impl Destroying {
                     }
                 }
             }
-            // The build was finished before it could be told to stop.
-            Event::Built(Ok(vm)) => {
+            Event::PauseRequested(reply) => (Sandbox::Destroying(self), vec![refuse_pause(reply, name)]),
+            Event::ResumeRequested(_, reply) => (Sandbox::Destroying(self), vec![refuse_resume(reply, name)]),
+            // The build was finished before it could be told to stop; a pause or resume is never under way here.
+            Event::Built(Ok(vm))
+            | Event::PauseEnded(PauseEnd::Running(vm, _) | PauseEnd::Ended(vm, _))
+            | Event::ResumeEnded(ResumeEnd::Running(vm)) => {
                 self.step = Step::Teardown;
                 (Sandbox::Destroying(self), vec![Action::TearDown(Some(vm))])
             }
@@ -308,7 +628,12 @@ impl Destroying {
                 }
             },
             // The caller is answered in any case, and an end is what we are after.
-            Event::CallerGone | Event::VmmEnded(_) | Event::Unclaimed => (Sandbox::Destroying(self), vec![]),
+            Event::PauseEnded(PauseEnd::Paused(_))
+            | Event::ResumeEnded(ResumeEnd::Paused(..))
+            | Event::CallerGone
+            | Event::IdleDeadline
+            | Event::VmmEnded(_)
+            | Event::Unclaimed => (Sandbox::Destroying(self), vec![]),
         }
     }
 

@@ -126,27 +126,9 @@ impl Plan {
             config.max_memory_mb,
         )?;
         let disk = number("disk_size_mb", wish.disk_size_mb, 1, config.max_disk_mb)?;
-        let timeout = number("timeout_sec", wish.timeout_sec, MIN_TIMEOUT, i32::MAX.unsigned_abs())?;
-        let user_is_name = |user: &str| {
-            user.len() <= MAX_USER
-                && !user.starts_with('-')
-                && user
-                    .bytes()
-                    .all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
-        };
-        if !user_is_name(&wish.default_user) {
-            return Err(WishError::User);
-        }
-        let env_bytes: usize = wish
-            .default_env
-            .iter()
-            .map(|(name, value)| name.len() + value.len())
-            .sum();
-        let bad_pair =
-            |(name, value): (&String, &String)| name.is_empty() || name.contains(['=', '\0']) || value.contains('\0');
-        if env_bytes > MAX_ENV || wish.default_env.iter().any(bad_pair) {
-            return Err(WishError::Env);
-        }
+        let timeout = timeout(wish.timeout_sec)?;
+        let user = user(wish.default_user)?;
+        let env = environment(wish.default_env)?;
         Ok(Self {
             id,
             template,
@@ -157,8 +139,8 @@ impl Plan {
             memory: memory.map_or(DEFAULT_MEMORY, Mebibytes),
             disk: disk.or(config.default_disk_mb).map(Mebibytes),
             timeout_sec: timeout.unwrap_or(0),
-            user: Some(wish.default_user).filter(|user| !user.is_empty()),
-            env: wish.default_env,
+            user,
+            env,
         })
     }
 
@@ -185,6 +167,46 @@ impl Plan {
             None => Some(image),
             Some(asked) => Some(asked.sectors()).filter(|asked| *asked >= image),
         }
+    }
+}
+
+/// A checked inactivity limit; `None` for 0.
+///
+/// # Errors
+/// [`WishError::OutOfRange`].
+pub fn timeout(seconds: i32) -> Result<Option<u32>, WishError> {
+    number("timeout_sec", seconds, MIN_TIMEOUT, i32::MAX.unsigned_abs())
+}
+
+/// A checked user name; `None` for an empty one.
+///
+/// # Errors
+/// [`WishError::User`].
+pub fn user(name: String) -> Result<Option<String>, WishError> {
+    let is_name = name.len() <= MAX_USER
+        && !name.starts_with('-')
+        && name
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte));
+    if is_name {
+        Ok(Some(name).filter(|name| !name.is_empty()))
+    } else {
+        Err(WishError::User)
+    }
+}
+
+/// A checked environment.
+///
+/// # Errors
+/// [`WishError::Env`].
+pub fn environment(env: BTreeMap<String, String>) -> Result<BTreeMap<String, String>, WishError> {
+    let bytes: usize = env.iter().map(|(name, value)| name.len() + value.len()).sum();
+    let bad_pair =
+        |(name, value): (&String, &String)| name.is_empty() || name.contains(['=', '\0']) || value.contains('\0');
+    if bytes > MAX_ENV || env.iter().any(bad_pair) {
+        Err(WishError::Env)
+    } else {
+        Ok(env)
     }
 }
 

@@ -1,14 +1,26 @@
 //! What is kept of a sandbox on disk, so that an agent that starts knows what its predecessor had.
 //!
 //! The record is durable before the step that relies on it: *creating* before anything else of the sandbox exists, *running*
-//! before the create is answered.
+//! before the create is answered, *paused* before the VM is stopped, *resuming* before the restored VM runs, and *running* again
+//! before its guest may write. So whoever reads one knows what may have happened since:
+//!
+//! | phase | what a new agent does where a VM still runs | and where none does |
+//! |---|---|---|
+//! | creating | ends it, removes all | removes all |
+//! | running | adopts it, thawed | tombstone, removes all |
+//! | paused | ends it: it was about to be stopped | keeps it |
+//! | resuming | ends it: its guest has written nothing | keeps it |
 
 use roost_common::ids::SandboxId;
+use roost_common::units::Sectors;
 use serde::{Deserialize, Serialize};
 
+use super::parts::Versions;
 use super::plan::Plan;
 use crate::errors::FileError;
+use crate::guest::Token;
 use crate::host::files::{Layout, read_small, write_durably};
+use crate::snapshot::Size;
 
 /// Version of the format.
 const VERSION: u32 = 1;
@@ -21,9 +33,49 @@ pub enum Phase {
     Creating,
     /// Answered as running.
     Running,
+    /// On disk.
+    Paused(Kept),
+    /// On its way back from disk; nothing of that has been answered, and the guest is frozen.
+    Resuming(Kept),
 }
 
-/// The record of a sandbox.
+/// What of a paused sandbox can be resumed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kept {
+    /// The directory `vm/<generation>` with its memory.
+    pub generation: u32,
+    /// Whether that memory still belongs to the disk.
+    pub memory: Memory,
+    /// Who wanted it paused.
+    pub reason: PauseReason,
+    /// When it was paused, in seconds since 1970.
+    pub paused_at_unix: i64,
+    /// When the exception store was last written, in nanoseconds since 1970. Later than that, somebody wrote to the disk behind the
+    /// memory's back.
+    pub disk_written_at: i64,
+}
+
+/// Whether a memory snapshot can be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Memory {
+    /// It and the disk are of one moment.
+    Whole,
+    /// The disk has been written since; it can be booted, and that is all.
+    Spent,
+}
+
+/// Who wanted a sandbox paused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PauseReason {
+    /// A caller.
+    Requested,
+    /// Its inactivity limit.
+    Idle,
+}
+
+/// The record of a sandbox. Nobody but the agent reads it, for it holds the guest's token.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
     /// Version of this format, 1.
@@ -34,8 +86,14 @@ pub struct Record {
     pub slot: u32,
     /// What was asked for.
     pub plan: Plan,
+    /// The size of its disk.
+    pub disk: Sectors,
     /// When it was made, in seconds since 1970.
     pub created_at_unix: i64,
+    /// What its envd asks of callers.
+    pub token: Token,
+    /// Which versions run in it, known from *running* on.
+    pub versions: Versions,
 }
 
 /// Why a record cannot be used.
@@ -53,15 +111,38 @@ pub enum RecordError {
 }
 
 impl Record {
-    /// A record of this version.
-    pub fn new(phase: Phase, slot: u32, plan: Plan, created_at_unix: i64) -> Self {
+    /// The record of a create that begins.
+    pub fn new(slot: u32, plan: Plan, disk: Sectors, created_at_unix: i64, token: Token) -> Self {
         Self {
             version: VERSION,
-            phase,
+            phase: Phase::Creating,
             slot,
             plan,
+            disk,
             created_at_unix,
+            token,
+            versions: Versions::default(),
         }
+    }
+
+    /// The record of something whose own cannot be read.
+    pub fn unknown(plan: Plan, slot: u32) -> Self {
+        Self::new(slot, plan, Sectors(0), super::unix_now(), Token::random())
+    }
+
+    /// What its VM has.
+    pub fn size(&self) -> Size {
+        Size {
+            vcpus: self.plan.vcpus,
+            memory: self.plan.memory,
+            disk: self.disk,
+        }
+    }
+
+    /// The same, doing something else.
+    #[must_use]
+    pub fn with(&self, phase: Phase) -> Self {
+        Self { phase, ..self.clone() }
     }
 
     /// Writes the record durably.
@@ -105,9 +186,24 @@ mod tests {
         let id: SandboxId = "x".parse().expect("an id");
         std::fs::create_dir_all(layout.sandbox(&id)).expect("made");
         let plan = Plan::check(Wish::default(), &Config::default(), || id.clone()).expect("checked");
-        let record = Record::new(Phase::Creating, 7, plan, 5);
-        record.write(&layout).expect("written");
-        assert_eq!(Record::read(&layout, &id).expect("read"), record);
+        let kept = Kept {
+            generation: 3,
+            memory: Memory::Whole,
+            reason: PauseReason::Idle,
+            paused_at_unix: 5,
+            disk_written_at: 1_700_000_000_123_456_789,
+        };
+        let created = Record::new(7, plan, Sectors(16), 5, Token::random());
+        for phase in [
+            Phase::Creating,
+            Phase::Running,
+            Phase::Paused(kept),
+            Phase::Resuming(kept),
+        ] {
+            let record = created.with(phase);
+            record.write(&layout).expect("written");
+            assert_eq!(Record::read(&layout, &id).expect("read"), record);
+        }
         std::fs::write(layout.record(&id), "{\"version\": 2, \"new\": {}}").expect("written");
         assert!(matches!(Record::read(&layout, &id), Err(RecordError::Version(_, 2))));
         std::fs::write(layout.record(&id), "{\"version\": 1").expect("written");

@@ -4,19 +4,23 @@
 //! left, and takes it out of the registry as the last thing it does.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
-use super::build::{self, Versions, Vm};
+use super::build;
+use super::parts::{Versions, Vm};
 use super::plan::Plan;
-use super::{Action, BuildFailure, CreateFailure, Ending, Event, Sandbox, TeardownError, unix_now};
+use super::{
+    Action, BuildFailure, CreateFailure, Ending, Event, Kept, PauseEnd, PauseFailure, ResumeEnd, ResumeFailure,
+    ResumeWish, Sandbox, TeardownError, pause, resume, unix_now,
+};
 use crate::errors::Chain;
 use crate::guest::Guest;
 use crate::host::Host;
-use crate::host::shim::VmmEnd;
 use crate::host::slots::SlotLease;
 use crate::registry::Registry;
 use crate::tombstone::{self, End, Tombstone};
@@ -31,24 +35,105 @@ pub enum View {
     Creating,
     /// Takes commands.
     Running(Arc<Guest>, Arc<Versions>),
+    /// On its way to disk.
+    Pausing,
+    /// On disk.
+    Paused(Kept),
+    /// On its way back.
+    Resuming,
     /// On its way out.
     Destroying,
     /// Nothing is left.
     Gone,
 }
 
+impl View {
+    /// The state in the words of the protocol.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Creating => "starting",
+            Self::Running(..) => "running",
+            Self::Pausing => "pausing",
+            Self::Paused(_) => "paused",
+            Self::Resuming => "resuming",
+            Self::Destroying => "stopping",
+            Self::Gone => "stopped",
+        }
+    }
+}
+
+/// What a handle asks for.
+#[derive(Debug)]
+enum Command {
+    Destroy(super::DestroyReply),
+    Pause(super::PauseReply),
+    Resume(ResumeWish, super::ResumeReply),
+}
+
 /// A sandbox as everyone but its task has it.
 #[derive(Debug, Clone)]
 pub struct Handle {
-    /// What was asked for.
+    /// What was asked for when it was made.
     pub plan: Arc<Plan>,
     /// Its place in the network plan.
     pub slot: Arc<SlotLease>,
     /// When it was made, in seconds since 1970.
     pub created_at_unix: i64,
-    last_active: Arc<AtomicI64>,
-    commands: mpsc::Sender<oneshot::Sender<Result<(), Arc<TeardownError>>>>,
+    usage: Arc<Usage>,
+    commands: mpsc::Sender<Command>,
     view: watch::Receiver<View>,
+}
+
+/// When a sandbox was last used, by two clocks: one to show, and one that nobody sets.
+#[derive(Debug)]
+struct Usage {
+    last_unix: AtomicI64,
+    epoch: Instant,
+    /// Milliseconds after `epoch`.
+    last: AtomicU64,
+    /// Seconds without use until it is paused; 0 is never. A resume may change it.
+    limit: AtomicU32,
+}
+
+impl Usage {
+    fn new(limit: u32) -> Self {
+        Self {
+            last_unix: AtomicI64::new(unix_now()),
+            epoch: Instant::now(),
+            last: AtomicU64::new(0),
+            limit: AtomicU32::new(limit),
+        }
+    }
+
+    fn touch(&self) {
+        self.last_unix.store(unix_now(), Ordering::Relaxed);
+        let elapsed = u64::try_from(self.epoch.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.last.fetch_max(elapsed, Ordering::Relaxed);
+    }
+
+    /// When it will have been idle for as long as it may.
+    fn deadline(&self) -> Option<Instant> {
+        match self.limit.load(Ordering::Relaxed) {
+            0 => None,
+            seconds => {
+                let last = self.epoch + Duration::from_millis(self.last.load(Ordering::Relaxed));
+                Some(last + Duration::from_secs(seconds.into()))
+            }
+        }
+    }
+
+    /// Waits until it has been idle for as long as it may.
+    async fn idle(&self) {
+        loop {
+            let Some(deadline) = self.deadline() else {
+                return std::future::pending().await;
+            };
+            if deadline <= Instant::now() {
+                return;
+            }
+            tokio::time::sleep_until(deadline).await;
+        }
+    }
 }
 
 impl Handle {
@@ -59,19 +144,27 @@ impl Handle {
 
     /// When it was last used, in seconds since 1970.
     pub fn last_active_at_unix(&self) -> i64 {
-        self.last_active.load(Ordering::Relaxed)
+        self.usage.last_unix.load(Ordering::Relaxed)
     }
 
-    /// Waits until the sandbox runs no more.
+    /// Seconds without use until it is paused; 0 is never.
+    pub fn timeout_sec(&self) -> u32 {
+        self.usage.limit.load(Ordering::Relaxed)
+    }
+
+    /// Waits until the guest can answer no more. A pause that fails leaves it running, so one under way is no end yet.
     pub async fn stopped_running(&self) {
         let mut view = self.view.clone();
         // A task that has ended has nothing that runs.
-        drop(view.wait_for(|view| !matches!(view, View::Running(..))).await);
+        drop(
+            view.wait_for(|view| !matches!(view, View::Running(..) | View::Pausing))
+                .await,
+        );
     }
 
     /// Counts as use.
     pub fn touch(&self) {
-        self.last_active.store(unix_now(), Ordering::Relaxed);
+        self.usage.touch();
     }
 
     /// Destroys the sandbox and waits until nothing of it is left.
@@ -79,12 +172,33 @@ impl Handle {
     /// # Errors
     /// What is still there, and why; a repetition goes on.
     pub async fn destroy(&self) -> Result<(), Arc<TeardownError>> {
+        // A task that has ended has nothing left.
+        self.ask(Command::Destroy).await.unwrap_or(Ok(()))
+    }
+
+    /// Pauses the sandbox and waits until it is on disk. Goes on when the caller does not wait.
+    ///
+    /// # Errors
+    /// [`PauseFailure`].
+    pub async fn pause(&self) -> Result<(), PauseFailure> {
+        let gone = Err(PauseFailure::Refused(View::Gone.name()));
+        self.ask(Command::Pause).await.unwrap_or(gone)
+    }
+
+    /// Resumes the sandbox and waits until it runs. Goes on when the caller does not wait.
+    ///
+    /// # Errors
+    /// [`ResumeFailure`].
+    pub async fn resume(&self, wish: ResumeWish) -> Result<(), ResumeFailure> {
+        let gone = Err(ResumeFailure::Refused(View::Gone.name()));
+        self.ask(|reply| Command::Resume(wish, reply)).await.unwrap_or(gone)
+    }
+
+    /// The task's answer; `None` when it has ended.
+    async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Option<T> {
         let (reply, answer) = oneshot::channel();
-        // A task that has ended has nothing left: both failures are success.
-        if self.commands.send(reply).await.is_err() {
-            return Ok(());
-        }
-        answer.await.unwrap_or(Ok(()))
+        self.commands.send(command(reply)).await.ok()?;
+        answer.await.ok()
     }
 }
 
@@ -96,30 +210,58 @@ pub fn spawn(
     slot: SlotLease,
 ) -> (Handle, oneshot::Receiver<Result<(), CreateFailure>>) {
     let (caller, answer) = oneshot::channel();
-    let mut driver = driver(registry, host, plan, slot, View::Creating);
+    let mut driver = driver(registry, host, plan, slot, unix_now(), View::Creating);
     let handle = driver.handle.clone();
     driver.start_build();
     tokio::spawn(driver.run(Sandbox::new(caller)));
     (handle, answer)
 }
 
-/// Starts the task of what an earlier agent left and could not be removed.
-pub fn spawn_remains(registry: Arc<Registry>, host: Arc<Host>, plan: Plan, slot: SlotLease) -> Handle {
-    let driver = driver(registry, host, plan, slot, View::Destroying);
+/// What an agent finds of a sandbox of an earlier one.
+pub enum Found {
+    /// Its VM runs.
+    Running(Box<Vm>),
+    /// It is on disk.
+    Paused(Kept),
+    /// It could not be removed.
+    Remains,
+}
+
+/// Starts the task of a sandbox of an earlier agent.
+pub fn spawn_found(
+    registry: Arc<Registry>,
+    host: Arc<Host>,
+    plan: Plan,
+    slot: SlotLease,
+    created_at_unix: i64,
+    found: Found,
+) -> Handle {
+    let sandbox = match found {
+        Found::Running(vm) => Sandbox::adopted(*vm),
+        Found::Paused(kept) => Sandbox::kept(kept),
+        Found::Remains => Sandbox::remains(),
+    };
+    let driver = driver(registry, host, plan, slot, created_at_unix, view_of(&sandbox));
     let handle = driver.handle.clone();
-    tokio::spawn(driver.run(Sandbox::remains()));
+    tokio::spawn(driver.run(sandbox));
     handle
 }
 
-fn driver(registry: Arc<Registry>, host: Arc<Host>, plan: Plan, slot: SlotLease, first: View) -> Driver {
+fn driver(
+    registry: Arc<Registry>,
+    host: Arc<Host>,
+    plan: Plan,
+    slot: SlotLease,
+    created_at_unix: i64,
+    first: View,
+) -> Driver {
     let (commands, inbox) = mpsc::channel(16);
     let (view, seen) = watch::channel(first);
-    let now = unix_now();
     let handle = Handle {
+        usage: Arc::new(Usage::new(plan.timeout_sec)),
         plan: Arc::new(plan),
         slot: Arc::new(slot),
-        created_at_unix: now,
-        last_active: Arc::new(AtomicI64::new(now)),
+        created_at_unix,
         commands,
         view: seen,
     };
@@ -138,7 +280,7 @@ struct Driver {
     host: Arc<Host>,
     handle: Handle,
     view: watch::Sender<View>,
-    inbox: mpsc::Receiver<super::DestroyReply>,
+    inbox: mpsc::Receiver<Command>,
     work: Work,
 }
 
@@ -147,6 +289,11 @@ enum Work {
     None,
     Build {
         task: JoinHandle<Result<Vm, BuildFailure>>,
+        stop: Option<oneshot::Sender<()>>,
+    },
+    Pause(JoinHandle<PauseEnd<Vm>>),
+    Resume {
+        task: JoinHandle<ResumeEnd<Vm>>,
         stop: Option<oneshot::Sender<()>>,
     },
     TearDown(JoinHandle<Result<(), TeardownError>>),
@@ -160,12 +307,12 @@ impl Driver {
                 Some(event) => event,
                 None => self.next(&mut sandbox).await,
             };
-            let from = name(&sandbox);
+            let from = sandbox.name();
             let (next, actions) = sandbox.on(event);
             sandbox = next;
             self.show(&sandbox);
-            if from != name(&sandbox) {
-                tracing::info!(sandbox_id = %self.handle.plan.id, from, to = name(&sandbox), "sandbox changed");
+            if from != sandbox.name() {
+                tracing::info!(sandbox_id = %self.handle.plan.id, from, to = sandbox.name(), "sandbox changed");
             }
             // Out of the registry before anyone is told, so that the id can be used again by who has been told.
             if matches!(sandbox, Sandbox::Gone) {
@@ -177,19 +324,24 @@ impl Driver {
                 }
             }
         }
-        // Destroys that arrived too late for the state machine.
+        // Commands that arrived too late for the state machine: a destroy has what it wants, and the others find nobody.
         self.inbox.close();
-        while let Some(reply) = self.inbox.recv().await {
-            answer(reply, Ok(()));
+        while let Some(command) = self.inbox.recv().await {
+            if let Command::Destroy(reply) = command {
+                answer(vec![reply], &Ok(()));
+            }
         }
     }
 
     /// Waits for the next thing to happen.
     async fn next(&mut self, sandbox: &mut Sandbox<Vm>) -> Event<Vm> {
+        let usage = self.handle.usage.clone();
         let work = async {
             match &mut self.work {
                 Work::None => std::future::pending().await,
                 Work::Build { task, .. } => Event::Built(task.await.expect("a build does not panic")),
+                Work::Pause(task) => Event::PauseEnded(task.await.expect("a pause does not panic")),
+                Work::Resume { task, .. } => Event::ResumeEnded(task.await.expect("a resume does not panic")),
                 Work::TearDown(task) => Event::TornDown(task.await.expect("a teardown does not panic")),
             }
         };
@@ -199,15 +351,20 @@ impl Driver {
                     state.caller.closed().await;
                     Event::CallerGone
                 }
-                Sandbox::Running(state) => Event::VmmEnded(match state.vm.shim.ended().await {
-                    VmmEnd::Reported(exit) => Ending::Reported(exit),
-                    VmmEnd::ShimLost => Ending::ShimLost,
-                }),
+                Sandbox::Running(state) => tokio::select! {
+                    biased;
+                    end = state.vm.shim.ended() => Event::VmmEnded(pause::ending(end)),
+                    () = usage.idle() => Event::IdleDeadline,
+                },
                 remains if remains.is_stuck() => {
                     tokio::time::sleep(RETRY_PAUSE).await;
                     Event::RetryDue
                 }
-                Sandbox::Destroying(_) | Sandbox::Gone => std::future::pending().await,
+                Sandbox::Pausing(_)
+                | Sandbox::Paused(_)
+                | Sandbox::Resuming(_)
+                | Sandbox::Destroying(_)
+                | Sandbox::Gone => std::future::pending().await,
             }
         };
         let event = tokio::select! {
@@ -215,9 +372,16 @@ impl Driver {
             biased;
             event = state => event,
             event = work => event,
-            reply = self.inbox.recv() => Event::DestroyRequested(reply.expect("the driver's own handle keeps the channel open")),
+            command = self.inbox.recv() => match command.expect("the driver's own handle keeps the channel open") {
+                Command::Destroy(reply) => Event::DestroyRequested(reply),
+                Command::Pause(reply) => Event::PauseRequested(reply),
+                Command::Resume(wish, reply) => Event::ResumeRequested(wish, reply),
+            },
         };
-        if matches!(event, Event::Built(_) | Event::TornDown(_)) {
+        if matches!(
+            event,
+            Event::Built(_) | Event::PauseEnded(_) | Event::ResumeEnded(_) | Event::TornDown(_)
+        ) {
             self.work = Work::None;
         }
         event
@@ -233,9 +397,24 @@ impl Driver {
                     drop(stop.take());
                 }
             }
+            Action::Pause(vm, reason) => {
+                self.work = Work::Pause(tokio::spawn(pause::pause(self.host.clone(), vm, reason)));
+            }
+            Action::Resume(kept, wish) => self.start_resume(kept, wish),
+            Action::CancelResume => {
+                if let Work::Resume { stop, .. } = &mut self.work {
+                    drop(stop.take());
+                }
+            }
             Action::TearDown(vm) => {
                 let (host, id) = (self.host.clone(), id.clone());
                 self.work = Work::TearDown(tokio::spawn(async move { build::tear_down(&host, &id, vm).await }));
+            }
+            Action::Kill(vm) => {
+                tracing::error!(sandbox_id = %id, "a second VM of one sandbox is killed");
+                if let Err(error) = vm.shim.kill().await {
+                    tracing::error!(sandbox_id = %id, error = %Chain(&error), "it could not be");
+                }
             }
             Action::Bury(ending) => self.bury(ending).await,
             Action::AnswerCreate(reply, outcome) => {
@@ -243,14 +422,19 @@ impl Driver {
                     return Some(Event::Unclaimed);
                 }
             }
+            Action::AnswerPauses(replies, outcome) => answer(replies, &outcome),
+            Action::AnswerResumes(replies, outcome) => {
+                if outcome.is_ok() {
+                    self.handle.touch();
+                }
+                answer(replies, &outcome);
+            }
             Action::AnswerDestroys(replies, outcome) => {
                 let outcome = outcome.map_err(|error| {
                     tracing::error!(sandbox_id = %id, error = %Chain(&error), "sandbox not removed; destroy it again");
                     Arc::new(error)
                 });
-                for reply in replies {
-                    answer(reply, outcome.clone());
-                }
+                answer(replies, &outcome);
             }
         }
         None
@@ -262,6 +446,10 @@ impl Driver {
             let end = match &ending {
                 Ending::Reported(exit) => End::Vmm(exit),
                 Ending::ShimLost => End::ShimLost,
+                Ending::NotPaused(error) => {
+                    tracing::error!(sandbox_id = %handle.plan.id, error = %Chain(error.as_ref()), "idle and not to be paused");
+                    End::NotPaused
+                }
             };
             let tombstone = Tombstone::new(&handle.plan.id, handle.created_at_unix, end);
             tracing::warn!(sandbox_id = %handle.plan.id, reason = %tombstone.summary(), "sandbox ended");
@@ -273,40 +461,59 @@ impl Driver {
     }
 
     fn start_build(&mut self) {
-        let (stop, stopped) = oneshot::channel::<()>();
+        let (stop, stopped) = stopper();
         let handle = &self.handle;
         let (host, plan) = (self.host.clone(), (*handle.plan).clone());
-        let task = build::build(host, plan, handle.slot.clone(), handle.created_at_unix, async move {
-            // Dropping the sender is the signal.
-            drop(stopped.await);
-        });
+        let task = build::build(host, plan, handle.slot.clone(), handle.created_at_unix, stopped);
         self.work = Work::Build {
             task: tokio::spawn(task),
             stop: Some(stop),
         };
     }
 
-    fn show(&self, sandbox: &Sandbox<Vm>) {
-        let view = match sandbox {
-            Sandbox::Creating(_) => View::Creating,
-            Sandbox::Running(state) => View::Running(state.vm.guest.clone(), Arc::new(state.vm.versions.clone())),
-            Sandbox::Destroying(_) => View::Destroying,
-            Sandbox::Gone => View::Gone,
+    fn start_resume(&mut self, kept: Kept, wish: ResumeWish) {
+        let (stop, stopped) = stopper();
+        let handle = &self.handle;
+        if let Some(limit) = wish.timeout_sec {
+            handle.usage.limit.store(limit, Ordering::Relaxed);
+        }
+        let (host, id) = (self.host.clone(), handle.plan.id.clone());
+        let task = resume::resume(host, id, handle.slot.clone(), kept, wish, stopped);
+        self.work = Work::Resume {
+            task: tokio::spawn(task),
+            stop: Some(stop),
         };
-        self.view.send_replace(view);
+    }
+
+    fn show(&self, sandbox: &Sandbox<Vm>) {
+        self.view.send_replace(view_of(sandbox));
     }
 }
 
-/// A caller that has gone needs no answer.
-fn answer(reply: super::DestroyReply, outcome: Result<(), Arc<TeardownError>>) {
-    drop(reply.send(outcome));
+/// A future that ends when its sender is dropped, which is the signal to stop.
+fn stopper() -> (oneshot::Sender<()>, impl Future<Output = ()>) {
+    let (stop, stopped) = oneshot::channel::<()>();
+    (stop, async move { drop(stopped.await) })
 }
 
-fn name(sandbox: &Sandbox<Vm>) -> &'static str {
+/// Callers that have gone need no answer.
+fn answer<T: Clone>(replies: Vec<oneshot::Sender<T>>, outcome: &T) {
+    for reply in replies {
+        drop(reply.send(outcome.clone()));
+    }
+}
+
+fn view_of(sandbox: &Sandbox<Vm>) -> View {
     match sandbox {
-        Sandbox::Creating(_) => "creating",
-        Sandbox::Running(_) => "running",
-        Sandbox::Destroying(_) => "destroying",
-        Sandbox::Gone => "gone",
+        Sandbox::Creating(_) => View::Creating,
+        Sandbox::Running(state) => {
+            let versions = Arc::new(state.vm.record.versions.clone());
+            View::Running(state.vm.guest.clone(), versions)
+        }
+        Sandbox::Pausing(_) => View::Pausing,
+        Sandbox::Paused(state) => View::Paused(state.kept),
+        Sandbox::Resuming(_) => View::Resuming,
+        Sandbox::Destroying(_) => View::Destroying,
+        Sandbox::Gone => View::Gone,
     }
 }

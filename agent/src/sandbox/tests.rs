@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use super::record::Memory;
 use super::*;
 use roost_common::shim::WaitStatus;
 
@@ -43,47 +44,141 @@ fn exit() -> Ending {
     }))
 }
 
-/// State and actions in words, as in the tables below.
+fn kept() -> Kept {
+    Kept {
+        generation: 2,
+        memory: Memory::Whole,
+        reason: PauseReason::Requested,
+        paused_at_unix: 5,
+        disk_written_at: 7,
+    }
+}
+
+/// State and actions in words, as in the table below.
 fn words(next: &Next<Owned>) -> String {
     let state = match &next.0 {
-        Sandbox::Creating(_) => "Creating",
-        Sandbox::Running(_) => "Running",
-        Sandbox::Destroying(Destroying { step: Step::Build, .. }) => "Destroying/build",
+        Sandbox::Creating(_) => "creating",
+        Sandbox::Running(_) => "running",
+        Sandbox::Pausing(Pausing { destroys, .. }) if !destroys.is_empty() => "pausing/destroy",
+        Sandbox::Pausing(Pausing {
+            reason: PauseReason::Idle,
+            ..
+        }) => "pausing/idle",
+        Sandbox::Pausing(_) => "pausing",
+        Sandbox::Paused(_) => "paused",
+        Sandbox::Resuming(Resuming { destroys, .. }) if !destroys.is_empty() => "resuming/destroy",
+        Sandbox::Resuming(_) => "resuming",
+        Sandbox::Destroying(Destroying { step: Step::Build, .. }) => "destroying/build",
         Sandbox::Destroying(Destroying {
             step: Step::Teardown, ..
-        }) => "Destroying/teardown",
-        Sandbox::Destroying(Destroying { step: Step::Stuck, .. }) => "Destroying/stuck",
-        Sandbox::Gone => "Gone",
+        }) => "destroying/teardown",
+        Sandbox::Destroying(Destroying { step: Step::Stuck, .. }) => "destroying/stuck",
+        Sandbox::Gone => "gone",
     };
     let actions = next.1.iter().map(|action| match action {
         Action::CancelBuild => " cancel".to_owned(),
+        Action::Pause(_, PauseReason::Requested) => " pause".to_owned(),
+        Action::Pause(_, PauseReason::Idle) => " pause(idle)".to_owned(),
+        Action::Resume(..) => " resume".to_owned(),
+        Action::CancelResume => " cancel-resume".to_owned(),
         Action::TearDown(Some(_)) => " teardown(vm)".to_owned(),
         Action::TearDown(None) => " teardown(files)".to_owned(),
+        Action::Kill(_) => " kill".to_owned(),
+        Action::Bury(Ending::NotPaused(_)) => " bury(not-paused)".to_owned(),
         Action::Bury(_) => " bury".to_owned(),
         Action::AnswerCreate(_, Ok(())) => " created".to_owned(),
         Action::AnswerCreate(_, Err(CreateFailure::Failed(_))) => " create-failed".to_owned(),
         Action::AnswerCreate(_, Err(CreateFailure::Destroyed)) => " create-destroyed".to_owned(),
+        Action::AnswerPauses(replies, Ok(())) => format!(" paused:{}", replies.len()),
+        Action::AnswerPauses(replies, Err(PauseFailure::Failed(_))) => format!(" pause-failed:{}", replies.len()),
+        Action::AnswerPauses(replies, Err(PauseFailure::Refused(_))) => format!(" pause-refused:{}", replies.len()),
+        Action::AnswerResumes(replies, Ok(())) => format!(" resumed:{}", replies.len()),
+        Action::AnswerResumes(replies, Err(ResumeFailure::Failed(_))) => format!(" resume-failed:{}", replies.len()),
+        Action::AnswerResumes(replies, Err(ResumeFailure::Refused(_))) => {
+            format!(" resume-refused:{}", replies.len())
+        }
         Action::AnswerDestroys(replies, Ok(())) => format!(" destroyed:{}", replies.len()),
         Action::AnswerDestroys(replies, Err(_)) => format!(" destroy-failed:{}", replies.len()),
     });
     state.to_owned() + &actions.collect::<String>()
 }
 
+const STATES: [&str; 12] = [
+    "creating",
+    "running",
+    "pausing",
+    "pausing/idle",
+    "pausing/destroy",
+    "paused",
+    "resuming",
+    "resuming/destroy",
+    "destroying/build",
+    "destroying/teardown",
+    "destroying/stuck",
+    "gone",
+];
+
+const EVENTS: [&str; 19] = [
+    "built",
+    "failed",
+    "failed, left",
+    "caller gone",
+    "destroy",
+    "pause",
+    "idle",
+    "on disk",
+    "not paused",
+    "ended while pausing",
+    "resume",
+    "runs again",
+    "not resumed",
+    "vmm ended",
+    "torn down",
+    "not torn down",
+    "unclaimed",
+    "retry",
+    "resume, disk only",
+];
+
+/// Every event in every state: what follows. One line for each pair.
+const TABLE: &str = include_str!("table.txt");
+
 #[test]
 fn every_event_in_every_state_has_its_answer() {
     let alive = Arc::new(AtomicUsize::new(0));
-    let reply = || oneshot::channel().0;
+    fn reply<T>() -> oneshot::Sender<T> {
+        oneshot::channel().0
+    }
     let state = |name: &str| -> Sandbox<Owned> {
         let destroying = |step, caller: bool, waiting: usize| {
             Sandbox::Destroying(Destroying {
-                caller: caller.then(|| oneshot::channel().0),
-                waiting: (0..waiting).map(|_| oneshot::channel().0).collect(),
+                caller: caller.then(reply),
+                waiting: (0..waiting).map(|_| reply()).collect(),
                 step,
             })
         };
+        let pausing = |reason, pauses: usize, destroys: usize| {
+            Sandbox::Pausing(Pausing {
+                reason,
+                pauses: (0..pauses).map(|_| reply()).collect(),
+                destroys: (0..destroys).map(|_| reply()).collect(),
+            })
+        };
+        let resuming = |destroys: usize| {
+            Sandbox::Resuming(Resuming {
+                resumes: vec![reply()],
+                destroys: (0..destroys).map(|_| reply()).collect(),
+            })
+        };
         match name {
-            "creating" => Sandbox::new(oneshot::channel().0),
-            "running" => Sandbox::Running(Running { vm: Owned::new(&alive) }),
+            "creating" => Sandbox::new(reply()),
+            "running" => Sandbox::adopted(Owned::new(&alive)),
+            "pausing" => pausing(PauseReason::Requested, 1, 0),
+            "pausing/idle" => pausing(PauseReason::Idle, 0, 0),
+            "pausing/destroy" => pausing(PauseReason::Requested, 1, 2),
+            "paused" => Sandbox::kept(kept()),
+            "resuming" => resuming(0),
+            "resuming/destroy" => resuming(1),
             "destroying/build" => destroying(Step::Build, true, 1),
             "destroying/teardown" => destroying(Step::Teardown, false, 1),
             "destroying/stuck" => destroying(Step::Stuck, false, 0),
@@ -91,13 +186,29 @@ fn every_event_in_every_state_has_its_answer() {
             other => panic!("no state {other}"),
         }
     };
+    let vm = || Owned::new(&alive);
     let event = |name: &str| -> Event<Owned> {
         match name {
-            "built" => Event::Built(Ok(Owned::new(&alive))),
+            "built" => Event::Built(Ok(vm())),
             "failed" => failed(false),
             "failed, left" => failed(true),
             "caller gone" => Event::CallerGone,
             "destroy" => Event::DestroyRequested(reply()),
+            "pause" => Event::PauseRequested(reply()),
+            "idle" => Event::IdleDeadline,
+            "on disk" => Event::PauseEnded(PauseEnd::Paused(kept())),
+            "not paused" => Event::PauseEnded(PauseEnd::Running(vm(), PauseError::VmmEnded)),
+            "ended while pausing" => Event::PauseEnded(PauseEnd::Ended(vm(), exit())),
+            "resume" => Event::ResumeRequested(ResumeWish::default(), reply()),
+            "resume, disk only" => {
+                let wish = ResumeWish {
+                    from: resume::From::Disk,
+                    ..ResumeWish::default()
+                };
+                Event::ResumeRequested(wish, reply())
+            }
+            "runs again" => Event::ResumeEnded(ResumeEnd::Running(vm())),
+            "not resumed" => Event::ResumeEnded(ResumeEnd::Paused(kept(), ResumeError::Stopped)),
             "vmm ended" => Event::VmmEnded(exit()),
             "torn down" => Event::TornDown(Ok(())),
             "not torn down" => Event::TornDown(Err(stuck())),
@@ -106,71 +217,21 @@ fn every_event_in_every_state_has_its_answer() {
             other => panic!("no event {other}"),
         }
     };
-    let table = [
-        ("creating", "built", "Running created"),
-        ("creating", "failed", "Gone create-failed"),
-        (
-            "creating",
-            "failed, left",
-            "Destroying/stuck create-failed destroy-failed:0",
-        ),
-        ("creating", "caller gone", "Destroying/build cancel"),
-        ("creating", "destroy", "Destroying/build cancel"),
-        ("creating", "vmm ended", "Creating"),
-        ("creating", "torn down", "Creating"),
-        ("creating", "not torn down", "Creating"),
-        ("running", "built", "Running teardown(vm)"),
-        ("running", "failed", "Running"),
-        ("running", "failed, left", "Running"),
-        ("running", "caller gone", "Running"),
-        ("running", "destroy", "Destroying/teardown teardown(vm)"),
-        ("running", "vmm ended", "Destroying/teardown bury teardown(vm)"),
-        ("running", "torn down", "Running"),
-        ("running", "not torn down", "Running"),
-        ("destroying/build", "built", "Destroying/teardown teardown(vm)"),
-        ("destroying/build", "failed", "Gone create-destroyed destroyed:1"),
-        (
-            "destroying/build",
-            "failed, left",
-            "Destroying/stuck create-destroyed destroy-failed:1",
-        ),
-        ("destroying/build", "caller gone", "Destroying/build"),
-        ("destroying/build", "destroy", "Destroying/build"),
-        ("destroying/build", "vmm ended", "Destroying/build"),
-        ("destroying/teardown", "torn down", "Gone destroyed:1"),
-        (
-            "destroying/teardown",
-            "not torn down",
-            "Destroying/stuck destroy-failed:1",
-        ),
-        ("destroying/teardown", "destroy", "Destroying/teardown"),
-        ("destroying/teardown", "caller gone", "Destroying/teardown"),
-        ("destroying/teardown", "vmm ended", "Destroying/teardown"),
-        ("destroying/stuck", "destroy", "Destroying/teardown teardown(files)"),
-        ("destroying/stuck", "caller gone", "Destroying/stuck"),
-        ("destroying/stuck", "vmm ended", "Destroying/stuck"),
-        ("creating", "unclaimed", "Creating"),
-        ("creating", "retry", "Creating"),
-        ("running", "unclaimed", "Destroying/teardown teardown(vm)"),
-        ("running", "retry", "Running"),
-        ("destroying/build", "unclaimed", "Destroying/build"),
-        ("destroying/build", "retry", "Destroying/build"),
-        ("destroying/teardown", "unclaimed", "Destroying/teardown"),
-        ("destroying/teardown", "retry", "Destroying/teardown"),
-        ("destroying/stuck", "unclaimed", "Destroying/stuck"),
-        ("destroying/stuck", "retry", "Destroying/teardown teardown(files)"),
-        ("gone", "unclaimed", "Gone"),
-        ("gone", "retry", "Gone"),
-        ("gone", "built", "Gone teardown(vm)"),
-        ("gone", "failed", "Gone"),
-        ("gone", "caller gone", "Gone"),
-        ("gone", "destroy", "Gone destroyed:1"),
-        ("gone", "vmm ended", "Gone"),
-        ("gone", "torn down", "Gone"),
-    ];
-    for (from, what, expected) in table {
-        assert_eq!(words(&state(from).on(event(what))), expected, "{what} while {from}");
+    let mut expected = TABLE.lines();
+    let mut found = Vec::new();
+    let mut wrong = false;
+    for from in STATES {
+        for what in EVENTS {
+            let line = format!("{from} | {what} | {}", words(&state(from).on(event(what))));
+            wrong |= expected.next() != Some(&line);
+            found.push(line);
+        }
     }
+    let found = found.join("\n");
+    assert!(
+        !wrong && expected.next().is_none(),
+        "table.txt does not say this:\n{found}"
+    );
     assert_eq!(alive.load(Ordering::SeqCst), 0, "something was kept by nobody");
 }
 
@@ -186,77 +247,139 @@ impl Dice {
     }
 }
 
-/// Plays the driver: long steps end at random moments, callers come and go.
+/// The one long step that a driver has under way.
+enum Work {
+    None,
+    Build,
+    Pause(Owned),
+    Resume { cancelled: bool },
+    TearDown(Option<Owned>),
+}
+
+/// Plays the driver: long steps end at random moments and in random ways, callers come and go.
 #[test]
-fn no_history_loses_a_resource_or_a_caller() {
-    for seed in 1..=3000 {
+fn no_history_loses_a_resource_a_paused_sandbox_or_a_caller() {
+    let mut seen = std::collections::BTreeSet::new();
+    for seed in 1..=5000 {
         let mut dice = Dice(u64::wrapping_mul(seed, 0x9E37_79B9_7F4A_7C15));
         let alive = Arc::new(AtomicUsize::new(0));
         let (caller, mut created) = oneshot::channel();
         let mut sandbox = Some(Sandbox::new(caller));
-        let mut building = true;
-        let mut tearing_down: Option<Option<Owned>> = None;
+        let mut work = Work::Build;
         let mut destroys: Vec<oneshot::Receiver<Result<(), Arc<TeardownError>>>> = Vec::new();
+        let mut pauses: Vec<oneshot::Receiver<Result<(), PauseFailure>>> = Vec::new();
+        let mut resumes: Vec<oneshot::Receiver<Result<(), ResumeFailure>>> = Vec::new();
+        // A paused sandbox goes by a destroy and by nothing else.
+        let mut on_disk = false;
         let mut steps = 0;
         while !matches!(sandbox, Some(Sandbox::Gone)) {
             steps += 1;
-            assert!(steps < 10_000, "seed {seed}: it does not end");
-            let event = match dice.roll(7) {
-                0 if building => {
-                    building = false;
-                    match dice.roll(4) {
+            assert!(steps < 100_000, "seed {seed}: it does not end");
+            let event = match dice.roll(10) {
+                0 | 1 => match std::mem::replace(&mut work, Work::None) {
+                    Work::None => continue,
+                    Work::Build => match dice.roll(6) {
                         0 => failed(false),
                         1 => failed(true),
                         _ => Event::Built(Ok(Owned::new(&alive))),
-                    }
-                }
-                1 => match tearing_down.take() {
-                    Some(vm) => {
+                    },
+                    Work::Pause(vm) => Event::PauseEnded(match dice.roll(4) {
+                        0 => PauseEnd::Running(vm, PauseError::VmmEnded),
+                        1 => PauseEnd::Ended(vm, exit()),
+                        _ => {
+                            drop(vm);
+                            on_disk = true;
+                            PauseEnd::Paused(kept())
+                        }
+                    }),
+                    Work::Resume { cancelled } => Event::ResumeEnded(match dice.roll(if cancelled { 3 } else { 2 }) {
+                        0 => {
+                            on_disk = false;
+                            ResumeEnd::Running(Owned::new(&alive))
+                        }
+                        _ => ResumeEnd::Paused(kept(), ResumeError::Stopped),
+                    }),
+                    Work::TearDown(vm) => {
                         drop(vm);
                         Event::TornDown(if dice.roll(3) == 0 { Err(stuck()) } else { Ok(()) })
                     }
-                    None => continue,
                 },
                 2 => Event::CallerGone,
-                3 if matches!(sandbox, Some(Sandbox::Running(_))) => Event::VmmEnded(exit()),
-                5 => Event::RetryDue,
-                4 => {
+                3 if matches!(sandbox, Some(Sandbox::Running(_))) && dice.roll(4) == 0 => Event::VmmEnded(exit()),
+                4 => Event::RetryDue,
+                5 if dice.roll(8) == 0 => {
                     let (reply, answer) = oneshot::channel();
                     destroys.push(answer);
                     Event::DestroyRequested(reply)
                 }
+                6 => {
+                    let (reply, answer) = oneshot::channel();
+                    pauses.push(answer);
+                    Event::PauseRequested(reply)
+                }
+                7 => {
+                    let (reply, answer) = oneshot::channel();
+                    resumes.push(answer);
+                    Event::ResumeRequested(ResumeWish::default(), reply)
+                }
+                8 if dice.roll(8) == 0 => Event::IdleDeadline,
                 _ => continue,
             };
             let (next, actions) = sandbox.take().expect("always one").on(event);
             for action in actions {
+                let idle = matches!(work, Work::None);
                 match action {
                     // The build goes on to its end, which may also be success.
-                    Action::CancelBuild => assert!(building, "seed {seed}: nothing to cancel"),
-                    Action::TearDown(vm) => {
-                        assert!(!building, "seed {seed}: taken down while it is built");
-                        assert!(tearing_down.is_none(), "seed {seed}: two teardowns");
-                        tearing_down = Some(vm);
+                    Action::CancelBuild => assert!(matches!(work, Work::Build), "seed {seed}: nothing to cancel"),
+                    Action::CancelResume => match &mut work {
+                        Work::Resume { cancelled } => *cancelled = true,
+                        _ => panic!("seed {seed}: no resume to cancel"),
+                    },
+                    Action::Pause(vm, _) => {
+                        assert!(idle, "seed {seed}: paused while something is under way");
+                        work = Work::Pause(vm);
                     }
+                    Action::Resume(..) => {
+                        assert!(
+                            idle && on_disk,
+                            "seed {seed}: resumed while something is under way, or from nothing"
+                        );
+                        work = Work::Resume { cancelled: false };
+                    }
+                    Action::TearDown(vm) => {
+                        assert!(idle, "seed {seed}: taken down while something is under way");
+                        assert!(
+                            !on_disk || !destroys.is_empty(),
+                            "seed {seed}: a paused sandbox is removed and nobody asked for it"
+                        );
+                        on_disk = false;
+                        work = Work::TearDown(vm);
+                    }
+                    Action::Kill(_) => panic!("seed {seed}: two VMs"),
                     Action::Bury(_) => {}
                     Action::AnswerCreate(reply, outcome) => drop(reply.send(outcome)),
+                    Action::AnswerPauses(replies, outcome) => {
+                        replies.into_iter().for_each(|reply| drop(reply.send(outcome.clone())));
+                    }
+                    Action::AnswerResumes(replies, outcome) => {
+                        replies.into_iter().for_each(|reply| drop(reply.send(outcome.clone())));
+                    }
                     Action::AnswerDestroys(replies, outcome) => {
                         let outcome = outcome.map_err(Arc::new);
-                        for reply in replies {
-                            drop(reply.send(outcome.clone()));
-                        }
+                        replies.into_iter().for_each(|reply| drop(reply.send(outcome.clone())));
                     }
                 }
             }
+            seen.insert(next.name());
             sandbox = Some(next);
         }
-        assert!(
-            !building && tearing_down.is_none(),
-            "seed {seed}: gone with work under way"
-        );
+        assert!(matches!(work, Work::None), "seed {seed}: gone with work under way");
         assert_eq!(alive.load(Ordering::SeqCst), 0, "seed {seed}: something has no owner");
         assert!(created.try_recv().is_ok(), "seed {seed}: the create was not answered");
-        for mut destroy in destroys {
-            assert!(destroy.try_recv().is_ok(), "seed {seed}: a destroy was not answered");
-        }
+        let unanswered = destroys.iter_mut().any(|answer| answer.try_recv().is_err())
+            || pauses.iter_mut().any(|answer| answer.try_recv().is_err())
+            || resumes.iter_mut().any(|answer| answer.try_recv().is_err());
+        assert!(!unanswered, "seed {seed}: somebody was not answered");
     }
+    assert_eq!(seen.len(), 7, "not all states were reached: {seen:?}");
 }

@@ -83,6 +83,17 @@ pub enum MemoryFile {
     Stream,
 }
 
+impl MemoryFile {
+    /// What the VMM of a version writes. A stand-in for it says in its version that it is one.
+    pub fn of_version(version: &str) -> Self {
+        if version.ends_with("-standin") {
+            Self::Stream
+        } else {
+            Self::Raw
+        }
+    }
+}
+
 /// A generation's files.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

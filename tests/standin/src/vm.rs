@@ -124,7 +124,7 @@ impl Vmm {
     pub(crate) fn ping(&self) -> Value {
         json!({
             "build_version": format!("v{VERSION}-standin"),
-            "version": VERSION,
+            "version": format!("{VERSION}-standin"),
             "pid": std::process::id(),
             "features": ["kvm", "standin"],
         })

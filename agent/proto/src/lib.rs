@@ -1,0 +1,14 @@
+//! The host API, `hostagent.v1`: messages, client and service trait, generated from `hostagent.proto` and nothing else.
+//!
+//! A crate of its own because it is larger than the agent and changes more rarely: it is compiled once where the agent is compiled
+//! a dozen times.
+#![allow(
+    missing_docs,
+    unreachable_pub,
+    unused_qualifications,
+    clippy::all,
+    clippy::let_underscore_must_use,
+    reason = "generated code"
+)]
+
+connectrpc::include_generated!("hostagent_proto.rs");

@@ -1,0 +1,300 @@
+//! What a sandbox that starts acquires on its host, whether it boots or is restored: a shim, a disk, a network, a VMM.
+//!
+//! ```text
+//! shim --+--> open_disk (needs the shim's uid) --+--> launch
+//!        +--> open_network ----------------------+
+//! ```
+//!
+//! What is acquired stands in [`Parts`] from the moment it is asked for. A start that fails or is told to stop waits for what is
+//! under way and lets go of it with the rest before it ends, so that its answer comes when nothing is left but what the kernel
+//! removes in its own time.
+
+use std::fs::File;
+use std::future::Future;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use roost_common::ids::{SandboxId, Slot};
+use roost_common::ipc::PassedFd;
+use roost_common::privd::{Disk, EgressPolicy, Internet, Network, OpenDisk, OpenNetwork};
+use roost_common::shim::{Launch, Start, VmSpec};
+use roost_common::units::Sectors;
+use serde::{Deserialize, Serialize};
+use tokio::task::JoinHandle;
+
+use super::build::fill_random;
+use super::plan::Plan;
+use super::record::Record;
+use crate::errors::FileError;
+use crate::guest::{Guest, Identity};
+use crate::host::Host;
+use crate::host::acl::{self, Access};
+use crate::host::privd::CallError;
+use crate::host::shim::{ShimFault, ShimLink};
+
+/// A running VM with everything it has on this host. The disk and the network are held by shim and VMM, not here.
+#[derive(Debug)]
+pub struct Vm {
+    /// Ends the VMM, and hears of its end.
+    pub shim: ShimLink,
+    /// Reaches the guest.
+    pub guest: Arc<Guest>,
+    /// Its record, as it is on disk: *running*.
+    pub record: Record,
+}
+
+/// Which versions run.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Versions {
+    /// The guest's kernel.
+    pub kernel: String,
+    /// The VMM.
+    pub vmm: String,
+    /// The guest's envd.
+    pub envd: String,
+}
+
+/// What has been acquired so far, or is being acquired.
+#[derive(Default)]
+pub(super) struct Parts {
+    pub(super) gate: Gate,
+    pub(super) shim: Held<ShimLink, ShimFault>,
+    disk: Held<Disk, CallError>,
+    network: Held<Network, CallError>,
+}
+
+/// Why a part is missing.
+#[derive(Debug, thiserror::Error)]
+pub enum PartError {
+    /// privd.
+    #[error("no disk or network for the sandbox")]
+    Privd(#[from] CallError),
+    /// The shim.
+    #[error("the VMM could not be launched")]
+    Shim(#[from] ShimFault),
+    /// A directory could not be opened to the VM.
+    #[error(transparent)]
+    File(#[from] FileError),
+}
+
+/// The files of a disk.
+pub(super) struct DiskFiles {
+    /// The template's root filesystem.
+    pub(super) origin: File,
+    /// The exception store.
+    pub(super) cow: File,
+    /// The size of the disk.
+    pub(super) size: Sectors,
+}
+
+impl Parts {
+    /// Starts a shim, which needs nothing of the sandbox's, so that it can be first.
+    pub(super) fn start_shim(&mut self, host: &Arc<Host>) {
+        self.shim = Held::start({
+            let host = host.clone();
+            async move { host.shims.start().await }
+        });
+    }
+
+    /// Gets disk and network, both at once, for the uid of the shim that was started, and lets that uid into the sandbox's
+    /// directories. The minor number of the disk's node.
+    pub(super) async fn acquire(
+        &mut self,
+        host: &Arc<Host>,
+        id: &SandboxId,
+        slot: Slot,
+        files: DiskFiles,
+    ) -> Result<u32, PartError> {
+        let uid = self.shim.here().await?.uid();
+        self.disk = Held::start({
+            let (host, sandbox) = (host.clone(), id.clone());
+            async move {
+                let request = OpenDisk {
+                    sandbox,
+                    origin: PassedFd::from(OwnedFd::from(files.origin)),
+                    cow: PassedFd::from(OwnedFd::from(files.cow)),
+                    size: files.size,
+                    owner: uid,
+                };
+                host.privd.open_disk(request).await
+            }
+        });
+        self.network = Held::start({
+            let host = host.clone();
+            async move {
+                let policy = EgressPolicy {
+                    internet: Internet::Open,
+                    resolvers: host.resolvers.clone(),
+                };
+                host.privd.open_network(OpenNetwork { slot, policy }).await
+            }
+        });
+        let (disk, _) = tokio::try_join!(self.disk.here(), self.network.here())?;
+        let minor = disk.node.minor;
+        self.gate
+            .run({
+                let (host, id) = (host.clone(), id.clone());
+                move || admit(&host, &id, uid)
+            })
+            .await?;
+        Ok(minor)
+    }
+
+    /// Launches the VMM on what was acquired. From here on the VMM and its shim hold disk and network, and we do not.
+    pub(super) async fn launch(&mut self, host: &Host, plan: &Plan, start: Start) -> Result<&mut ShimLink, PartError> {
+        let began = Instant::now();
+        let (disk, network) = (self.disk.here().await?, self.network.here().await?);
+        let path = |path: &std::path::Path| path.to_string_lossy().into_owned();
+        let launch = Launch {
+            spec: VmSpec {
+                sandbox: plan.id.clone(),
+                vcpus: plan.vcpus,
+                memory: plan.memory,
+                disk_minor: disk.node.minor,
+                start,
+                run_dir: path(&host.layout.vm_run(&plan.id)),
+                vm_dir: path(&host.layout.vm(&plan.id)),
+            },
+            tap: network.tap.clone(),
+            disk: disk.device.clone(),
+        };
+        let vmm = self.shim.here().await?.launch(launch).await?;
+        tracing::info!(sandbox_id = %plan.id, vmm_pid = vmm.pid, op = "launch", elapsed_ms = millis(began), "VMM started");
+        let (disk, network) = (std::mem::take(&mut self.disk), std::mem::take(&mut self.network));
+        // Not on a runtime thread: closing the last copy of a tap takes its network down, which takes tens of milliseconds. Nobody
+        // waits for it.
+        drop(tokio::task::spawn_blocking(move || drop((disk, network))));
+        Ok(self.shim.here().await?)
+    }
+
+    /// Waits for what is under way, and lets go of all of it. The gate is returned: file work of this start may still be behind
+    /// it.
+    pub(super) async fn let_go(self) -> (Gate, Result<(), ShimFault>) {
+        let Self {
+            gate,
+            shim,
+            disk,
+            network,
+        } = self;
+        let (shim, disk, network) = tokio::join!(shim.settled(), disk.settled(), network.settled());
+        let closed = tokio::task::spawn_blocking(move || drop((disk, network)));
+        let killed = match shim {
+            Some(shim) => shim.kill().await,
+            None => Ok(()),
+        };
+        closed.await.expect("closing does not panic");
+        (gate, killed)
+    }
+
+    /// What a start that succeeded keeps.
+    pub(super) async fn into_shim(self) -> ShimLink {
+        self.shim.settled().await.expect("a start that succeeded has a shim")
+    }
+}
+
+/// Lets the VM's uid into the directories it needs. Where it is our own uid, as with a child shim, it is in already.
+fn admit(host: &Host, id: &SandboxId, uid: u32) -> Result<(), FileError> {
+    if uid == nix::unistd::geteuid().as_raw() {
+        return Ok(());
+    }
+    let layout = &host.layout;
+    for (dir, access) in [
+        (layout.sandbox(id), Access::Enter),
+        (layout.vm(id), Access::Enter),
+        (layout.vm_run(id), Access::Write),
+    ] {
+        acl::grant(&dir, uid, access).map_err(|source| FileError::new("opening to the VM", &dir, source))?;
+    }
+    Ok(())
+}
+
+/// Takes away what [`Parts::acquire`] gave to a uid, for the VM has ended and the uid will be another's.
+///
+/// # Errors
+/// [`FileError`] naming the directory.
+pub(super) fn shut_out(host: &Host, id: &SandboxId) -> Result<(), FileError> {
+    for dir in [host.layout.vm(id), host.layout.sandbox(id)] {
+        acl::revoke(&dir).map_err(|source| FileError::new("closing to the VM", &dir, source))?;
+    }
+    Ok(())
+}
+
+/// Something that a task of its own acquires. The task goes on when the start that asked for it is dropped, so that an undo can
+/// wait for what was under way: a call of privd cannot be taken back, only its result.
+#[derive(Default)]
+pub(super) enum Held<T, E> {
+    #[default]
+    Nothing,
+    Coming(JoinHandle<Result<T, E>>),
+    Here(T),
+}
+
+impl<T: Send + 'static, E: Send + 'static> Held<T, E> {
+    fn start(work: impl Future<Output = Result<T, E>> + Send + 'static) -> Self {
+        Self::Coming(tokio::spawn(work))
+    }
+
+    /// Waits for it. Safe to cancel.
+    pub(super) async fn here(&mut self) -> Result<&mut T, E> {
+        if let Self::Coming(task) = self {
+            let outcome = task.await.expect("acquiring does not panic");
+            *self = Self::Nothing;
+            *self = Self::Here(outcome?);
+        }
+        match self {
+            Self::Here(thing) => Ok(thing),
+            Self::Nothing | Self::Coming(_) => unreachable!("it was started, and a failure ended the start"),
+        }
+    }
+
+    /// Waits for what is under way, and takes it.
+    async fn settled(self) -> Option<T> {
+        match self {
+            Self::Nothing => None,
+            Self::Coming(task) => task.await.expect("acquiring does not panic").ok(),
+            Self::Here(thing) => Some(thing),
+        }
+    }
+}
+
+/// File work of one start or stop, a piece at a time. A piece runs on a blocking thread to its end even when whoever waits for it
+/// is dropped; the undo that follows comes through the same gate, so it never overtakes that piece.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Gate(Arc<tokio::sync::Mutex<()>>);
+
+impl Gate {
+    pub(super) async fn run<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
+        let pass = self.0.clone().lock_owned().await;
+        let piece = tokio::task::spawn_blocking(move || {
+            let outcome = work();
+            drop(pass);
+            outcome
+        });
+        piece.await.expect("file work does not panic")
+    }
+}
+
+/// How long a guest may take to come up: large memories take long to set up on a busy host.
+pub(super) fn boot_limit(plan: &Plan) -> Duration {
+    Duration::from_secs(120.max(8 * u64::from(plan.memory.0).div_ceil(1024)))
+}
+
+/// What a guest is told when it comes up: new entropy and a new lifecycle each time.
+pub(super) fn identity(host: &Host, plan: &Plan) -> Identity {
+    let mut entropy = vec![0; 256];
+    fill_random(&mut entropy);
+    Identity {
+        sandbox: plan.id.clone(),
+        template: plan.template.template.to_string(),
+        user: plan.user.clone(),
+        env: plan.env.clone(),
+        resolvers: host.resolvers.clone(),
+        entropy,
+        lifecycle: super::build::random_hex(),
+    }
+}
+
+pub(super) fn millis(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,334 @@
+//! Pause and resume: what is kept, what is told, and what failures and crashes on the way leave.
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use roost_tests::census::Census;
+use roost_tests::roost::{self, Sandbox, call, find, find_paused, kill_9, pids, vmm_command, wait_for_agent};
+use roost_tests::{eventually, in_rig};
+use serde_json::json;
+
+/// A program that counts in memory, a file in memory, and a file on disk: all that a pause is to keep.
+const CANARIES: &str = "mkdir -p /dev/shm && head -c 5000000 /dev/urandom > /dev/shm/canary && sha256sum < /dev/shm/canary > /root/memory.sum
+    head -c 20000000 /dev/urandom > /root/disk && sha256sum < /root/disk > /root/disk.sum
+    setsid bash -c 'i=0; while sleep 0.1; do i=$((i+1)); echo $i > /dev/shm/count; done' >/dev/null 2>&1 &
+    echo $! > /dev/shm/counter.pid; until test -s /dev/shm/count; do sleep 0.1; done";
+
+/// Checks the canaries; what the counter says.
+fn check(sandbox: &Sandbox) -> u64 {
+    let said = sandbox.sh(
+        "sha256sum < /dev/shm/canary | diff - /root/memory.sum && sha256sum < /root/disk | diff - /root/disk.sum \
+         && kill -0 $(cat /dev/shm/counter.pid) && dmesg | grep -ci 'ext4.*error'; cat /dev/shm/count",
+    );
+    let (errors, count) = said.split_once('\n').expect("two lines");
+    assert_eq!(errors, "0", "the guest's filesystem found errors");
+    count.parse().expect("a number")
+}
+
+/// How far the guest's clock is from the host's, in seconds.
+fn skew(sandbox: &Sandbox) -> f64 {
+    let before = now();
+    let theirs: f64 = sandbox.sh("date +%s.%N").parse().expect("a time");
+    let after = now();
+    // The call itself takes its time.
+    if (before..=after).contains(&theirs) {
+        0.0
+    } else {
+        (theirs - before).abs().min((theirs - after).abs())
+    }
+}
+
+fn now() -> f64 {
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .expect("after 1970")
+        .as_secs_f64()
+}
+
+/// What a sandbox's files take on disk.
+fn allocated(id: &str) -> u64 {
+    let output = Command::new("du")
+        .args(["-s", "-B1", &format!("/var/lib/roost/sandboxes/{id}/vm")])
+        .output()
+        .expect("du runs");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    text.split_whitespace()
+        .next()
+        .and_then(|bytes| bytes.parse().ok())
+        .unwrap_or_else(|| panic!("du said {text:?}"))
+}
+
+#[test]
+fn a_paused_sandbox_is_on_disk_alone_and_goes_on_where_it_was() {
+    in_rig(|| {
+        let sandbox = Sandbox::create(&["--memory", "256", "--env", "COLOUR=teal"]);
+        let (id, ip) = (sandbox.id.clone(), sandbox.host_ip());
+        sandbox.sh(CANARIES);
+        let uuid = sandbox.sh("cat /proc/sys/kernel/random/boot_id");
+        sandbox.pause();
+
+        let there = Census::take();
+        for kind in ["dm device", "loop", "veth", "network namespace", "process", "socket"] {
+            // What the kernel removes in its own time.
+            eventually("nothing but files", || (Census::take().count(kind) == 0).then_some(()));
+        }
+        assert!(
+            there.lists("file", &format!("/var/lib/roost/sandboxes/{id}")),
+            "{there:?}"
+        );
+        assert!(!there.lists("file", "/run/roost/vm"), "{there:?}");
+        assert!(find(&id).is_none(), "a control plane would take it for running");
+        let listed = find_paused(&id).expect("listed");
+        assert_eq!((&listed["status"], &listed["hostIp"]), (&json!("paused"), &json!(ip)));
+        let listing = call("ListSandboxes", &json!({}));
+        assert_eq!(listing.body["autoPausedSandboxIds"], json!([id]));
+        assert!(roost::ok(&["ls"]).contains("paused"));
+        assert!(roost::fails(&["exec", &id, "--", "true"]).contains("is paused"));
+        assert!(roost::fails(&["ping", &id]).contains("is paused"));
+        // 256 MiB of memory, of which most was never used.
+        let size = allocated(&id);
+        assert!((1 << 20..200 << 20).contains(&size), "the snapshot takes {size} bytes");
+        sandbox.pause();
+        // Its place in the network is kept.
+        let other = Sandbox::create(&["--memory", "256"]);
+        assert_ne!(other.host_ip(), ip);
+        drop(other);
+
+        sandbox.resume();
+        assert_eq!(sandbox.host_ip(), ip);
+        assert_eq!(
+            sandbox.sh("cat /proc/sys/kernel/random/boot_id"),
+            uuid,
+            "it booted anew"
+        );
+        let count = check(&sandbox);
+        eventually("the counter to go on", || (check(&sandbox) > count).then_some(()));
+        assert_eq!(sandbox.sh("echo $COLOUR"), "teal");
+        let skew = skew(&sandbox);
+        assert!(skew < 0.1, "the guest's clock is {skew} s off");
+        assert_eq!(find(&id).expect("listed")["status"], "running");
+        assert!(find_paused(&id).is_none());
+        eventually("the snapshot to be gone", || (allocated(&id) < 1 << 20).then_some(()));
+        sandbox.resume();
+        sandbox.sh("echo written after the resume > /root/after && sync");
+        assert_eq!(
+            sandbox.sh("curl --version >/dev/null 2>&1; cat /root/after"),
+            "written after the resume"
+        );
+    });
+}
+
+#[test]
+fn many_pauses_in_a_row_lose_nothing_and_grow_nothing() {
+    let cycles = if std::env::var_os("ROOST_TESTS_ALL").is_some() {
+        10
+    } else {
+        3
+    };
+    in_rig(|| {
+        let sandbox = Sandbox::create(&["--memory", "256"]);
+        sandbox.sh(CANARIES);
+        // Writes to disk all the while, each file with its sum behind it.
+        sandbox.sh(
+            "mkdir /root/log; setsid bash -c 'i=0; while true; do i=$((i+1)); head -c 100000 /dev/urandom > /root/log/new
+             sha256sum < /root/log/new > /root/log/$i.sum; mv /root/log/new /root/log/$i; sleep 0.2; done' >/dev/null 2>&1 & echo $!",
+        );
+        let (mut count, mut sizes) = (0, Vec::new());
+        for cycle in 1..=cycles {
+            sandbox.pause();
+            sizes.push(allocated(&sandbox.id));
+            sandbox.resume();
+            let next = check(&sandbox);
+            assert!(
+                next >= count,
+                "cycle {cycle}: the counter went back from {count} to {next}"
+            );
+            count = next;
+            let files = sandbox.sh(
+                "cd /root/log; n=0; for sum in *.sum; do f=${sum%.sum}; test -e $f || continue; sha256sum < $f | cmp -s - $sum || echo bad $f; n=$((n+1)); done; echo $n",
+            );
+            assert!(!files.contains("bad") && files != "0", "cycle {cycle}: {files}");
+            let skew = skew(&sandbox);
+            assert!(skew < 0.1, "cycle {cycle}: the guest's clock is {skew} s off");
+        }
+        eprintln!("NOTE: {cycles} pauses, snapshots of {sizes:?} bytes");
+        let (first, last) = (sizes[0], sizes[sizes.len() - 1]);
+        assert!(last < 2 * first + (64 << 20), "snapshots grow: {sizes:?}");
+    });
+}
+
+#[test]
+fn a_paused_sandbox_can_be_destroyed_as_it_is() {
+    in_rig(|| {
+        let sandbox = Sandbox::create(&["--memory", "256"]);
+        sandbox.pause();
+        roost::ok(&["rm", &sandbox.id]);
+        assert!(find_paused(&sandbox.id).is_none());
+        assert!(roost::fails(&["resume", &sandbox.id]).contains("no sandbox"));
+        sandbox.forget();
+    });
+}
+
+#[test]
+fn a_sandbox_boots_from_its_disk_alone_where_its_memory_cannot_be_used() {
+    in_rig(|| {
+        let sandbox = Sandbox::create(&["--memory", "256"]);
+        sandbox.sh(CANARIES);
+        let boot = sandbox.sh("cat /proc/sys/kernel/random/boot_id");
+        sandbox.pause();
+        let state = format!("/var/lib/roost/sandboxes/{}/vm/2/state.json", sandbox.id);
+        let whole = std::fs::read(&state).expect("read");
+        std::fs::write(&state, [b" ", &whole[1..]].concat()).expect("written");
+        let error = roost::fails(&["resume", &sandbox.id]);
+        assert!(
+            error.contains("state.json") && error.contains("from its disk alone"),
+            "{error}"
+        );
+        // Refused before anything was started, so with the damage mended all is as it was.
+        assert!(pids("roost-vmmshim").is_empty());
+        std::fs::write(&state, whole).expect("written");
+        sandbox.resume();
+        check(&sandbox);
+
+        sandbox.pause();
+        roost::ok(&["resume", "--disk-only", &sandbox.id]);
+        assert_ne!(sandbox.sh("cat /proc/sys/kernel/random/boot_id"), boot);
+        assert_eq!(
+            sandbox.sh("sha256sum < /root/disk | diff - /root/disk.sum && echo same"),
+            "same"
+        );
+        // And from there on as any other.
+        sandbox.pause();
+        sandbox.resume();
+        assert_eq!(sandbox.sh("test -e /dev/shm/count && echo there || echo gone"), "gone");
+    });
+}
+
+#[test]
+fn a_resume_whose_vmm_dies_leaves_it_paused_and_the_next_one_works() {
+    in_rig(|| {
+        let sandbox = Sandbox::create(&["--memory", "256"]);
+        sandbox.sh(CANARIES);
+        for victim in ["roost-vmmshim", vmm_command()] {
+            sandbox.pause();
+            let resume = roost::start(&["resume", &sandbox.id]);
+            eventually("the victim", || (!pids(victim).is_empty()).then_some(()));
+            kill_9(victim);
+            let output = resume.wait_with_output().expect("it ends");
+            if !output.status.success() {
+                let listed = find_paused(&sandbox.id);
+                assert!(listed.is_some(), "{}", String::from_utf8_lossy(&output.stderr));
+                sandbox.resume();
+            }
+            check(&sandbox);
+        }
+    });
+}
+
+#[test]
+fn callers_that_go_away_and_come_back_find_one_pause_and_one_resume() {
+    in_rig(|| {
+        let sandbox = Sandbox::create(&["--memory", "256"]);
+        sandbox.sh(CANARIES);
+        let mut first = roost::start(&["pause", &sandbox.id]);
+        eventually("the pause to begin", || {
+            find(&sandbox.id)
+                .is_none_or(|listed| listed["status"] == "pausing")
+                .then_some(())
+        });
+        first.kill().expect("killed");
+        first.wait().expect("reaped");
+        let others = [0, 1].map(|_| roost::start(&["pause", &sandbox.id]));
+        for other in others {
+            let output = other.wait_with_output().expect("it ends");
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        }
+        assert!(find_paused(&sandbox.id).is_some());
+        let resumes = [0, 1, 2].map(|_| roost::start(&["resume", &sandbox.id]));
+        for resume in resumes {
+            let output = resume.wait_with_output().expect("it ends");
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        }
+        check(&sandbox);
+    });
+}
+
+#[test]
+fn a_destroy_wins_over_a_pause_and_over_a_resume() {
+    in_rig(|| {
+        for paused in [false, true] {
+            let sandbox = Sandbox::create(&["--memory", "256"]);
+            let under_way = if paused {
+                sandbox.pause();
+                "resume"
+            } else {
+                "pause"
+            };
+            let call = roost::start(&[under_way, &sandbox.id]);
+            eventually("it to begin", || {
+                let status = find(&sandbox.id).map(|listed| listed["status"].clone());
+                (status == Some(json!(format!("{}ing", under_way.trim_end_matches('e'))))).then_some(())
+            });
+            roost::ok(&["rm", &sandbox.id]);
+            call.wait_with_output().expect("it ends");
+            assert!(find(&sandbox.id).is_none() && find_paused(&sandbox.id).is_none());
+            sandbox.forget();
+        }
+    });
+}
+
+#[test]
+fn an_agent_killed_at_any_moment_of_a_pause_or_resume_loses_nothing() {
+    let moments: &[u64] = if std::env::var_os("ROOST_TESTS_ALL").is_some() {
+        &[0, 100, 200, 400, 700, 1000, 1500, 2000, 3000, 4000]
+    } else {
+        &[100, 700, 2500]
+    };
+    in_rig(|| {
+        let sandbox = Sandbox::create(&["--memory", "256"]);
+        sandbox.sh(CANARIES);
+        for moment in moments {
+            for call in ["pause", "resume"] {
+                let under_way = roost::start(&[call, &sandbox.id]);
+                std::thread::sleep(Duration::from_millis(*moment));
+                kill_9("roost-agent");
+                under_way.wait_with_output().expect("it ends");
+                wait_for_agent();
+                let is = |found: Option<serde_json::Value>| found.map(|found| found["status"].clone());
+                let state = is(find(&sandbox.id)).or_else(|| is(find_paused(&sandbox.id)));
+                assert!(
+                    state == Some(json!("running")) || state == Some(json!("paused")),
+                    "killed {moment} ms into a {call}: {state:?}"
+                );
+                // Whatever it has come to, both work, and everything is there.
+                sandbox.resume();
+                check(&sandbox);
+                if call == "pause" {
+                    sandbox.pause();
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn a_sandbox_that_nobody_uses_is_paused_and_one_in_use_is_not() {
+    in_rig(|| {
+        let idle = Sandbox::create(&["--memory", "256", "--timeout", "60"]);
+        let used = Sandbox::create(&["--memory", "256", "--timeout", "60"]);
+        let began = Instant::now();
+        eventually("the idle one to be paused", || {
+            roost::ok(&["ping", &used.id]);
+            std::thread::sleep(Duration::from_secs(1));
+            find_paused(&idle.id)
+        });
+        assert!(
+            began.elapsed() > Duration::from_secs(50),
+            "paused after {:?}",
+            began.elapsed()
+        );
+        assert_eq!(find(&used.id).expect("listed")["status"], "running");
+        idle.resume();
+        assert_eq!(idle.sh("echo back"), "back");
+    });
+}
