@@ -394,7 +394,7 @@ mod tests {
         let mode = |name: &str| fs::metadata(to.join(name)).expect("there").mode() & 0o7777;
         assert_eq!(
             [mode(""), mode(STATE), mode(MEMORY), mode(MANIFEST)],
-            [0o750, 0o640, 0o640, 0o600]
+            [0o700, 0o640, 0o640, 0o600]
         );
         assert!(!to.join(CONFIG).exists());
         assert!(matches!(

@@ -36,7 +36,7 @@ use std::path::{Path, PathBuf};
 use nix::dir::Dir;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat};
-use nix::sys::stat::{Mode, fchmod, fstat};
+use nix::sys::stat::{Mode, fchmod};
 use roost_common::units::Bytes;
 
 pub use config::{RestoreConfig, write_config};
@@ -239,22 +239,16 @@ struct Unkept {
 struct Removal(Option<PathBuf>);
 
 impl Unkept {
-    /// Makes the directory: ours, and its group may read. The group is that of the directory above where that one is set-group-id,
-    /// and so is the mark, for the files to come.
+    /// Makes the directory, for us alone: the VM that is to read from it gets an ACL entry. The group, which may read the files, is
+    /// that of the directory above where that one is set-group-id, and so is the mark. Both must come from the kernel: the agent's
+    /// unit refuses every chmod with that mark.
     fn make(path: &Path) -> Result<Self, FileError> {
-        const MODE: u32 = 0o750;
-        const SET_GROUP_ID: u32 = 0o2000;
         DirBuilder::new()
-            .mode(MODE)
+            .mode(0o700)
             .create(path)
             .map_err(|error| FileError::new("making", path, error))?;
         let removal = Removal(Some(path.into()));
         let dir = SnapshotDir::open(path)?;
-        // The umask may have taken something away.
-        fstat(&dir.fd)
-            .map(|found| Mode::from_bits_truncate(MODE | found.st_mode & SET_GROUP_ID))
-            .and_then(|mode| fchmod(&dir.fd, mode))
-            .map_err(|errno| FileError::new("opening to the group", path, errno.into()))?;
         Ok(Self { dir, removal })
     }
 

@@ -158,7 +158,7 @@ pub(super) mod tests {
         assert_eq!(manifest.files.memory.length, Bytes(64 << 20));
         assert!(manifest.files.memory.allocated < Bytes(1 << 20), "holes stay holes");
         let mode = |path: PathBuf| fs::metadata(path).expect("there").permissions().mode() & 0o7777;
-        assert_eq!(mode(attempt.generation.clone()), 0o750);
+        assert_eq!(mode(attempt.generation.clone()), 0o700);
         assert_eq!(mode(attempt.generation.join(STATE)), 0o640);
         assert_eq!(mode(attempt.generation.join(MANIFEST)), 0o600);
         assert!(!attempt.generation.join(CONFIG).exists());
@@ -170,7 +170,7 @@ pub(super) mod tests {
         fs::set_permissions(&attempt.vm, PermissionsExt::from_mode(0o2710)).expect("marked");
         attempt.seal().expect("sealed");
         let mode = fs::metadata(&attempt.generation).expect("there").permissions().mode();
-        assert_eq!(mode & 0o7777, 0o2750);
+        assert_eq!(mode & 0o7777, 0o2700);
     }
 
     #[test]
