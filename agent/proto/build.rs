@@ -1,10 +1,10 @@
-//! Generates the API's messages and service from `hostagent.proto`.
+//! Generates the API's messages and services.
 
 fn main() {
     connectrpc_build::Config::new()
-        .files(&["hostagent.proto"])
+        .files(&["hostagent.proto", "roost.proto"])
         .includes(&["."])
         .include_file("hostagent_proto.rs")
         .compile()
-        .expect("hostagent.proto compiles (protoc is Debian's protobuf-compiler)");
+        .expect("the .proto files of this crate compile (protoc is Debian's protobuf-compiler)");
 }

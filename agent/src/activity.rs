@@ -29,6 +29,16 @@ pub struct Moment {
     pub unix: i64,
 }
 
+impl Moment {
+    /// Now.
+    pub fn now() -> Self {
+        Self {
+            at: Instant::now(),
+            unix: crate::sandbox::unix_now(),
+        }
+    }
+}
+
 /// When a sandbox was last used, and for how long it may go without.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Activity {
@@ -50,6 +60,12 @@ impl Activity {
         if now.at > self.last_used.at {
             self.last_used = now;
         }
+    }
+
+    /// How many seconds it may go unused; 0 for ever.
+    pub fn limit_sec(&self) -> u32 {
+        self.limit
+            .map_or(0, |limit| u32::try_from(limit.as_secs()).expect("made from a u32"))
     }
 
     /// When it was last used, in seconds since 1970.
@@ -130,6 +146,17 @@ impl Pulse {
         self.recent = ((self.recent << 1) | u8::from(above)) & ((1 << WINDOW) - 1);
         self.recent.count_ones() >= BUSY
     }
+}
+
+/// Watches a VM's cgroup for as long as it takes to say whether its guest is at work. One that cannot be read says nothing.
+pub async fn at_work(cgroup: &Path, floors: &Floors) -> bool {
+    let mut pulse = Pulse::default();
+    let mut busy = false;
+    for _ in 0..=WINDOW {
+        busy = pulse.take(Instant::now(), read_cgroup(cgroup).ok(), floors);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    busy
 }
 
 fn is_above(before: &Sample, after: &Sample, time: Duration, floors: &Floors) -> bool {

@@ -84,6 +84,8 @@ pub struct Config {
     pub max_vcpus: u8,
     /// Most bytes of output that one Exec call may return, both streams together; more ends the command with an error.
     pub max_exec_output: u64,
+    /// How memory comes back to a resumed guest.
+    pub restore_memory: RestoreMemory,
     /// Percent of one vCPU above which a guest counts as used although nobody calls, 1 to 100. An idle guest's timers, and the
     /// agent that asks it for metrics, stay below.
     pub busy_cpu_percent: u32,
@@ -102,6 +104,17 @@ pub enum Shim {
     Systemd,
     /// By the agent, as its children and with its uid: for hosts without systemd, and weaker for it.
     Child,
+}
+
+/// How memory comes back to a resumed guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RestoreMemory {
+    /// Before it runs. What was never used stays unused, so the next pause writes no more than this one read.
+    Copy,
+    /// While it runs, where the host has `/dev/userfaultfd`: it is there sooner, but every page is loaded in the end, unused ones too,
+    /// and it cannot be paused before that.
+    OnDemand,
 }
 
 impl Default for Config {
@@ -124,6 +137,7 @@ impl Default for Config {
             max_memory_mb: 1 << 20,
             max_vcpus: 32,
             max_exec_output: 16 << 20,
+            restore_memory: RestoreMemory::Copy,
             busy_cpu_percent: 5,
             busy_network_bytes: 16 << 10,
             busy_disk_bytes: 64 << 10,

@@ -16,6 +16,7 @@ pub mod activity;
 pub mod api;
 pub mod cli;
 pub mod config;
+pub mod drain;
 pub mod errors;
 pub mod guest;
 pub mod host;

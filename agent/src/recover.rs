@@ -15,18 +15,19 @@ use std::time::{Duration, Instant};
 use nix::fcntl::OFlag;
 use roost_common::ids::{SandboxId, Slot};
 use roost_common::net::SlotAddresses;
-use roost_common::shim::{API_SOCKET, EXIT_FILE, Exit, MAX_EXIT_FILE, SHIM_SOCKET};
+use roost_common::shim::{API_SOCKET, EXIT_FILE, Exit, MAX_EXIT_FILE, SHIM_SOCKET, VmSpec};
 
 use crate::errors::{Chain, FileError};
 use crate::guest::Guest;
 use crate::host::files::Layout;
 use crate::host::shim::{self, ShimLink};
 use crate::host::slots::SlotLease;
+use crate::outbox::{Event, EventKind};
 use crate::registry::Registry;
 use crate::sandbox::plan::Plan;
 use crate::sandbox::record::{Kept, Phase, Record};
 use crate::sandbox::task::Found;
-use crate::sandbox::{TeardownError, Vm, build, pause, resume};
+use crate::sandbox::{MemoryLoad, PauseReason, TeardownError, Vm, build, pause, resume};
 use crate::tombstone::{self, End, Tombstone};
 use crate::vmm::Vmm;
 
@@ -134,6 +135,11 @@ async fn recover_one(registry: &Arc<Registry>, id: SandboxId, remnant: Remnant, 
         },
         Phase::Paused(kept) | Phase::Resuming(kept) => {
             let kept = keep(registry, &record, kept).await;
+            // Once more: the agent before us may have ended between the pause and the event.
+            if kept.reason == PauseReason::Idle {
+                let event = Event::new(EventKind::AutoPaused, id.clone(), kept.paused_at_unix);
+                registry.host().tell(event).await;
+            }
             registry.take(record, slot, Found::Paused(kept));
         }
     }
@@ -143,8 +149,8 @@ async fn recover_one(registry: &Arc<Registry>, id: SandboxId, remnant: Remnant, 
 async fn take_over(registry: &Arc<Registry>, record: &Record) -> Option<Vm> {
     let (host, id) = (registry.host(), &record.plan.id);
     let run_dir = host.layout.vm_run(id);
-    let shim: ShimLink = match shim::adopt(&run_dir.join(SHIM_SOCKET)).await {
-        Ok(Some((shim, spec))) if spec.sandbox == *id => shim,
+    let (shim, spec): (ShimLink, VmSpec) = match shim::adopt(&run_dir.join(SHIM_SOCKET)).await {
+        Ok(Some((shim, spec))) if spec.sandbox == *id => (shim, spec),
         Ok(_) => return None,
         Err(error) => {
             // It holds a VM that we cannot get at; the teardown ends it.
@@ -156,6 +162,7 @@ async fn take_over(registry: &Arc<Registry>, record: &Record) -> Option<Vm> {
     let vm = Vm {
         shim,
         guest: Arc::new(Guest::new(SlotAddresses::of(slot).host, record.token.clone())),
+        memory: MemoryLoad::of(&spec.start),
         record: record.clone(),
     };
     // The agent before us may have ended in the middle of a pause, or between recording a resume and thawing.
@@ -226,6 +233,9 @@ async fn clear(
     if let Some(tombstone) = tombstone {
         tracing::warn!(sandbox_id = %id, reason = %tombstone.summary(), "a sandbox of an earlier agent has ended");
         let host = host.clone();
+        if let Some(event) = tombstone.event() {
+            host.tell(event).await;
+        }
         let written = tokio::task::spawn_blocking(move || tombstone::bury_once(&host.layout, &tombstone));
         if let Err(error) = written.await.expect("file work does not panic") {
             tracing::error!(sandbox_id = %id, error = %Chain(&error), "no tombstone");

@@ -4,6 +4,7 @@
 //! overlap, and a listing never misses a sandbox that exists.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use roost_common::ids::SandboxId;
@@ -22,6 +23,9 @@ pub enum Refusal {
     /// The id is in use or in flight.
     #[error("sandbox {0} exists already")]
     Exists(SandboxId),
+    /// The host is being emptied.
+    #[error("this host is being drained and takes no new work")]
+    Draining,
     /// The host has as many as it may.
     #[error("this host has {0} sandboxes, as many as it may")]
     Full(usize),
@@ -31,6 +35,7 @@ pub enum Refusal {
 #[derive(Debug)]
 pub struct Registry {
     host: Arc<Host>,
+    draining: AtomicBool,
     sandboxes: Mutex<HashMap<SandboxId, Handle>>,
 }
 
@@ -39,6 +44,7 @@ impl Registry {
     pub fn new(host: Arc<Host>) -> Arc<Self> {
         Arc::new(Self {
             host,
+            draining: AtomicBool::new(false),
             sandboxes: Mutex::default(),
         })
     }
@@ -58,6 +64,7 @@ impl Registry {
     ) -> Result<(Handle, oneshot::Receiver<Result<(), CreateFailure>>), Refusal> {
         let max = usize::try_from(self.host.config.max_sandboxes).unwrap_or(usize::MAX);
         let mut sandboxes = self.lock();
+        self.takes_work()?;
         if sandboxes.contains_key(&plan.id) {
             return Err(Refusal::Exists(plan.id));
         }
@@ -71,6 +78,25 @@ impl Registry {
         let (handle, outcome) = task::spawn(self.clone(), self.host.clone(), plan, slot);
         sandboxes.insert(id, handle.clone());
         Ok((handle, outcome))
+    }
+
+    /// Whether new work is taken: creates and resumes.
+    ///
+    /// # Errors
+    /// [`Refusal::Draining`].
+    pub fn takes_work(&self) -> Result<(), Refusal> {
+        if self.draining.load(Ordering::Acquire) {
+            Err(Refusal::Draining)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Takes no new work from now on.
+    pub(crate) fn refuse_work(&self) {
+        // Under the lock, so that a create is listed or refused.
+        let _sandboxes = self.lock();
+        self.draining.store(true, Ordering::Release);
     }
 
     /// Takes in a sandbox of an earlier agent.

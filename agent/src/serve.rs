@@ -19,10 +19,12 @@ use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
 use tower::ServiceExt;
 
+use crate::api::operator::Operator;
 use crate::api::service::Service;
 use crate::errors::Chain;
 use crate::tls;
 use roost_hostagent::hostagent::v1::HostAgentServiceExt;
+use roost_hostagent::roost::v1::RoostServiceExt;
 
 /// Most connections at a time; more wait in the kernel's backlog.
 const MAX_CONNECTIONS: usize = 1024;
@@ -62,7 +64,9 @@ pub async fn serve(listener: TcpListener, access: Access, service: Arc<Service>)
     let limits = Limits::default()
         .with_max_request_body_size(MAX_REQUEST)
         .with_max_message_size(MAX_REQUEST);
-    let rpc = ConnectRpcService::new(service.register(Router::new())).with_limits(limits);
+    let operator = Arc::new(Operator(service.clone()));
+    let router = operator.register(service.register(Router::new()));
+    let rpc = ConnectRpcService::new(router).with_limits(limits);
     let access = Arc::new(access);
     let acceptor = TlsAcceptor::from(access.tls.clone());
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));

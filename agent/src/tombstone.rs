@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::errors::{Chain, FileError};
 use crate::host::files::{Layout, read_small, write_durably};
+use crate::outbox::{Event, EventKind};
 
 /// How long a tombstone is kept.
 const KEPT: Duration = Duration::from_secs(24 * 60 * 60);
@@ -32,6 +33,20 @@ pub enum Reason {
     VmmLost,
     /// Nobody used it for as long as it may be idle, and it could not be paused.
     NotPaused,
+}
+
+impl Reason {
+    /// As it is written in files and messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::VmmExited => "vmm_exited",
+            Self::VmmKilled => "vmm_killed",
+            Self::OutOfMemory => "out_of_memory",
+            Self::ShimLost => "shim_lost",
+            Self::VmmLost => "vmm_lost",
+            Self::NotPaused => "not_paused",
+        }
+    }
 }
 
 /// The record of an end.
@@ -100,6 +115,21 @@ impl Tombstone {
             console_tail: lines(exit.map(|exit| exit.console.as_slice())),
             vmm_log_tail: lines(exit.map(|exit| exit.log.as_slice())),
         }
+    }
+
+    /// What a control plane is told: that a sandbox was stopped by us, or ended by itself.
+    pub fn event(&self) -> Option<Event> {
+        let kind = match self.reason {
+            Reason::NotPaused => EventKind::Stopped,
+            Reason::VmmExited | Reason::VmmKilled | Reason::OutOfMemory | Reason::ShimLost | Reason::VmmLost => {
+                EventKind::Error
+            }
+        };
+        let id = self.sandbox_id.parse().ok()?;
+        Some(Event {
+            error: Some(self.summary()),
+            ..Event::new(kind, id, self.ended_at_unix)
+        })
     }
 
     /// One clause for an error message.
@@ -243,6 +273,20 @@ mod tests {
         let found = find(&layout, &id).expect("found");
         assert_eq!((found.signal, found.created_at_unix), (Some(9), 5));
         assert_eq!(found.console_tail, "one\n\\x1b[31mtwo");
+    }
+
+    #[test]
+    fn a_reason_has_one_name() {
+        for reason in [
+            Reason::VmmExited,
+            Reason::VmmKilled,
+            Reason::OutOfMemory,
+            Reason::ShimLost,
+            Reason::VmmLost,
+            Reason::NotPaused,
+        ] {
+            assert_eq!(serde_json::to_value(reason).expect("a string"), reason.name());
+        }
     }
 
     #[test]

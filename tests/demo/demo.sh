@@ -1,5 +1,5 @@
 #!/bin/bash
-# The demo's part inside the rig: one sandbox from create to destroy, then what roost left in the kernel.
+# The demo's part inside the rig: one sandbox from create over pause and resume to destroy, then what roost left in the kernel.
 # Its status is 0 only when every step worked and every count is 0.
 set -uo pipefail
 failures=0
@@ -11,6 +11,19 @@ echo "1 + 4 + ... + 400 = $sum"
 echo "I am $(id -un) on $(. /etc/os-release; echo "$PRETTY_NAME"), PID 1 is $(cat /proc/1/comm)"
 awk "/MemTotal/ { print \"memory:\", int(\$2 / 1024), \"MiB\" }" /proc/meminfo
 '
+
+# Counts in memory, in the background, until nobody listens any more.
+COUNTER='
+mkdir -p /dev/shm
+setsid sh -c "i=0; while sleep 0.1; do i=\$((i + 1)); echo \$i > /dev/shm/count; done" >/dev/null 2>&1 &
+until [ -s /dev/shm/count ]; do sleep 0.1; done
+echo "a program counts in memory: $(cat /dev/shm/count)"
+'
+# What a paused sandbox is.
+on_disk() {
+    ps -eo comm= | grep -cE 'roost-vmmshim|standin-vmm|cloud-hypervis' | sed 's/^/processes of VMs: /'
+    du -sh /var/lib/roost/sandboxes/demo/vm /var/lib/roost/sandboxes/demo/rootfs.cow
+}
 
 # A title, then the command's own output, then how long it took.
 step() {
@@ -101,6 +114,12 @@ if [ $? -eq 0 ]; then
         printf '    these see nothing, so their zeros below would prove nothing:\n%s\n' "$blind"
         failures=$((failures + 1))
     fi
+    step "leave something running" roost exec demo -- sh -c "$COUNTER"
+    step "pause it" roost pause demo
+    step "it is listed as paused" roost ls
+    step "what it consists of now: memory and disk" on_disk
+    step "resume it" roost resume demo
+    step "it went on" roost exec demo -- sh -c 'sleep 0.5; echo "it counts still: $(cat /dev/shm/count)"'
     step "destroy it" roost rm demo
 fi
 step "no sandbox left" roost ls

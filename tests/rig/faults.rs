@@ -28,6 +28,9 @@ fn a_killed_vmm_is_a_sandbox_gone_with_its_reason() {
         );
         let error = roost::fails(&["exec", &id, "--", "true"]);
         assert!(error.contains("signal 9"), "{error}");
+        let why = roost::ok(&["why", &id]);
+        assert!(why.contains("signal 9") && why.contains("vmm_killed"), "{why}");
+        assert!(roost::fails(&["why", "never-was"]).contains("no sandbox never-was"));
     });
 }
 

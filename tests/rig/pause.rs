@@ -332,3 +332,83 @@ fn a_sandbox_that_nobody_uses_is_paused_and_one_in_use_is_not() {
         assert_eq!(idle.sh("echo back"), "back");
     });
 }
+
+#[test]
+fn a_host_is_drained_by_its_unit_and_takes_work_again_when_the_agent_is_started_anew() {
+    in_rig(|| {
+        let running = Sandbox::create(&["--memory", "256"]);
+        running.sh(CANARIES);
+        let paused = Sandbox::create(&["--memory", "256"]);
+        paused.pause();
+        let half = roost::start(&["create", "--memory", "256", "--id", "half"]);
+        eventually("the create to be accepted", || find("half"));
+        // As at a shutdown: started with the host, stopped first.
+        systemctl(&["start", "roost-drain.service"]);
+        systemctl(&["stop", "roost-drain.service"]);
+        half.wait_with_output().expect("it ends");
+        assert!(find_paused(&running.id).is_some() && find_paused(&paused.id).is_some());
+        assert!(find("half").is_none() && find_paused("half").is_none());
+        for refused in [&["create"][..], &["resume", &paused.id]] {
+            let error = roost::fails(refused);
+            assert!(error.contains("being drained"), "{error}");
+        }
+        systemctl(&["restart", "roost-agent.service"]);
+        wait_for_agent();
+        running.resume();
+        check(&running);
+        paused.resume();
+    });
+}
+
+#[test]
+fn memory_that_is_still_being_loaded_is_waited_for_before_the_next_pause() {
+    in_rig(|| {
+        let config = OnDemand::set();
+        let sandbox = Sandbox::create(&["--memory", "256"]);
+        sandbox.sh(CANARIES);
+        for _ in 0..2 {
+            sandbox.pause();
+            sandbox.resume();
+            // At once: most of its memory has not been touched yet.
+        }
+        check(&sandbox);
+        drop(config);
+    });
+}
+
+/// An agent that has memory loaded on demand, until it is dropped.
+struct OnDemand(String);
+
+impl OnDemand {
+    const FILE: &str = "/etc/roost/agent.toml";
+
+    fn set() -> Self {
+        let before = std::fs::read_to_string(Self::FILE).unwrap_or_default();
+        std::fs::write(Self::FILE, format!("restore_memory = \"on_demand\"\n{before}")).expect("written");
+        systemctl(&["restart", "roost-agent.service"]);
+        wait_for_agent();
+        Self(before)
+    }
+}
+
+impl Drop for OnDemand {
+    fn drop(&mut self) {
+        let restored = std::fs::write(Self::FILE, &self.0);
+        let restarted = Command::new("systemctl").args(["restart", "roost-agent.service"]).status();
+        // A test that fails anyway says why itself.
+        if !std::thread::panicking() {
+            restored.expect("restored");
+            assert!(restarted.expect("systemctl runs").success());
+            wait_for_agent();
+        }
+    }
+}
+
+fn systemctl(args: &[&str]) {
+    let output = Command::new("systemctl").args(args).output().expect("systemctl runs");
+    assert!(
+        output.status.success(),
+        "systemctl {args:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}

@@ -1,4 +1,4 @@
-//! The host API, `hostagent.v1`: messages, client and service trait, generated from `hostagent.proto` and nothing else.
+//! The host API: messages, clients and service traits of `hostagent.v1` and of our own `roost.v1`, generated and nothing else.
 //!
 //! A crate of its own because it is larger than the agent and changes more rarely: it is compiled once where the agent is compiled
 //! a dozen times.

@@ -49,6 +49,12 @@ pub enum ApiError {
         /// What its tombstone says.
         why: Option<String>,
     },
+    /// The sandbox is there, so nothing is known of its end.
+    #[error("sandbox {id} has not ended")]
+    NotEnded {
+        /// The id.
+        id: SandboxId,
+    },
     /// The sandbox is not running.
     #[error("sandbox {id} is {state}, not running")]
     NotRunning {
@@ -74,7 +80,7 @@ impl ApiError {
             Self::Recovering => ErrorCode::Unavailable,
             Self::BadId(_) | Self::Wish(_) | Self::BadCommand(_) => ErrorCode::InvalidArgument,
             Self::Refusal(Refusal::Exists(_)) => ErrorCode::AlreadyExists,
-            Self::Refusal(Refusal::Full(_)) => ErrorCode::Unavailable,
+            Self::Refusal(Refusal::Full(_) | Refusal::Draining) => ErrorCode::Unavailable,
             Self::Create(CreateFailure::Destroyed) => ErrorCode::Aborted,
             Self::Create(CreateFailure::Failed(error)) => build_code(error),
             Self::Destroy(_) => ErrorCode::Internal,
@@ -84,7 +90,7 @@ impl ApiError {
             Self::Pause(PauseFailure::Failed(_)) => ErrorCode::Internal,
             Self::Resume(ResumeFailure::Failed(error)) => resume_code(error),
             Self::NoSandbox { .. } => ErrorCode::NotFound,
-            Self::NotRunning { .. } => ErrorCode::FailedPrecondition,
+            Self::NotRunning { .. } | Self::NotEnded { .. } => ErrorCode::FailedPrecondition,
             Self::Guest(error) => guest_code(error),
             Self::Unimplemented(_) => ErrorCode::Unimplemented,
         }

@@ -4,4 +4,5 @@
 //! certificates are in [`crate::serve`] and [`crate::tls`].
 
 pub mod errors;
+pub mod operator;
 pub mod service;

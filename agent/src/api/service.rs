@@ -48,9 +48,10 @@ impl Service {
         self.recovered.store(true, Ordering::Release);
     }
 
-    fn ready(&self) -> Result<(), ApiError> {
+    /// The registry, once recovery is complete.
+    pub(super) fn ready(&self) -> Result<&Arc<Registry>, ApiError> {
         if self.recovered.load(Ordering::Acquire) {
-            Ok(())
+            Ok(&self.registry)
         } else {
             Err(ApiError::Recovering)
         }
@@ -110,6 +111,7 @@ impl Service {
 
     async fn resume(&self, request: ResumeSandboxRequest) -> Result<ResumeSandboxResponse, ApiError> {
         let handle = self.find(&request.sandbox_id)?;
+        self.registry.takes_work()?;
         let env = request.default_env.into_iter().collect::<BTreeMap<_, _>>();
         let wish = ResumeWish {
             timeout_sec: plan::timeout(request.timeout_sec)?,

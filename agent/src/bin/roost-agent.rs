@@ -7,7 +7,9 @@ use anyhow::Context;
 use clap::Parser;
 use roost_agent::api::service::Service;
 use roost_agent::config::Config;
+use roost_agent::errors::Chain;
 use roost_agent::host::Host;
+use roost_agent::outbox::{self, Outbox};
 use roost_agent::registry::Registry;
 use roost_agent::serve::{Access, serve};
 use roost_agent::{recover, tls};
@@ -71,7 +73,16 @@ async fn run(config: Config, access: Access) -> anyhow::Result<()> {
     let listener = TcpListener::bind(listen)
         .await
         .with_context(|| format!("cannot listen on {listen}"))?;
-    let host = std::sync::Arc::new(Host::new(config));
+    let host = Host::new(config);
+    let outbox = Outbox::open(&host.layout.outbox(), outbox::Limits::default());
+    let host = std::sync::Arc::new(match outbox {
+        Ok(outbox) => host.with_outbox(outbox),
+        // Sandboxes matter more than the news of them.
+        Err(error) => {
+            tracing::error!(error = %Chain(&error), "no outbox: events are lost until the agent is started anew");
+            host
+        }
+    });
     let registry = Registry::new(host);
     let service = Service::new(registry.clone());
     let recovery = {

@@ -14,9 +14,12 @@ use tokio_rustls::TlsConnector;
 
 use crate::tls::{self, TlsError};
 use roost_hostagent::hostagent::v1::HostAgentServiceClient;
+use roost_hostagent::roost::v1::RoostServiceClient;
 
 /// A client of the agent's API.
 pub(super) type Client = HostAgentServiceClient<Https>;
+/// A client of what roost adds to it.
+pub(super) type Operator = RoostServiceClient<Https>;
 
 /// Largest answer that is read: an Exec's output, and what JSON or an agent of another configuration may add.
 const MAX_ANSWER: usize = 256 << 20;
@@ -61,6 +64,15 @@ pub(super) struct Https {
 
 /// A client of the agent at `host` with the certificates in `pki`. Connects with each call.
 pub(super) fn connect(host: &str, pki: &Path) -> Result<Client, ClientError> {
+    channel(host, pki).map(|(https, config)| Client::new(https, config))
+}
+
+/// The same for what roost adds.
+pub(super) fn connect_operator(host: &str, pki: &Path) -> Result<Operator, ClientError> {
+    channel(host, pki).map(|(https, config)| Operator::new(https, config))
+}
+
+fn channel(host: &str, pki: &Path) -> Result<(Https, ClientConfig), ClientError> {
     let bad = || ClientError::BadHost(host.to_owned());
     let (name, port) = host.rsplit_once(':').ok_or_else(bad)?;
     port.parse::<u16>().map_err(|_| bad())?;
@@ -69,7 +81,7 @@ pub(super) fn connect(host: &str, pki: &Path) -> Result<Client, ClientError> {
     let tls = tls::client(pki).map_err(ClientError::Certificates)?;
     let base = format!("https://{host}").parse().map_err(|_| bad())?;
     let config = ClientConfig::new(base).with_default_max_message_size(MAX_ANSWER);
-    Ok(Client::new(
+    Ok((
         Https {
             host: host.to_owned(),
             name,

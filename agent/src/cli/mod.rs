@@ -17,11 +17,12 @@ use serde::Serialize;
 use crate::errors::Chain;
 use crate::pki;
 use crate::sandbox::unix_now;
-use client::{Client, ClientError};
+use client::{Client, ClientError, Operator};
 use roost_hostagent::hostagent::v1::{
     CreateSandboxRequest, DestroySandboxRequest, ExecRequest, ListSandboxesRequest, PauseSandboxRequest,
     PingSandboxRequest, ResumeSandboxRequest, SandboxInfo,
 };
+use roost_hostagent::roost::v1::{DrainRequest, WhyRequest};
 
 /// The exit status of an exec that could not be run.
 const NOT_RUN: u8 = 125;
@@ -76,6 +77,13 @@ enum Command {
     },
     /// Resume a paused sandbox where it was
     Resume(Resume),
+    /// Say why a sandbox ended that nobody destroyed; known for a day
+    Why {
+        /// The sandbox
+        id: String,
+    },
+    /// Empty the host: refuse new work and pause all sandboxes, until the agent is started anew
+    Drain,
     /// Destroy sandboxes and delete all they have
     Rm {
         /// The sandboxes
@@ -241,6 +249,8 @@ async fn run(arguments: Arguments) -> Result<ExitCode, CliError> {
         Command::Pause { ids } => return pause(&client()?, ids).await,
         Command::Resume(wish) => resume(&client()?, wish, json).await?,
         Command::Rm { ids } => return remove(&client()?, ids).await,
+        Command::Why { id } => why(&client::connect_operator(&host, &pki)?, id, json).await?,
+        Command::Drain => return drain(&client::connect_operator(&host, &pki)?, json).await,
         Command::Pki {
             command: Pki::Init { dir, names },
         } => init(&dir, &names)?,
@@ -379,6 +389,53 @@ async fn resume(client: &Client, wish: Resume, json: bool) -> Result<(), CliErro
     };
     let answer = client.resume_sandbox(request).await?.into_owned();
     if json { print_json(&answer) } else { Ok(()) }
+}
+
+async fn why(client: &Operator, id: String, json: bool) -> Result<(), CliError> {
+    let request = WhyRequest {
+        sandbox_id: id,
+        ..WhyRequest::default()
+    };
+    let answer = client.why(request).await?.into_owned();
+    if json {
+        return print_json(&answer);
+    }
+    print(format_args!(
+        "{}: {} ({}), {} ago, {} after it was made\n",
+        answer.sandbox_id,
+        answer.summary,
+        answer.reason,
+        age(unix_now().saturating_sub(answer.ended_at_unix)),
+        age(answer.ended_at_unix.saturating_sub(answer.created_at_unix)),
+    ))?;
+    for (what, tail) in [("console", &answer.console_tail), ("VMM's log", &answer.vmm_log_tail)] {
+        if !tail.is_empty() {
+            print(format_args!("\nthe end of the {what}:\n{tail}\n"))?;
+        }
+    }
+    Ok(())
+}
+
+async fn drain(client: &Operator, json: bool) -> Result<ExitCode, CliError> {
+    let answer = client.drain(DrainRequest::default()).await?.into_owned();
+    if json {
+        print_json(&answer)?;
+    } else {
+        for (became, ids) in [
+            ("paused", &answer.paused_sandbox_ids),
+            ("destroyed", &answer.destroyed_sandbox_ids),
+            ("FAILED", &answer.failed_sandbox_ids),
+        ] {
+            for id in ids {
+                print(format_args!("{id}  {became}\n"))?;
+            }
+        }
+    }
+    Ok(if answer.failed_sandbox_ids.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 fn init(dir: &Path, names: &[String]) -> Result<(), CliError> {

@@ -15,6 +15,8 @@ use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex};
 
 use crate::config::Config;
+use crate::errors::Chain;
+use crate::outbox::{Event, Outbox};
 use files::Layout;
 use privd::PrivdClientHandle;
 use shim::Shims;
@@ -35,6 +37,7 @@ pub struct Host {
     pub slots: Arc<Slots>,
     /// Resolvers for guests.
     pub resolvers: Vec<Ipv4Addr>,
+    outbox: Option<Outbox>,
     vmm_version: Mutex<Option<String>>,
 }
 
@@ -47,8 +50,28 @@ impl Host {
             shims: Shims::new(&config),
             slots: Arc::new(Slots::new()),
             resolvers: config.resolvers(),
+            outbox: None,
             vmm_version: Mutex::default(),
             config,
+        }
+    }
+
+    /// The same, with a place for events.
+    #[must_use]
+    pub fn with_outbox(self, outbox: Outbox) -> Self {
+        Self {
+            outbox: Some(outbox),
+            ..self
+        }
+    }
+
+    /// Keeps an event until somebody has taken it. Where it cannot be kept that is logged: a control plane that lists sandboxes
+    /// learns of it all the same, only later.
+    pub async fn tell(&self, event: Event) {
+        let Some(outbox) = &self.outbox else { return };
+        let (id, kind) = (event.sandbox_id.clone(), event.event);
+        if let Err(error) = outbox.put(event).await {
+            tracing::error!(sandbox_id = %id, event = ?kind, error = %Chain(&error), "an event is lost");
         }
     }
 

@@ -166,8 +166,9 @@ pub async fn adopt(socket: &Path) -> Result<Option<(ShimLink, VmSpec)>, ShimFaul
         Err(error) => return Err(error),
     };
     match link.ask(&ToShim::Status).await? {
-        FromShim::Status(Status::Running { spec, .. }) => {
+        FromShim::Status(Status::Running { spec, started }) => {
             link.phase = Phase::Launched;
+            link.runs_in(&started);
             Ok(Some((link, spec)))
         }
         // Its VMM has ended and it is about to: a shim listens only once it has launched.
@@ -249,6 +250,8 @@ pub struct ShimLink {
     socket: PacketSocket,
     uid: u32,
     phase: Phase,
+    /// The VMM's cgroup, where it has one of its own.
+    cgroup: Option<PathBuf>,
 }
 
 #[derive(Debug)]
@@ -289,6 +292,7 @@ impl ShimLink {
             socket,
             uid,
             phase: Phase::Idle,
+            cgroup: None,
         })
     }
 
@@ -304,9 +308,25 @@ impl ShimLink {
     pub async fn launch(&mut self, launch: Launch) -> Result<Started, ShimFault> {
         self.phase = Phase::Launched;
         match self.ask(&ToShim::Launch(Box::new(launch))).await? {
-            FromShim::Started(started) => Ok(started),
+            FromShim::Started(started) => {
+                self.runs_in(&started);
+                Ok(started)
+            }
             _ => Err(ShimFault::Protocol("it did not answer a launch with its start")),
         }
+    }
+
+    /// The VMM's cgroup, where it has one of its own: a VMM of our own uid was started in ours.
+    pub fn cgroup(&self) -> Option<&Path> {
+        self.cgroup.as_deref()
+    }
+
+    fn runs_in(&mut self, started: &Started) {
+        let path = started.cgroup.trim_start_matches('/');
+        // The shim's word, and it becomes a path of ours: only a plain one is taken.
+        let plain = !path.is_empty() && path.split('/').all(|name| !matches!(name, "" | "." | ".."));
+        let own = self.uid != nix::unistd::geteuid().as_raw();
+        self.cgroup = (own && plain).then(|| Path::new("/sys/fs/cgroup").join(path));
     }
 
     /// A copy of the disk's descriptor.
@@ -410,7 +430,13 @@ mod tests {
 
     fn link(phase: Phase) -> (ShimLink, OwnedFd) {
         let (socket, theirs) = pair();
-        (ShimLink { socket, uid: 1, phase }, theirs)
+        let link = ShimLink {
+            socket,
+            uid: 1,
+            phase,
+            cgroup: None,
+        };
+        (link, theirs)
     }
 
     fn asked(theirs: &OwnedFd) -> Option<ToShim> {

@@ -16,7 +16,7 @@ use roost_common::net::SlotAddresses;
 use roost_common::shim::{API_SOCKET, SHIM_SOCKET, Start};
 use roost_common::units::{Bytes, Sectors};
 
-use super::parts::{DiskFiles, Gate, PartError, Parts, Versions, Vm, boot_limit, identity, millis};
+use super::parts::{DiskFiles, Gate, MemoryLoad, PartError, Parts, Versions, Vm, boot_limit, identity, millis};
 use super::plan::Plan;
 use super::record::{Phase, Record};
 use super::{BuildFailure, TeardownError};
@@ -100,6 +100,7 @@ pub async fn build(
         Ok((guest, record)) => Ok(Vm {
             shim: parts.into_shim().await,
             guest: Arc::new(guest),
+            memory: MemoryLoad::Complete,
             record,
         }),
         Err(error) => {

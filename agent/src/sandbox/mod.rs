@@ -40,7 +40,7 @@ use roost_common::shim::Exit;
 use tokio::sync::oneshot;
 
 pub use build::BuildError;
-pub use parts::{PartError, Versions, Vm};
+pub use parts::{MemoryLoad, PartError, Versions, Vm};
 pub use pause::PauseError;
 pub use record::{Kept, PauseReason};
 pub use resume::{ResumeError, ResumeWish};
@@ -184,8 +184,10 @@ pub enum Action<V> {
     TearDown(Option<V>),
     /// Kill a VM that is one too many; the sandbox's files stay.
     Kill(V),
-    /// Write down why the sandbox ended.
+    /// Write down why the sandbox ended, and tell the control plane.
     Bury(Ending),
+    /// Tell the control plane that it was paused and nobody asked for it.
+    TellAutoPaused,
     /// Answer a create.
     AnswerCreate(CreateReply, Result<(), CreateFailure>),
     /// Answer pauses.
@@ -475,7 +477,11 @@ impl Pausing {
             PauseEnd::Paused(kept) => {
                 let answer = Action::AnswerPauses(pauses, Ok(()));
                 if destroys.is_empty() {
-                    (Sandbox::Paused(Paused { kept }), vec![answer])
+                    let mut actions = vec![answer];
+                    if reason == PauseReason::Idle {
+                        actions.push(Action::TellAutoPaused);
+                    }
+                    (Sandbox::Paused(Paused { kept }), actions)
                 } else {
                     Destroying::begin(destroys, None, vec![answer])
                 }

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use roost_common::ids::{SandboxId, Slot};
 use roost_common::ipc::PassedFd;
 use roost_common::privd::{Disk, EgressPolicy, Internet, Network, OpenDisk, OpenNetwork};
-use roost_common::shim::{Launch, Start, VmSpec};
+use roost_common::shim::{Launch, RestoreMode, Start, VmSpec};
 use roost_common::units::Sectors;
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinHandle;
@@ -40,8 +40,32 @@ pub struct Vm {
     pub shim: ShimLink,
     /// Reaches the guest.
     pub guest: Arc<Guest>,
+    /// Whether its memory may still be on its way.
+    pub memory: MemoryLoad,
     /// Its record, as it is on disk: *running*.
     pub record: Record,
+}
+
+/// Whether all of a VM's memory is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MemoryLoad {
+    /// It is.
+    Complete,
+    /// Some may still be loaded, and a snapshot would miss it.
+    UnderWay,
+}
+
+impl MemoryLoad {
+    /// Of a VM that was started so.
+    pub fn of(start: &Start) -> Self {
+        match start {
+            Start::Restore {
+                memory: RestoreMode::OnDemand,
+                ..
+            } => Self::UnderWay,
+            Start::Boot { .. } | Start::Restore { .. } => Self::Complete,
+        }
+    }
 }
 
 /// Which versions run.

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use roost_common::ids::SandboxId;
 use roost_common::shim::{API_SOCKET, RestoreMode};
 
-use super::parts::{self, Versions, Vm, millis};
+use super::parts::{self, MemoryLoad, Versions, Vm, millis};
 use super::record::{Kept, Memory, PauseReason, Phase, Record};
 use super::{Ending, PauseEnd, unix_now};
 use crate::errors::{Chain, FileError};
@@ -106,9 +106,19 @@ async fn steps(
     reason: PauseReason,
     progress: &mut Progress,
 ) -> Result<Kept, PauseError> {
-    let Vm { shim, guest, record } = vm;
+    let Vm {
+        shim,
+        guest,
+        memory,
+        record,
+    } = vm;
     let id = &record.plan.id;
     let api = Vmm::new(&host.layout.vm_run(id).join(API_SOCKET));
+    // Before the guest is stopped for it: a snapshot of memory that is still being loaded would hold holes in its place.
+    if *memory == MemoryLoad::UnderWay {
+        unless_ended(shim, progress, api.loaded()).await??;
+        *memory = MemoryLoad::Complete;
+    }
     if let Err(error) = unless_ended(shim, progress, guest.prepare()).await? {
         tracing::info!(sandbox_id = %id, error = %Chain(&error), "the guest did not make ready for a snapshot");
     }
@@ -239,7 +249,9 @@ pub(crate) fn remove_snapshots(host: &Host, id: &SandboxId, keep: Option<u32>) -
 
 /// Lets a guest run on whose pause failed: its processors, then its filesystems. Its VMM's end, where that came first.
 async fn undo(host: &Arc<Host>, vm: &mut Vm, mut progress: Progress) -> Option<Ending> {
-    let Vm { shim, guest, record } = vm;
+    let Vm {
+        shim, guest, record, ..
+    } = vm;
     let id = &record.plan.id;
     let api = Vmm::new(&host.layout.vm_run(id).join(API_SOCKET));
     // First of all, so that an agent that starts meanwhile does not take it for paused.

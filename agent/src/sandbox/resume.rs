@@ -22,10 +22,11 @@ use roost_common::ids::SandboxId;
 use roost_common::net::SlotAddresses;
 use roost_common::shim::{API_SOCKET, RestoreMode, SHIM_SOCKET, Start};
 
-use super::parts::{DiskFiles, PartError, Parts, Vm, boot_limit, identity, millis};
+use super::parts::{DiskFiles, MemoryLoad, PartError, Parts, Vm, boot_limit, identity, millis};
 use super::pause::tidy;
 use super::record::{Kept, Memory, Phase, Record, RecordError};
 use super::{BuildError, ResumeEnd, build};
+use crate::config::RestoreMemory;
 use crate::errors::{Chain, FileError};
 use crate::guest::{Guest, GuestError};
 use crate::host::acl::{self, Access};
@@ -168,11 +169,12 @@ pub async fn resume(
         outcome = steps(&host, &slot, &mut kept, ready, &mut parts) => outcome,
     };
     match outcome {
-        Ok((guest, record)) => {
+        Ok((guest, record, memory)) => {
             tracing::info!(sandbox_id = %id, op = "resume", elapsed_ms = millis(began), "guest is up");
             ResumeEnd::Running(Vm {
                 shim: parts.into_shim().await,
                 guest: Arc::new(guest),
+                memory,
                 record,
             })
         }
@@ -249,7 +251,7 @@ async fn steps(
     kept: &mut Kept,
     ready: Ready,
     parts: &mut Parts,
-) -> Result<(Guest, Record), ResumeError> {
+) -> Result<(Guest, Record, MemoryLoad), ResumeError> {
     let Ready {
         original: _,
         mut record,
@@ -293,7 +295,7 @@ async fn steps(
             write(record.with(Phase::Resuming(*kept))).await?;
             Start::Restore {
                 attempt: kept.generation,
-                memory: restore_mode(memories.manifest.about.restore),
+                memory: restore_mode(host.config.restore_memory, memories.manifest.about.restore),
                 initramfs: initramfs.map(|path| path.to_string_lossy().into_owned()),
             }
         }
@@ -303,6 +305,7 @@ async fn steps(
             build::boot(&kernel)
         }
     };
+    let memory = MemoryLoad::of(&start);
     let shim = parts.launch(host, &plan, start).await?;
 
     let guest = Guest::new(SlotAddresses::of(slot.slot()).host, record.token.clone());
@@ -350,7 +353,7 @@ async fn steps(
     if let Err(error) = removed.await {
         tracing::warn!(sandbox_id = %id, error = %Chain(&error), "a snapshot that was resumed stays until the next one");
     }
-    Ok((guest, record))
+    Ok((guest, record, memory))
 }
 
 /// Writes the VMM's configuration beside the memory, and lets the VM's uid reach both.
@@ -363,9 +366,10 @@ fn offer(generation: &std::path::Path, config: &RestoreConfig<'_>, uid: u32) -> 
     Ok(())
 }
 
-/// On demand where the host can: the guest runs before its memory is there.
-fn restore_mode(most: RestoreMode) -> RestoreMode {
-    if most == RestoreMode::OnDemand && std::path::Path::new(USERFAULTFD).exists() {
+/// On demand where that is wanted, and the snapshot and the host can.
+fn restore_mode(wanted: RestoreMemory, most: RestoreMode) -> RestoreMode {
+    let on_demand = wanted == RestoreMemory::OnDemand && most == RestoreMode::OnDemand;
+    if on_demand && std::path::Path::new(USERFAULTFD).exists() {
         RestoreMode::OnDemand
     } else {
         RestoreMode::Copy

@@ -3,8 +3,8 @@
 //! Everyone else holds a [`Handle`]: a way to send messages, and a view to read. The task ends when nothing of the sandbox is
 //! left, and takes it out of the registry as the last thing it does.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
@@ -18,10 +18,12 @@ use super::{
     Action, BuildFailure, CreateFailure, Ending, Event, Kept, PauseEnd, PauseFailure, ResumeEnd, ResumeFailure,
     ResumeWish, Sandbox, TeardownError, pause, resume, unix_now,
 };
+use crate::activity::{self, Activity, Floors, Moment};
 use crate::errors::Chain;
 use crate::guest::Guest;
 use crate::host::Host;
 use crate::host::slots::SlotLease;
+use crate::outbox::{self, EventKind};
 use crate::registry::Registry;
 use crate::tombstone::{self, End, Tombstone};
 
@@ -84,54 +86,29 @@ pub struct Handle {
     view: watch::Receiver<View>,
 }
 
-/// When a sandbox was last used, by two clocks: one to show, and one that nobody sets.
-#[derive(Debug)]
-struct Usage {
-    last_unix: AtomicI64,
-    epoch: Instant,
-    /// Milliseconds after `epoch`.
-    last: AtomicU64,
-    /// Seconds without use until it is paused; 0 is never. A resume may change it.
-    limit: AtomicU32,
+/// When a sandbox was last used; its callers touch it from any thread, for a moment each.
+type Usage = Mutex<Activity>;
+
+fn usage_of(usage: &Usage) -> MutexGuard<'_, Activity> {
+    usage.lock().expect("nothing panics while it holds this")
 }
 
-impl Usage {
-    fn new(limit: u32) -> Self {
-        Self {
-            last_unix: AtomicI64::new(unix_now()),
-            epoch: Instant::now(),
-            last: AtomicU64::new(0),
-            limit: AtomicU32::new(limit),
-        }
-    }
-
-    fn touch(&self) {
-        self.last_unix.store(unix_now(), Ordering::Relaxed);
-        let elapsed = u64::try_from(self.epoch.elapsed().as_millis()).unwrap_or(u64::MAX);
-        self.last.fetch_max(elapsed, Ordering::Relaxed);
-    }
-
-    /// When it will have been idle for as long as it may.
-    fn deadline(&self) -> Option<Instant> {
-        match self.limit.load(Ordering::Relaxed) {
-            0 => None,
-            seconds => {
-                let last = self.epoch + Duration::from_millis(self.last.load(Ordering::Relaxed));
-                Some(last + Duration::from_secs(seconds.into()))
-            }
-        }
-    }
-
-    /// Waits until it has been idle for as long as it may.
-    async fn idle(&self) {
-        loop {
-            let Some(deadline) = self.deadline() else {
-                return std::future::pending().await;
-            };
-            if deadline <= Instant::now() {
-                return;
-            }
-            tokio::time::sleep_until(deadline).await;
+/// Waits until nobody has used the sandbox for as long as it may go unused, and its guest does nothing by itself either.
+async fn idle(usage: &Usage, cgroup: Option<&Path>, floors: &Floors) {
+    loop {
+        let deadline = usage_of(usage).deadline();
+        let Some(deadline) = deadline else {
+            return std::future::pending().await;
+        };
+        tokio::time::sleep_until(deadline).await;
+        let at_work = match cgroup {
+            Some(cgroup) => activity::at_work(cgroup, floors).await,
+            None => false,
+        };
+        if at_work {
+            usage_of(usage).touch(Moment::now());
+        } else if usage_of(usage).is_idle(Instant::now()) {
+            return;
         }
     }
 }
@@ -144,12 +121,12 @@ impl Handle {
 
     /// When it was last used, in seconds since 1970.
     pub fn last_active_at_unix(&self) -> i64 {
-        self.usage.last_unix.load(Ordering::Relaxed)
+        usage_of(&self.usage).last_used_unix()
     }
 
     /// Seconds without use until it is paused; 0 is never.
     pub fn timeout_sec(&self) -> u32 {
-        self.usage.limit.load(Ordering::Relaxed)
+        usage_of(&self.usage).limit_sec()
     }
 
     /// Waits until the guest can answer no more. A pause that fails leaves it running, so one under way is no end yet.
@@ -162,9 +139,16 @@ impl Handle {
         );
     }
 
+    /// Waits until it is no longer as `was` says.
+    pub async fn left(&self, was: impl Fn(&View) -> bool) {
+        let mut view = self.view.clone();
+        // A task that has ended has left every state.
+        drop(view.wait_for(|view| !was(view)).await);
+    }
+
     /// Counts as use.
     pub fn touch(&self) {
-        self.usage.touch();
+        usage_of(&self.usage).touch(Moment::now());
     }
 
     /// Destroys the sandbox and waits until nothing of it is left.
@@ -258,7 +242,7 @@ fn driver(
     let (commands, inbox) = mpsc::channel(16);
     let (view, seen) = watch::channel(first);
     let handle = Handle {
-        usage: Arc::new(Usage::new(plan.timeout_sec)),
+        usage: Arc::new(Mutex::new(Activity::new(plan.timeout_sec, Moment::now()))),
         plan: Arc::new(plan),
         slot: Arc::new(slot),
         created_at_unix,
@@ -335,7 +319,7 @@ impl Driver {
 
     /// Waits for the next thing to happen.
     async fn next(&mut self, sandbox: &mut Sandbox<Vm>) -> Event<Vm> {
-        let usage = self.handle.usage.clone();
+        let (usage, floors) = (self.handle.usage.clone(), Floors::new(&self.host.config));
         let work = async {
             match &mut self.work {
                 Work::None => std::future::pending().await,
@@ -351,11 +335,14 @@ impl Driver {
                     state.caller.closed().await;
                     Event::CallerGone
                 }
-                Sandbox::Running(state) => tokio::select! {
-                    biased;
-                    end = state.vm.shim.ended() => Event::VmmEnded(pause::ending(end)),
-                    () = usage.idle() => Event::IdleDeadline,
-                },
+                Sandbox::Running(state) => {
+                    let cgroup = state.vm.shim.cgroup().map(Path::to_owned);
+                    tokio::select! {
+                        biased;
+                        end = state.vm.shim.ended() => Event::VmmEnded(pause::ending(end)),
+                        () = idle(&usage, cgroup.as_deref(), &floors) => Event::IdleDeadline,
+                    }
+                }
                 remains if remains.is_stuck() => {
                     tokio::time::sleep(RETRY_PAUSE).await;
                     Event::RetryDue
@@ -417,6 +404,10 @@ impl Driver {
                 }
             }
             Action::Bury(ending) => self.bury(ending).await,
+            Action::TellAutoPaused => {
+                let event = outbox::Event::new(EventKind::AutoPaused, id.clone(), unix_now());
+                self.host.tell(event).await;
+            }
             Action::AnswerCreate(reply, outcome) => {
                 if let Err(Ok(())) = reply.send(outcome) {
                     return Some(Event::Unclaimed);
@@ -453,10 +444,14 @@ impl Driver {
             };
             let tombstone = Tombstone::new(&handle.plan.id, handle.created_at_unix, end);
             tracing::warn!(sandbox_id = %handle.plan.id, reason = %tombstone.summary(), "sandbox ended");
-            tombstone::bury(&host.layout, &tombstone)
+            (tombstone::bury(&host.layout, &tombstone), tombstone)
         });
-        if let Err(error) = written.await.expect("file work does not panic") {
+        let (written, tombstone) = written.await.expect("file work does not panic");
+        if let Err(error) = written {
             tracing::error!(sandbox_id = %self.handle.plan.id, error = %Chain(&error), "no tombstone");
+        }
+        if let Some(event) = tombstone.event() {
+            self.host.tell(event).await;
         }
     }
 
@@ -475,7 +470,7 @@ impl Driver {
         let (stop, stopped) = stopper();
         let handle = &self.handle;
         if let Some(limit) = wish.timeout_sec {
-            handle.usage.limit.store(limit, Ordering::Relaxed);
+            *usage_of(&handle.usage) = Activity::new(limit, Moment::now());
         }
         let (host, id) = (self.host.clone(), handle.plan.id.clone());
         let task = resume::resume(host, id, handle.slot.clone(), kept, wish, stopped);

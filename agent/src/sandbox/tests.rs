@@ -86,6 +86,7 @@ fn words(next: &Next<Owned>) -> String {
         Action::Kill(_) => " kill".to_owned(),
         Action::Bury(Ending::NotPaused(_)) => " bury(not-paused)".to_owned(),
         Action::Bury(_) => " bury".to_owned(),
+        Action::TellAutoPaused => " tell(auto-paused)".to_owned(),
         Action::AnswerCreate(_, Ok(())) => " created".to_owned(),
         Action::AnswerCreate(_, Err(CreateFailure::Failed(_))) => " create-failed".to_owned(),
         Action::AnswerCreate(_, Err(CreateFailure::Destroyed)) => " create-destroyed".to_owned(),
@@ -356,7 +357,7 @@ fn no_history_loses_a_resource_a_paused_sandbox_or_a_caller() {
                         work = Work::TearDown(vm);
                     }
                     Action::Kill(_) => panic!("seed {seed}: two VMs"),
-                    Action::Bury(_) => {}
+                    Action::Bury(_) | Action::TellAutoPaused => {}
                     Action::AnswerCreate(reply, outcome) => drop(reply.send(outcome)),
                     Action::AnswerPauses(replies, outcome) => {
                         replies.into_iter().for_each(|reply| drop(reply.send(outcome.clone())));

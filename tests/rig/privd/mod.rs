@@ -214,7 +214,7 @@ impl Drop for Rig {
     fn drop(&mut self) {
         self.client = None;
         let pid = nix::unistd::Pid::from_raw(self.child.id().cast_signed());
-        drop(nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM));
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).ok();
         drop(self.child.wait());
         drop(fs::remove_file(SOCKET));
         drop(fs::remove_dir_all(&self.place));

@@ -38,6 +38,8 @@ pub(crate) struct Restore {
     pub(crate) net_fds: BTreeMap<String, RawFd>,
     /// Whether the VM runs at once.
     pub(crate) resume: bool,
+    /// Whether its memory is loaded as it is touched.
+    pub(crate) on_demand: bool,
 }
 
 impl Options {
@@ -198,13 +200,12 @@ fn boot(given: &mut Given) -> Result<VmConfig> {
 fn restore(value: &str) -> Result<Restore> {
     let known = ["source_url", "prefault", "memory_restore_mode", "net_fds", "resume"];
     let fields = fields(value, &known)?;
-    // QEMU loads all memory up front; the mode is checked and has no effect.
-    if let Some(mode) = fields.get("memory_restore_mode") {
-        ensure!(
-            ["copy", "ondemand"].contains(&mode.as_str()),
-            "memory_restore_mode={mode}: copy or ondemand"
-        );
-    }
+    // QEMU loads all memory up front; the mode decides what is said of it.
+    let on_demand = match fields.get("memory_restore_mode").map(String::as_str) {
+        None | Some("copy") => false,
+        Some("ondemand") => true,
+        Some(mode) => bail!("memory_restore_mode={mode}: copy or ondemand"),
+    };
     let mut net_fds = BTreeMap::new();
     if let Some(list) = fields.get("net_fds") {
         for pair in split(unbracket(list)?, ',')? {
@@ -221,6 +222,7 @@ fn restore(value: &str) -> Result<Restore> {
         source: file_url(need(&fields, "source_url")?)?,
         net_fds,
         resume: toggle(&fields, "resume", false)?,
+        on_demand,
     })
 }
 
@@ -362,7 +364,7 @@ mod tests {
         let restore = restore(value).unwrap();
         assert_eq!(restore.source, PathBuf::from("/s/vm/3"));
         assert_eq!(restore.net_fds, BTreeMap::from([("net0".to_owned(), 3)]));
-        assert!(!restore.resume);
+        assert!(!restore.resume && restore.on_demand);
     }
 
     #[test]

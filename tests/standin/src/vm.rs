@@ -17,7 +17,7 @@ use std::process::ExitStatus;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::{Value, json};
@@ -60,6 +60,8 @@ pub(crate) struct Vmm {
 
 /// How long a guest may run without reading from its disk; a boot under load reaches it in 20 s.
 const BOOT_PATIENCE: Duration = Duration::from_secs(40);
+/// How long a VM that was restored on demand claims to load.
+const LOADING: Duration = Duration::from_secs(20);
 /// How often a guest is started over.
 const MAX_RESETS: u32 = 2;
 
@@ -83,6 +85,8 @@ struct Live {
     launch: u64,
     gone: Receiver<ExitStatus>,
     state: State,
+    /// Restored on demand: until then it says that it is still loading. QEMU has loaded all of it by the time it can run.
+    loading_until: Option<Instant>,
     /// Memory as it was saved since the VM was paused. QEMU saves a stopped guest only once; the guest has not run since, so
     /// a second snapshot is a copy.
     saved: Option<File>,
@@ -210,8 +214,16 @@ impl Vmm {
         let directory = file_url(url)?;
         let mut vm = self.lock();
         let live = live(&mut vm)?;
+        // As the real one judges: first this, then whether it is paused.
+        if live.loading_until.is_some_and(|until| Instant::now() < until) {
+            return Err(anyhow!("VM on-demand memory restore is still in progress")
+                .context("The VM could not be snapshotted")
+                .into());
+        }
         if live.state != State::Paused {
-            return Err(anyhow!("the VM is not paused").into());
+            return Err(anyhow!("Trying to snapshot while VM is running")
+                .context("The VM could not be snapshotted")
+                .into());
         }
         self.events.send("vm", "snapshotting");
         live.save(&directory)?;
@@ -350,6 +362,7 @@ impl Driver {
         let mut vm = vmm.lock();
         let mut live = self.launch(vmm, Box::new(config), Entry::Incoming)?;
         live.state = State::Paused;
+        live.loading_until = restore.on_demand.then(|| Instant::now() + LOADING);
         live.qemu
             .load(&File::open(restore.source.join(MEMORY)).context("cannot open memory-ranges")?)?;
         vmm.events.send("vm", "restored");
@@ -387,6 +400,7 @@ impl Driver {
             launch,
             gone,
             state: State::Running,
+            loading_until: None,
             saved: None,
         })
     }

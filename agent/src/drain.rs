@@ -1,0 +1,98 @@
+//! Emptying a host before it is taken away: nothing new begins, and what runs goes to disk.
+//!
+//! A sandbox is brought to rest by what its state allows: a create is undone, a VM is paused, one that cannot be paused is destroyed,
+//! and what is on its way somewhere is waited for. Nothing here takes longer than the pauses and teardowns do, which are bounded.
+
+use std::sync::Arc;
+
+use roost_common::ids::SandboxId;
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+
+use crate::errors::Chain;
+use crate::registry::Registry;
+use crate::sandbox::task::{Handle, View};
+
+/// How many sandboxes are paused at a time: each writes its memory to the same disk.
+const AT_ONCE: usize = 4;
+
+/// What became of a host's sandboxes.
+#[derive(Debug, Default)]
+pub struct Drained {
+    /// On disk.
+    pub paused: Vec<SandboxId>,
+    /// Gone, since they could not be paused or never ran.
+    pub destroyed: Vec<SandboxId>,
+    /// Neither; the log says why.
+    pub failed: Vec<SandboxId>,
+}
+
+enum Rest {
+    Paused,
+    Destroyed,
+    Failed,
+}
+
+/// Refuses new work from now on, and brings all sandboxes to rest.
+pub async fn drain(registry: &Arc<Registry>) -> Drained {
+    registry.refuse_work();
+    let places = Arc::new(Semaphore::new(AT_ONCE));
+    let mut tasks = JoinSet::new();
+    for handle in registry.list() {
+        let places = places.clone();
+        tasks.spawn(async move {
+            let _place = places.acquire_owned().await.expect("never closed");
+            let rest = bring_to_rest(&handle).await;
+            (handle.plan.id.clone(), rest)
+        });
+    }
+    let mut drained = Drained::default();
+    for (id, rest) in tasks.join_all().await {
+        match rest {
+            Rest::Paused => drained.paused.push(id),
+            Rest::Destroyed => drained.destroyed.push(id),
+            Rest::Failed => drained.failed.push(id),
+        }
+    }
+    tracing::info!(
+        op = "drain",
+        paused = drained.paused.len(),
+        destroyed = drained.destroyed.len(),
+        failed = drained.failed.len(),
+        "drained"
+    );
+    drained
+}
+
+async fn bring_to_rest(handle: &Handle) -> Rest {
+    let id = &handle.plan.id;
+    loop {
+        match handle.view() {
+            View::Paused(_) => return Rest::Paused,
+            View::Gone => return Rest::Destroyed,
+            View::Resuming => handle.left(|view| matches!(view, View::Resuming)).await,
+            View::Creating | View::Destroying => return destroy(handle).await,
+            View::Running(..) | View::Pausing => match handle.pause().await {
+                Ok(()) => {}
+                // It has gone elsewhere meanwhile, which the next look tells.
+                Err(_) if !matches!(handle.view(), View::Running(..)) => {
+                    handle.left(|view| matches!(view, View::Pausing)).await;
+                }
+                Err(error) => {
+                    tracing::error!(sandbox_id = %id, error = %Chain(&error), "not to be paused, so it is destroyed");
+                    return destroy(handle).await;
+                }
+            },
+        }
+    }
+}
+
+async fn destroy(handle: &Handle) -> Rest {
+    match handle.destroy().await {
+        Ok(()) => Rest::Destroyed,
+        Err(error) => {
+            tracing::error!(sandbox_id = %handle.plan.id, error = %Chain(error.as_ref()), "not to be destroyed either");
+            Rest::Failed
+        }
+    }
+}
