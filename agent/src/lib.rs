@@ -18,6 +18,7 @@ pub mod cli;
 pub mod config;
 pub mod drain;
 pub mod errors;
+mod failpoint;
 pub mod guest;
 pub mod host;
 pub mod outbox;

@@ -8,6 +8,7 @@ mod concurrency;
 mod faults;
 mod isolation;
 mod lifecycle;
+mod matrix;
 mod pause;
 mod privd;
 mod shim;

@@ -394,7 +394,9 @@ impl OnDemand {
 impl Drop for OnDemand {
     fn drop(&mut self) {
         let restored = std::fs::write(Self::FILE, &self.0);
-        let restarted = Command::new("systemctl").args(["restart", "roost-agent.service"]).status();
+        let restarted = Command::new("systemctl")
+            .args(["restart", "roost-agent.service"])
+            .status();
         // A test that fails anyway says why itself.
         if !std::thread::panicking() {
             restored.expect("restored");

@@ -21,6 +21,7 @@ use super::plan::Plan;
 use super::record::{Phase, Record};
 use super::{BuildFailure, TeardownError};
 use crate::errors::{Chain, FileError};
+use crate::failpoint::{pass, reach};
 use crate::guest::{Guest, GuestError, Token};
 use crate::host::images::{self, Image, ImageError};
 use crate::host::kernels::{self, Kernel};
@@ -153,8 +154,11 @@ async fn steps(
         cow,
         size,
     };
+    reach("create.files").await?;
     parts.acquire(host, &plan.id, slot.slot(), files).await?;
+    reach("create.acquired").await?;
     let shim = parts.launch(host, plan, boot(&kernel)).await?;
+    reach("create.launched").await?;
 
     let guest = Guest::new(SlotAddresses::of(slot.slot()).host, record.token.clone());
     let api = Vmm::new(&host.layout.vm_run(&plan.id).join(API_SOCKET));
@@ -176,6 +180,7 @@ async fn steps(
             VmmEnd::ShimLost => BuildError::ShimLost,
         }),
     };
+    reach("create.up").await?;
     host.vmm_is(&versions.vmm);
     let record = Record {
         versions,
@@ -186,6 +191,7 @@ async fn steps(
         move || record.write(&host.layout)
     })
     .await?;
+    pass("create.recorded").await;
     tracing::info!(sandbox_id = %plan.id, op = "create", elapsed_ms = millis(started), "guest is up");
     Ok((guest, record))
 }
@@ -245,10 +251,14 @@ async fn undo(host: &Arc<Host>, plan: &Plan, parts: Parts, made: Files) -> Resul
 /// # Errors
 /// [`TeardownError`]; a repetition without a VM goes on where this ended.
 pub async fn tear_down(host: &Arc<Host>, id: &SandboxId, vm: Option<Vm>) -> Result<(), TeardownError> {
+    pass("destroy.begun").await;
     if let Some(vm) = vm {
         vm.shim.kill().await.map_err(TeardownError::Vmm)?;
     }
-    remove_files(host, &Gate::default(), id).await
+    pass("destroy.killed").await;
+    remove_files(host, &Gate::default(), id).await?;
+    pass("destroy.removed").await;
+    Ok(())
 }
 
 /// Removes a sandbox's files, once no shim of it answers any more: its socket is among them, and the only way back to it.

@@ -23,6 +23,7 @@ use super::parts::{self, MemoryLoad, Versions, Vm, millis};
 use super::record::{Kept, Memory, PauseReason, Phase, Record};
 use super::{Ending, PauseEnd, unix_now};
 use crate::errors::{Chain, FileError};
+use crate::failpoint::{pass, reach};
 use crate::guest::{Freeze, GuestError};
 use crate::host::acl::{self, Access};
 use crate::host::shim::{ShimFault, ShimLink, VmmEnd};
@@ -122,12 +123,15 @@ async fn steps(
     if let Err(error) = unless_ended(shim, progress, guest.prepare()).await? {
         tracing::info!(sandbox_id = %id, error = %Chain(&error), "the guest did not make ready for a snapshot");
     }
+    reach("pause.prepared").await?;
     progress.frozen = true;
     let freeze = unless_ended(shim, progress, guest.freeze())
         .await?
         .map_err(PauseError::Freeze)?;
+    reach("pause.frozen").await?;
     progress.stopped = true;
     unless_ended(shim, progress, api.pause()).await??;
+    reach("pause.stopped").await?;
 
     let disk = shim.lend_disk().await.map_err(|fault| fault_of(fault, progress))?;
     let synced = blocking({
@@ -137,6 +141,7 @@ async fn steps(
     let disk_written_at = tokio::time::timeout(SYNC_LIMIT, synced)
         .await
         .map_err(|_| PauseError::SyncTimeout(SYNC_LIMIT))??;
+    reach("pause.synced").await?;
     let attempt = blocking({
         let (host, id, uid) = (host.clone(), id.clone(), shim.uid());
         move || make_attempt(&host, &id, uid)
@@ -144,6 +149,7 @@ async fn steps(
     .await?;
     let directory = host.layout.generation(id, attempt);
     unless_ended(shim, progress, api.snapshot(&directory)).await??;
+    reach("pause.written").await?;
     shim.publish(attempt).await.map_err(|fault| fault_of(fault, progress))?;
 
     let kept = Kept {
@@ -165,12 +171,14 @@ async fn steps(
         }
     })
     .await?;
+    reach("pause.sealed").await?;
     progress.recorded = true;
     blocking({
         let (host, record) = (host.clone(), record.with(Phase::Paused(kept)));
         move || record.write(&host.layout)
     })
     .await?;
+    pass("pause.recorded").await;
     Ok(kept)
 }
 

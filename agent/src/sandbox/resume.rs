@@ -28,6 +28,7 @@ use super::record::{Kept, Memory, Phase, Record, RecordError};
 use super::{BuildError, ResumeEnd, build};
 use crate::config::RestoreMemory;
 use crate::errors::{Chain, FileError};
+use crate::failpoint::{pass, reach};
 use crate::guest::{Guest, GuestError};
 use crate::host::acl::{self, Access};
 use crate::host::files;
@@ -265,8 +266,10 @@ async fn steps(
         let (gate, host) = (gate.clone(), host.clone());
         async move { gate.run(move || record.write(&host.layout)).await }
     };
+    reach("resume.ready").await?;
     parts.start_shim(host);
     let disk_minor = parts.acquire(host, &id, slot.slot(), files).await?;
+    reach("resume.acquired").await?;
     let uid = parts.shim.here().await.map_err(PartError::from)?.uid();
     let start = match &memories {
         Some(memories) => {
@@ -305,9 +308,11 @@ async fn steps(
             build::boot(&kernel)
         }
     };
+    reach("resume.offered").await?;
     let memory = MemoryLoad::of(&start);
     let shim = parts.launch(host, &plan, start).await?;
 
+    reach("resume.launched").await?;
     let guest = Guest::new(SlotAddresses::of(slot.slot()).host, record.token.clone());
     let api = Vmm::new(&host.layout.vm_run(&id).join(API_SOCKET));
     let up = async {
@@ -319,7 +324,9 @@ async fn steps(
                     ..facts.clone()
                 };
                 manifest.fits(&facts, record.size())?;
+                reach("resume.restored").await?;
                 api.resume().await?;
+                reach("resume.woken").await?;
                 WAKE_LIMIT
             }
             None => boot_limit(&plan),
@@ -328,6 +335,7 @@ async fn steps(
             guest.wait_until_up(limit).await.map_err(ResumeError::from)
         })?;
         guest.init(identity(host, &plan)).await?;
+        reach("resume.gated").await?;
         Ok::<_, ResumeError>((vmm, envd))
     };
     let (vmm, envd) = tokio::select! {
@@ -345,7 +353,9 @@ async fn steps(
     record.phase = Phase::Running;
     write(record.clone()).await?;
     // From here on the guest may write, and the sandbox is a running one whatever happens.
+    pass("resume.recorded").await;
     thaw(&guest, &id).await;
+    pass("resume.thawed").await;
     let removed = gate.run({
         let directory = host.layout.generation(&id, kept.generation);
         move || files::remove_tree(&directory)

@@ -54,10 +54,15 @@ pub(crate) struct Binaries {
 pub(crate) fn build() -> Result<Binaries> {
     let vmm = Vmm::choose()?;
     step("building the daemons", || {
-        // Rig builds may read a confinement profile from a file; packaged ones refuse to.
+        // Rig builds may read a confinement profile from a file, and fail where a test wants it; packaged ones do neither.
         let packages = ["roost-privd", "roost-vmmshim", "roost-agent", "standin-vmm"];
         let mut command = cargo();
-        command.args(["build", "--bins", "--features", "roost-vmmshim/foreign-profiles"]);
+        command.args([
+            "build",
+            "--bins",
+            "--features",
+            "roost-vmmshim/foreign-profiles,roost-agent/failpoints",
+        ]);
         packages.iter().for_each(|package| {
             command.args(["--package", package]);
         });

@@ -46,6 +46,8 @@ enum Task {
     Rig(rig::Options),
     /// Everything that CI checks
     Test(test::Options),
+    /// Everything that can happen at every step of every operation, in the rig; takes long
+    Faults,
     /// Show one sandbox from create to destroy, and that nothing is left of it
     Demo(demo::Options),
 }
@@ -56,6 +58,7 @@ fn main() -> ExitCode {
         Task::Guest => guest::run().map(|()| 0),
         Task::Rig(options) => rig::run(&options),
         Task::Test(options) => test::run(&options),
+        Task::Faults => test::run(&test::Options::all_of("matrix::")),
         Task::Demo(options) => demo::run(&options),
     };
     finish(outcome)

@@ -54,6 +54,20 @@ pub(crate) struct Options {
     arguments: Vec<String>,
 }
 
+impl Options {
+    /// The rig's tests of one module, at full size.
+    pub(crate) fn all_of(module: &str) -> Self {
+        Self {
+            all: true,
+            rig: true,
+            no_rig: false,
+            direct: false,
+            memory: 4096,
+            arguments: vec![module.to_owned()],
+        }
+    }
+}
+
 /// A check and the cargo calls that it consists of.
 struct Check {
     title: &'static str,
