@@ -123,7 +123,7 @@ fn many_pauses_in_a_row_lose_nothing_and_grow_nothing() {
     let cycles = if std::env::var_os("ROOST_TESTS_ALL").is_some() {
         10
     } else {
-        3
+        2
     };
     in_rig(|| {
         let sandbox = Sandbox::create(&["--memory", "256"]);
@@ -131,7 +131,7 @@ fn many_pauses_in_a_row_lose_nothing_and_grow_nothing() {
         // Writes to disk all the while, each file with its sum behind it.
         sandbox.sh(
             "mkdir /root/log; setsid bash -c 'i=0; while true; do i=$((i+1)); head -c 100000 /dev/urandom > /root/log/new
-             sha256sum < /root/log/new > /root/log/$i.sum; mv /root/log/new /root/log/$i; sleep 0.2; done' >/dev/null 2>&1 & echo $!",
+             sha256sum < /root/log/new > /root/log/$i.sum; mv /root/log/new /root/log/$i; sleep 1; done' >/dev/null 2>&1 & echo $!",
         );
         let (mut count, mut sizes) = (0, Vec::new());
         for cycle in 1..=cycles {
