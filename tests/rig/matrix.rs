@@ -3,7 +3,7 @@
 //!
 //! Some of the cases run with all tests, spread over the whole; `cargo xtask faults` runs every one of them.
 
-use std::fmt::Write as _;
+use std::io::Write as _;
 use std::path::Path;
 use std::process::Child;
 use std::time::Duration;
@@ -117,7 +117,7 @@ fn whatever_happens_at_any_step_of_anything_nothing_is_lost_and_nothing_stays() 
         .filter(|((_, _, back), fault)| *back || *fault != Fault::Error)
         .collect();
     let total = cases.len();
-    let mut table = String::new();
+    let mut rows = 0;
     in_rig(|| {
         let mut subject = Subject(None);
         for (number, ((operation, step, back), fault)) in cases.into_iter().enumerate() {
@@ -125,11 +125,15 @@ fn whatever_happens_at_any_step_of_anything_nothing_is_lost_and_nothing_stays() 
                 continue;
             }
             let became = case(*operation, step, *back, fault, &mut subject);
-            writeln!(table, "  {operation:?} | {step} | {fault:?} | {became}").expect("a string");
-            eprintln!("{operation:?} | {step} | {fault:?} | {became}");
+            let row = format!("  {operation:?} | {step} | {fault:?} | {became}\n");
+            // Past libtest, which would keep it to itself until the end.
+            std::io::stderr().write_all(row.as_bytes()).expect("written");
+            rows += 1;
         }
     });
-    eprintln!("NOTE: {} of {total} cases:\n{table}", table.lines().count());
+    let count = format!("NOTE: {rows} of {total} cases\n");
+    std::io::stderr().write_all(count.as_bytes()).expect("written");
+    assert!(rows > 0, "no case ran");
 }
 
 /// Runs one case; what became of the sandbox.

@@ -317,17 +317,22 @@ fn a_sandbox_that_nobody_uses_is_paused_and_one_in_use_is_not() {
         let idle = Sandbox::create(&["--memory", "256", "--timeout", "60"]);
         let used = Sandbox::create(&["--memory", "256", "--timeout", "60"]);
         let began = Instant::now();
-        eventually("the idle one to be paused", || {
-            roost::ok(&["ping", &used.id]);
-            std::thread::sleep(Duration::from_secs(1));
-            find_paused(&idle.id)
-        });
+        // One call is use for as long as it takes.
+        let call = roost::start(&["exec", "--timeout", "110", &used.id, "--", "sleep", "100"]);
+        eventually("the idle one to be paused", || find_paused(&idle.id));
         assert!(
             began.elapsed() > Duration::from_secs(50),
             "paused after {:?}",
             began.elapsed()
         );
         assert_eq!(find(&used.id).expect("listed")["status"], "running");
+        let output = call.wait_with_output().expect("it ends");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let events = std::fs::read_to_string("/var/lib/roost/outbox/events.log").expect("an outbox");
+        assert!(
+            events.contains("sandbox.auto_paused") && events.contains(&idle.id),
+            "{events}"
+        );
         idle.resume();
         assert_eq!(idle.sh("echo back"), "back");
     });

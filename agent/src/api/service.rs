@@ -145,7 +145,7 @@ impl Service {
                 ));
             }
         };
-        handle.touch();
+        let _in_use = handle.begin_use();
         let max_output = self.registry.host().config.max_exec_output;
         let finished = tokio::select! {
             finished = guest.exec(request.cmd, request.args, limit, max_output) => finished?,
@@ -154,7 +154,6 @@ impl Service {
                 return Err(ApiError::NotRunning { id: handle.plan.id.clone(), state: handle.view().name() });
             }
         };
-        handle.touch();
         Ok(ExecResponse {
             stdout: finished.stdout,
             stderr: finished.stderr,

@@ -189,6 +189,9 @@ pub async fn resume(
 
 /// Reads and checks everything that can be before anything is started, and makes room for a new VM.
 fn make_ready(host: &Host, id: &SandboxId, kept: Kept, wish: ResumeWish) -> Result<Ready, ResumeError> {
+    if wish.from == From::Memory && kept.memory == Memory::Spent {
+        return Err(ResumeError::Spent);
+    }
     let original = Record::read(&host.layout, id)?;
     if !matches!(original.phase, Phase::Paused(_) | Phase::Resuming(_)) {
         return Err(ResumeError::NotPaused);
@@ -206,9 +209,6 @@ fn make_ready(host: &Host, id: &SandboxId, kept: Kept, wish: ResumeWish) -> Resu
     let memories = match wish.from {
         From::Disk => None,
         From::Memory => {
-            if kept.memory == Memory::Spent {
-                return Err(ResumeError::Spent);
-            }
             let generation = host.layout.generation(id, kept.generation);
             let manifest = Manifest::read(&generation)?;
             manifest.verify(&generation)?;

@@ -4,6 +4,7 @@
 //! left, and takes it out of the registry as the last thing it does.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -86,28 +87,59 @@ pub struct Handle {
     view: watch::Receiver<View>,
 }
 
-/// When a sandbox was last used; its callers touch it from any thread, for a moment each.
-type Usage = Mutex<Activity>;
+/// When a sandbox was last used, and whether it is being used; its callers say so from any thread.
+#[derive(Debug)]
+struct Usage {
+    activity: Mutex<Activity>,
+    /// Calls that are under way.
+    calls: AtomicUsize,
+}
 
-fn usage_of(usage: &Usage) -> MutexGuard<'_, Activity> {
-    usage.lock().expect("nothing panics while it holds this")
+impl Usage {
+    fn new(limit_sec: u32) -> Self {
+        Self {
+            activity: Mutex::new(Activity::new(limit_sec, Moment::now())),
+            calls: AtomicUsize::new(0),
+        }
+    }
+
+    /// Held for moments.
+    fn activity(&self) -> MutexGuard<'_, Activity> {
+        self.activity.lock().expect("nothing panics while it holds this")
+    }
+
+    fn touch(&self) {
+        self.activity().touch(Moment::now());
+    }
+}
+
+/// A call that is under way: for as long as this lives its sandbox is in use, and its end is the last use.
+#[derive(Debug)]
+pub struct InUse(Arc<Usage>);
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        self.0.touch();
+        self.0.calls.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 /// Waits until nobody has used the sandbox for as long as it may go unused, and its guest does nothing by itself either.
 async fn idle(usage: &Usage, cgroup: Option<&Path>, floors: &Floors) {
     loop {
-        let deadline = usage_of(usage).deadline();
+        let deadline = usage.activity().deadline();
         let Some(deadline) = deadline else {
             return std::future::pending().await;
         };
         tokio::time::sleep_until(deadline).await;
-        let at_work = match cgroup {
-            Some(cgroup) => activity::at_work(cgroup, floors).await,
-            None => false,
-        };
-        if at_work {
-            usage_of(usage).touch(Moment::now());
-        } else if usage_of(usage).is_idle(Instant::now()) {
+        let in_use = usage.calls.load(Ordering::Acquire) > 0
+            || match cgroup {
+                Some(cgroup) => activity::at_work(cgroup, floors).await,
+                None => false,
+            };
+        if in_use {
+            usage.touch();
+        } else if usage.activity().is_idle(Instant::now()) {
             return;
         }
     }
@@ -121,12 +153,12 @@ impl Handle {
 
     /// When it was last used, in seconds since 1970.
     pub fn last_active_at_unix(&self) -> i64 {
-        usage_of(&self.usage).last_used_unix()
+        self.usage.activity().last_used_unix()
     }
 
     /// Seconds without use until it is paused; 0 is never.
     pub fn timeout_sec(&self) -> u32 {
-        usage_of(&self.usage).limit_sec()
+        self.usage.activity().limit_sec()
     }
 
     /// Waits until the guest can answer no more. A pause that fails leaves it running, so one under way is no end yet.
@@ -148,7 +180,14 @@ impl Handle {
 
     /// Counts as use.
     pub fn touch(&self) {
-        usage_of(&self.usage).touch(Moment::now());
+        self.usage.touch();
+    }
+
+    /// Counts as use for as long as what this returns lives.
+    pub fn begin_use(&self) -> InUse {
+        self.usage.calls.fetch_add(1, Ordering::AcqRel);
+        self.usage.touch();
+        InUse(self.usage.clone())
     }
 
     /// Destroys the sandbox and waits until nothing of it is left.
@@ -242,7 +281,7 @@ fn driver(
     let (commands, inbox) = mpsc::channel(16);
     let (view, seen) = watch::channel(first);
     let handle = Handle {
-        usage: Arc::new(Mutex::new(Activity::new(plan.timeout_sec, Moment::now()))),
+        usage: Arc::new(Usage::new(plan.timeout_sec)),
         plan: Arc::new(plan),
         slot: Arc::new(slot),
         created_at_unix,
@@ -470,7 +509,7 @@ impl Driver {
         let (stop, stopped) = stopper();
         let handle = &self.handle;
         if let Some(limit) = wish.timeout_sec {
-            *usage_of(&handle.usage) = Activity::new(limit, Moment::now());
+            *handle.usage.activity() = Activity::new(limit, Moment::now());
         }
         let (host, id) = (self.host.clone(), handle.plan.id.clone());
         let task = resume::resume(host, id, handle.slot.clone(), kept, wish, stopped);
@@ -510,5 +549,44 @@ fn view_of(sandbox: &Sandbox<Vm>) -> View {
         Sandbox::Resuming(_) => View::Resuming,
         Sandbox::Destroying(_) => View::Destroying,
         Sandbox::Gone => View::Gone,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FLOORS: Floors = Floors {
+        cpu_percent: 5,
+        network_bytes: 1,
+        disk_bytes: 1,
+    };
+
+    #[tokio::test(start_paused = true)]
+    async fn a_sandbox_is_idle_once_nobody_uses_it_any_more() {
+        let usage = Arc::new(Usage::new(60));
+        let began = Instant::now();
+        let watcher = tokio::spawn({
+            let usage = usage.clone();
+            async move { idle(&usage, None, &FLOORS).await }
+        });
+        usage.calls.fetch_add(1, Ordering::AcqRel);
+        let call = InUse(usage.clone());
+        tokio::time::sleep(Duration::from_secs(200)).await;
+        assert!(!watcher.is_finished(), "idle with a call under way");
+        drop(call);
+        watcher.await.expect("no panic");
+        let after = began.elapsed().as_secs();
+        assert!(
+            (260..=261).contains(&after),
+            "idle {after} s after the start, 60 s after the last use"
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_sandbox_without_a_limit_is_never_idle() {
+        let usage = Usage::new(0);
+        let outcome = tokio::time::timeout(Duration::from_secs(1 << 30), idle(&usage, None, &FLOORS)).await;
+        assert!(outcome.is_err());
     }
 }
