@@ -5,7 +5,7 @@
 use crate::errors::FileError;
 
 /// Where a test says what it wants: the step's name and `error` or `wait`. Gone once the step is reached; then there is
-/// `failpoint.reached`, and who waits does so until there is `failpoint.go`.
+/// `failpoint.reached`, and who waits does so until there is `failpoint.go`, and takes `failpoint.reached` away as it goes on.
 #[cfg(feature = "failpoints")]
 const ARMED: &str = "/var/lib/roost/failpoint";
 
@@ -31,7 +31,7 @@ pub(crate) async fn reach(step: &'static str) -> Result<(), FileError> {
             while !armed.with_extension("go").exists() {
                 tokio::time::sleep(std::time::Duration::from_millis(10)).await;
             }
-            Ok(())
+            std::fs::remove_file(armed.with_extension("reached")).map_err(failed)
         }
         _ => Err(failed(std::io::Error::other("a test wants it to fail"))),
     }

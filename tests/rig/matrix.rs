@@ -18,7 +18,7 @@ const REACHED: &str = "/var/lib/roost/failpoint.reached";
 const GO: &str = "/var/lib/roost/failpoint.go";
 
 /// Of an ordinary run: one case in so many.
-const SAMPLE: usize = 9;
+const SAMPLE: usize = 23;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Operation {
@@ -161,6 +161,10 @@ fn case(operation: Operation, step: &str, back: bool, fault: Fault, subject: &mu
     });
     harm(fault, &mut caller);
     std::fs::write(GO, "").expect("let go");
+    if !matches!(fault, Fault::Error | Fault::KillAgent) {
+        // Taken away too early, the word to go on would not be seen.
+        eventually("the agent to go on", || (!Path::new(REACHED).exists()).then_some(()));
+    }
     let output = caller.wait_with_output().expect("it ends");
     disarm();
     wait_for_agent();
