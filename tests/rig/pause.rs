@@ -318,7 +318,7 @@ fn a_sandbox_that_nobody_uses_is_paused_and_one_in_use_is_not() {
         let used = Sandbox::create(&["--memory", "256", "--timeout", "60"]);
         let began = Instant::now();
         // One call is use for as long as it takes.
-        let call = roost::start(&["exec", "--timeout", "110", &used.id, "--", "sleep", "100"]);
+        let call = roost::start(&["exec", "--timeout", "110", &used.id, "--", "sleep", "80"]);
         eventually("the idle one to be paused", || find_paused(&idle.id));
         assert!(
             began.elapsed() > Duration::from_secs(50),
