@@ -84,6 +84,9 @@ pub struct Config {
     pub max_vcpus: u8,
     /// Most bytes of output that one Exec call may return, both streams together; more ends the command with an error.
     pub max_exec_output: u64,
+    /// Seconds that a guest may take to come up when it boots, 10 to 3600; one of more than 15 GiB has 8 s for each of them. More is for
+    /// hosts that emulate.
+    pub boot_timeout_sec: u32,
     /// How memory comes back to a resumed guest.
     pub restore_memory: RestoreMemory,
     /// Percent of one vCPU above which a guest counts as used although nobody calls, 1 to 100. An idle guest's timers, and the
@@ -137,6 +140,7 @@ impl Default for Config {
             max_memory_mb: 1 << 20,
             max_vcpus: 32,
             max_exec_output: 16 << 20,
+            boot_timeout_sec: 120,
             restore_memory: RestoreMemory::Copy,
             busy_cpu_percent: 5,
             busy_network_bytes: 16 << 10,
@@ -191,6 +195,9 @@ impl Config {
             if disk.is_some_and(|disk| disk == 0 || Mebibytes(disk).sectors() > MAX_DISK) {
                 return out_of_range(key, disk.unwrap_or_default().to_string(), "1 to 2097152");
             }
+        }
+        if !(10..=3600).contains(&config.boot_timeout_sec) {
+            return out_of_range("boot_timeout_sec", config.boot_timeout_sec.to_string(), "10 to 3600");
         }
         if !(1..=100).contains(&config.busy_cpu_percent) {
             return out_of_range("busy_cpu_percent", config.busy_cpu_percent.to_string(), "1 to 100");
@@ -263,6 +270,9 @@ mod tests {
             ("max_memory_mb = 63", "max_memory_mb"),
             ("max_disk_mb = 2097153", "max_disk_mb"),
             ("default_disk_mb = 0", "default_disk_mb"),
+            ("boot_timeout_sec = 9", "boot_timeout_sec"),
+            ("boot_timeout_sec = 3601", "boot_timeout_sec"),
+            ("restore_memory = \"lazy\"", "restore_memory"),
             ("busy_cpu_percent = 0", "busy_cpu_percent"),
             ("busy_cpu_percent = 101", "busy_cpu_percent"),
             ("busy_network_bytes = 0", "busy_network_bytes"),

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use census::Census;
 
 /// Longest time that the kernel, systemd and an emulated machine may take for anything a test waits for.
-pub const PATIENCE: Duration = Duration::from_secs(120);
+pub const PATIENCE: Duration = Duration::from_secs(300);
 
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 

@@ -95,7 +95,7 @@ impl Sandbox {
 
     /// Runs a command in it. An emulated guest is slow, so it has longer than the default.
     pub fn exec(&self, command: &[&str]) -> Output {
-        roost(&[&["exec", "--timeout", "110", &self.id, "--"], command].concat())
+        roost(&[&["exec", "--timeout", "400", &self.id, "--"], command].concat())
     }
 
     /// Runs a shell script in it that must succeed; its standard output.
@@ -215,7 +215,7 @@ pub fn curl(curl: &[&str]) -> Answer {
             "--silent",
             "--show-error",
             "--max-time",
-            "100",
+            "400",
             "--write-out",
             "\n%{http_code}",
         ])

@@ -164,7 +164,10 @@ async fn steps(
     let api = Vmm::new(&host.layout.vm_run(&plan.id).join(API_SOCKET));
     let up = async {
         let (version, envd) = tokio::try_join!(async { api.version().await.map_err(BuildError::from) }, async {
-            guest.wait_until_up(boot_limit(plan)).await.map_err(BuildError::from)
+            guest
+                .wait_until_up(boot_limit(host, plan))
+                .await
+                .map_err(BuildError::from)
         },)?;
         guest.init(identity(host, plan)).await?;
         Ok::<_, BuildError>(Versions {

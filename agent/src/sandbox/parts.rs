@@ -300,8 +300,9 @@ impl Gate {
 }
 
 /// How long a guest may take to come up: large memories take long to set up on a busy host.
-pub(super) fn boot_limit(plan: &Plan) -> Duration {
-    Duration::from_secs(120.max(8 * u64::from(plan.memory.0).div_ceil(1024)))
+pub(super) fn boot_limit(host: &Host, plan: &Plan) -> Duration {
+    let least = u64::from(host.config.boot_timeout_sec);
+    Duration::from_secs(least.max(8 * u64::from(plan.memory.0).div_ceil(1024)))
 }
 
 /// What a guest is told when it comes up: new entropy and a new lifecycle each time.

@@ -329,7 +329,7 @@ async fn steps(
                 reach("resume.woken").await?;
                 WAKE_LIMIT
             }
-            None => boot_limit(&plan),
+            None => boot_limit(host, &plan),
         };
         let (vmm, envd) = tokio::try_join!(async { api.version().await.map_err(ResumeError::from) }, async {
             guest.wait_until_up(limit).await.map_err(ResumeError::from)

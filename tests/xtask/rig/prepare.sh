@@ -10,7 +10,7 @@ chown -R roost:roost-vm /var/lib/roost/kernels
 chown -R roost:roost /var/lib/roost/images
 
 # What an idle guest's timers cost on emulated processors is work on real ones.
-echo 'busy_cpu_percent = 70' >>/etc/roost/agent.toml
+{ echo 'busy_cpu_percent = 70'; echo 'boot_timeout_sec = 400'; } >>/etc/roost/agent.toml
 
 step "making certificates"
 roost pki init --dir /etc/roost/pki || failed "roost pki init: status $?"

@@ -18,7 +18,7 @@ use crate::step::{shown, step};
 use crate::{cache, setup};
 
 /// Time for all rig tests, and for those of full size.
-const RIG_SECONDS: u64 = 1800;
+const RIG_SECONDS: u64 = 3000;
 const RIG_SECONDS_ALL: u64 = 4 * 3600;
 
 /// The modules of the rig's tests that run in a second rig, beside the others.
