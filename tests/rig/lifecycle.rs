@@ -147,7 +147,7 @@ fn a_disk_larger_than_its_image_is_all_usable_and_the_image_stays_as_it_was() {
                 .expect("a number");
             assert!(mib > 1800, "the guest sees {mib} MiB");
             // More than the image holds, written and read back.
-            sandbox.sh("head -c 300M /dev/zero | tr '\\0' 'x' > /big && sync && test $(tr -d x < /big | wc -c) = 0");
+            sandbox.sh("head -c 260M /dev/zero | tr '\\0' 'x' > /big && sync && test $(tr -d x < /big | wc -c) = 0");
         }
         {
             let fresh = Sandbox::create(&[]);

@@ -9,8 +9,8 @@ use roost_tests::{eventually, in_rig};
 use serde_json::json;
 
 /// A program that counts in memory, a file in memory, and a file on disk: all that a pause is to keep.
-const CANARIES: &str = "mkdir -p /dev/shm && head -c 5000000 /dev/urandom > /dev/shm/canary && sha256sum < /dev/shm/canary > /root/memory.sum
-    head -c 20000000 /dev/urandom > /root/disk && sha256sum < /root/disk > /root/disk.sum
+const CANARIES: &str = "mkdir -p /dev/shm && head -c 2000000 /dev/urandom > /dev/shm/canary && sha256sum < /dev/shm/canary > /root/memory.sum
+    head -c 3000000 /dev/urandom > /root/disk && sha256sum < /root/disk > /root/disk.sum
     setsid bash -c 'i=0; while sleep 0.1; do i=$((i+1)); echo $i > /dev/shm/count; done' >/dev/null 2>&1 &
     echo $! > /dev/shm/counter.pid; until test -s /dev/shm/count; do sleep 0.1; done";
 
@@ -130,7 +130,7 @@ fn many_pauses_in_a_row_lose_nothing_and_grow_nothing() {
         sandbox.sh(CANARIES);
         // Writes to disk all the while, each file with its sum behind it.
         sandbox.sh(
-            "mkdir /root/log; setsid bash -c 'i=0; while true; do i=$((i+1)); head -c 100000 /dev/urandom > /root/log/new
+            "mkdir /root/log; setsid bash -c 'i=0; while true; do i=$((i+1)); head -c 20000 /dev/urandom > /root/log/new
              sha256sum < /root/log/new > /root/log/$i.sum; mv /root/log/new /root/log/$i; sleep 1; done' >/dev/null 2>&1 & echo $!",
         );
         let (mut count, mut sizes) = (0, Vec::new());
@@ -282,7 +282,7 @@ fn an_agent_killed_at_any_moment_of_a_pause_or_resume_loses_nothing() {
     let moments: &[u64] = if std::env::var_os("ROOST_TESTS_ALL").is_some() {
         &[0, 100, 200, 400, 700, 1000, 1500, 2000, 3000, 4000]
     } else {
-        &[100, 700, 2500]
+        &[700]
     };
     in_rig(|| {
         let sandbox = Sandbox::create(&["--memory", "256"]);

@@ -27,8 +27,8 @@ use roost_common::privd::{
 };
 use roost_common::units::{Mebibytes, Sectors};
 use roost_tests::census::Census;
-use roost_tests::internet::{self, run};
 use roost_tests::eventually;
+use roost_tests::internet::{self, run};
 use tarpc::{client, context};
 use tokio::runtime::Runtime;
 

@@ -22,7 +22,7 @@ const RIG_SECONDS: u64 = 3000;
 const RIG_SECONDS_ALL: u64 = 4 * 3600;
 
 /// The modules of the rig's tests that run in a second rig, beside the others.
-const FIRST_HALF: &[&str] = &["bad_input::", "concurrency::", "faults::", "matrix::"];
+const FIRST_HALF: &[&str] = &["bad_input::", "concurrency::", "faults::", "isolation::", "matrix::"];
 
 /// What is tested without systemd too.
 const DIRECT_TESTS: &[&str] = &[
