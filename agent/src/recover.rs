@@ -25,7 +25,7 @@ use crate::host::slots::SlotLease;
 use crate::outbox::{Event, EventKind};
 use crate::registry::Registry;
 use crate::sandbox::plan::Plan;
-use crate::sandbox::record::{Kept, Phase, Record};
+use crate::sandbox::record::{Kept, Phase, Record, RecordError};
 use crate::sandbox::task::Found;
 use crate::sandbox::{MemoryLoad, PauseReason, TeardownError, Vm, build, pause, resume};
 use crate::tombstone::{self, End, Tombstone};
@@ -80,6 +80,7 @@ pub async fn recover(registry: &Arc<Registry>) -> Result<(), FileError> {
             let slot = remnant
                 .record
                 .as_ref()
+                .ok()
                 .and_then(|record| Slot::try_from(record.slot).ok());
             (id, remnant, slot.and_then(|slot| slots.lease_this(slot)))
         })
@@ -101,17 +102,14 @@ pub async fn recover(registry: &Arc<Registry>) -> Result<(), FileError> {
 
 /// The files of a sandbox as an agent finds them.
 struct Remnant {
-    record: Option<Record>,
+    record: Result<Record, RecordError>,
     exit: Option<Exit>,
 }
 
 impl Remnant {
     fn read(layout: &Layout, id: &SandboxId) -> Self {
-        let record = Record::read(layout, id)
-            .inspect_err(|error| tracing::debug!(sandbox_id = %id, error = %Chain(error), "no record"))
-            .ok();
         Self {
-            record,
+            record: Record::read(layout, id),
             exit: read_exit(layout, id),
         }
     }
@@ -119,9 +117,18 @@ impl Remnant {
 
 async fn recover_one(registry: &Arc<Registry>, id: SandboxId, remnant: Remnant, slot: Option<SlotLease>) {
     let Remnant { record, exit } = remnant;
-    let Some((record, slot)) = record.zip(slot) else {
-        // A create that never got far, or something that nobody can make sense of.
-        return clear(registry, id, None, None, None).await;
+    let record = match record {
+        Ok(record) => record,
+        Err(error) if error.is_missing() => return clear(registry, id, None, None, None).await,
+        // It may be somebody's paused sandbox, and another version of the agent may know what to make of it.
+        Err(error) => {
+            tracing::error!(sandbox_id = %id, error = %Chain(&error), "left alone: its record cannot be used");
+            return;
+        }
+    };
+    let Some(slot) = slot else {
+        tracing::error!(sandbox_id = %id, slot = record.slot, "left alone: its slot is none, or another sandbox's");
+        return;
     };
     match record.phase {
         Phase::Creating => clear(registry, id, Some(record), Some(slot), None).await,

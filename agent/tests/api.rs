@@ -334,3 +334,30 @@ async fn recovery_keeps_what_is_paused_and_tidies_it() {
     assert!(rm.status.success(), "{rm:?}");
     assert!(!layout.sandbox(id).exists());
 }
+
+#[tokio::test]
+async fn recovery_leaves_alone_what_it_cannot_read_and_no_create_takes_its_place() {
+    let agent = Agent::start_recovering(&["roost-cli"]).await;
+    let layout = &agent.host.layout;
+    let record = record("newer", 7);
+    let id = &record.plan.id;
+    std::fs::create_dir_all(layout.vm(id)).expect("made");
+    std::fs::write(layout.cow(id), "somebody's data").expect("written");
+    for unusable in ["{\"version\": 2}", "", "{\"version\": 1"] {
+        std::fs::write(layout.record(id), unusable).expect("written");
+        recover::recover(&agent.registry).await.expect("recovered");
+        assert_eq!(
+            std::fs::read(layout.cow(id)).expect("kept"),
+            b"somebody's data",
+            "{unusable}"
+        );
+    }
+    agent.service.recovered();
+    let lib = agent.dir.path().join("lib");
+    std::fs::create_dir(lib.join("images/minimal")).expect("made");
+    std::fs::write(lib.join("images/minimal/rootfs.ext4"), vec![0; 8192]).expect("written");
+    std::fs::write(lib.join("kernels/vmlinux-6.1"), "").expect("written");
+    let said = agent.refusal(&["create", "--id", "newer"]).await;
+    assert!(said.contains("could not be used"), "{said}");
+    assert_eq!(std::fs::read(layout.cow(id)).expect("kept"), b"somebody's data");
+}

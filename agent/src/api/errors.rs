@@ -108,6 +108,7 @@ fn build_code(error: &BuildError) -> ErrorCode {
         BuildError::Image(ImageError::File(_) | ImageError::NotAnImage { .. })
         | BuildError::NoKernel { .. }
         | BuildError::Left(_)
+        | BuildError::Kept { .. }
         | BuildError::File(_)
         | BuildError::Vmm(_)
         | BuildError::VmmEnded(_)

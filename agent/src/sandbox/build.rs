@@ -51,6 +51,12 @@ pub enum BuildError {
     /// The disk is larger than any there can be.
     #[error("a disk of {0} is larger than 2 TiB")]
     DiskTooLarge(Sectors),
+    /// An earlier sandbox of this id is on disk, and its record could not be used when the agent started.
+    #[error("an earlier sandbox of this id is in {}, and its record could not be used; the agent's log says why", dir.display())]
+    Kept {
+        /// Its directory.
+        dir: std::path::PathBuf,
+    },
     /// An earlier sandbox of this id is still there.
     #[error("an earlier sandbox of this id could not be removed")]
     Left(#[source] TeardownError),
@@ -136,6 +142,12 @@ async fn steps(
         })
         .await?;
     let cow_length = size.cow_length().ok_or(BuildError::DiskTooLarge(size))?;
+    // What recovery has left alone is not ours to remove.
+    if host.layout.record(&plan.id).exists() {
+        return Err(BuildError::Kept {
+            dir: host.layout.sandbox(&plan.id),
+        });
+    }
     *made = Files::Some;
     if left_behind(host, &plan.id) {
         remove_files(host, &gate, &plan.id).await.map_err(BuildError::Left)?;

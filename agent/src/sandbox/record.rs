@@ -110,6 +110,13 @@ pub enum RecordError {
     Version(String, u32),
 }
 
+impl RecordError {
+    /// Whether there is none: its create never got far.
+    pub fn is_missing(&self) -> bool {
+        matches!(self, Self::File(error) if error.source.kind() == std::io::ErrorKind::NotFound)
+    }
+}
+
 impl Record {
     /// The record of a create that begins.
     pub fn new(slot: u32, plan: Plan, disk: Sectors, created_at_unix: i64, token: Token) -> Self {

@@ -189,7 +189,8 @@ pub async fn resume(
 
 /// Reads and checks everything that can be before anything is started, and makes room for a new VM.
 fn make_ready(host: &Host, id: &SandboxId, kept: Kept, wish: ResumeWish) -> Result<Ready, ResumeError> {
-    if wish.from == From::Memory && kept.memory == Memory::Spent {
+    // No VM of it runs any more, so what its disk says now is final.
+    if wish.from == From::Memory && settle(host, kept, id).memory == Memory::Spent {
         return Err(ResumeError::Spent);
     }
     let original = Record::read(&host.layout, id)?;
@@ -427,7 +428,7 @@ pub(crate) fn settle(host: &Host, mut kept: Kept, id: &SandboxId) -> Kept {
     match files::written_at(&host.layout.cow(id)) {
         Ok(written) if written == kept.disk_written_at => {}
         Ok(_) => {
-            tracing::warn!(sandbox_id = %id, "the disk was written while the sandbox was being resumed; its memory is of no use any more");
+            tracing::warn!(sandbox_id = %id, "the disk has been written since the sandbox was paused; its memory is of no use any more");
             kept.memory = Memory::Spent;
         }
         Err(error) => {
