@@ -1,7 +1,9 @@
 //! Emptying a host before it is taken away: nothing new begins, and what runs goes to disk.
 //!
-//! A sandbox is brought to rest by what its state allows: a create is undone, a VM is paused, one that cannot be paused is destroyed,
-//! and what is on its way somewhere is waited for. Nothing here takes longer than the pauses and teardowns do, which are bounded.
+//! A sandbox is brought to rest by what its state allows: a create is undone, a VM is paused, and what is on its way somewhere is waited
+//! for. One that cannot be paused runs on and is reported: whoever empties a host can make room and ask again, or destroy it, and a
+//! sandbox that was destroyed for a full disk would be lost for nothing. Nothing here takes longer than the pauses and teardowns do,
+//! which are bounded.
 
 use std::sync::Arc;
 
@@ -12,6 +14,7 @@ use tokio::task::JoinSet;
 use crate::errors::Chain;
 use crate::registry::Registry;
 use crate::sandbox::task::{Handle, View};
+use crate::sandbox::{PauseFailure, PauseReason};
 
 /// How many sandboxes are paused at a time: each writes its memory to the same disk.
 const AT_ONCE: usize = 4;
@@ -21,9 +24,9 @@ const AT_ONCE: usize = 4;
 pub struct Drained {
     /// On disk.
     pub paused: Vec<SandboxId>,
-    /// Gone, since they could not be paused or never ran.
+    /// Gone, since they never ran.
     pub destroyed: Vec<SandboxId>,
-    /// Neither; the log says why.
+    /// Neither: still there, and the log says why.
     pub failed: Vec<SandboxId>,
 }
 
@@ -68,19 +71,20 @@ async fn bring_to_rest(handle: &Handle) -> Rest {
     let id = &handle.plan.id;
     loop {
         match handle.view() {
-            View::Paused(_) => return Rest::Paused,
             View::Gone => return Rest::Destroyed,
             View::Resuming => handle.left(|view| matches!(view, View::Resuming)).await,
             View::Creating | View::Destroying => return destroy(handle).await,
-            View::Running(..) | View::Pausing => match handle.pause().await {
-                Ok(()) => {}
+            // A paused one is asked too: a resume may have been accepted before the host took no more work, and comes first.
+            View::Paused(_) | View::Running(..) | View::Pausing => match handle.pause(PauseReason::Drain).await {
+                Ok(()) => return Rest::Paused,
                 // It has gone elsewhere meanwhile, which the next look tells.
-                Err(_) if !matches!(handle.view(), View::Running(..)) => {
-                    handle.left(|view| matches!(view, View::Pausing)).await;
-                }
-                Err(error) => {
-                    tracing::error!(sandbox_id = %id, error = %Chain(&error), "not to be paused, so it is destroyed");
-                    return destroy(handle).await;
+                Err(PauseFailure::Refused(_)) => handle.left(|view| matches!(view, View::Pausing)).await,
+                Err(error @ PauseFailure::Failed(_)) => {
+                    if !matches!(handle.view(), View::Running(..)) {
+                        continue;
+                    }
+                    tracing::error!(sandbox_id = %id, error = %Chain(&error), "not to be paused; it runs on");
+                    return Rest::Failed;
                 }
             },
         }

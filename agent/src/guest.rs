@@ -23,9 +23,11 @@ use tokio::net::TcpStream;
 
 /// Pause between two attempts to reach an envd that is not up yet.
 const PROBE_PAUSE: Duration = Duration::from_millis(20);
-/// How long one attempt may take to connect: a guest without a network drops the first packet, and a retransmission would come
-/// a second later.
-const CONNECT_LIMIT: Duration = Duration::from_millis(250);
+/// How long one attempt to reach an envd that is not up yet may take to connect: a guest without a network drops the first packet,
+/// and a retransmission would come a second later.
+const PROBE_LIMIT: Duration = Duration::from_millis(250);
+/// How long it may take to connect to one that has been reached: the first packets may be lost on a busy host.
+const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 /// How long envd may take to answer a connection that stands.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 /// How long envd may take to make ready for a snapshot, which is best effort: it writes out what is dirty.
@@ -210,7 +212,13 @@ impl Guest {
     }
 
     async fn health(&self) -> Result<String, GuestError> {
-        let answer = self.call(Method::GET, HEALTH_PATH, Vec::new(), ANSWER_LIMIT).await?;
+        let call = Call {
+            method: Method::GET,
+            path: HEALTH_PATH,
+            token: &self.token,
+            connect_limit: PROBE_LIMIT,
+        };
+        let answer = self.exchange(call, Vec::new(), ANSWER_LIMIT).await?;
         let header = answer
             .headers()
             .get(VERSION_HEADER)
@@ -229,11 +237,12 @@ impl Guest {
     }
 
     /// Tells envd who it is, and waits until it has taken that in: its clock, its entropy, its identity. An envd that knows of
-    /// nonces repeats the one it was sent, and has read from its disk before.
+    /// nonces repeats the one it was sent, and has read from its disk before. `known` is the token that it asks for where that is not
+    /// ours yet, as in a clone.
     ///
     /// # Errors
     /// [`GuestError::Http`], [`GuestError::Refused`], [`GuestError::WrongNonce`].
-    pub async fn init(&self, identity: Identity) -> Result<(), GuestError> {
+    pub async fn init(&self, known: Option<&Token>, identity: Identity) -> Result<(), GuestError> {
         let nonce = crate::sandbox::build::random_hex();
         let request = InitRequest {
             env_vars: Some(identity.env),
@@ -249,7 +258,13 @@ impl Guest {
             ..InitRequest::default()
         };
         let body = serde_json::to_vec(&request).expect("strings serialise");
-        let answer = self.call(Method::POST, INIT_PATH, body, ANSWER_LIMIT).await?;
+        let call = Call {
+            method: Method::POST,
+            path: INIT_PATH,
+            token: known.unwrap_or(&self.token),
+            connect_limit: CONNECT_LIMIT,
+        };
+        let answer = self.exchange(call, body, ANSWER_LIMIT).await?;
         match answer.headers().get(NONCE_HEADER) {
             Some(repeated) if repeated.as_bytes() != nonce.as_bytes() => Err(GuestError::WrongNonce),
             Some(_) | None => Ok(()),
@@ -427,8 +442,29 @@ impl Guest {
         body: Vec<u8>,
         limit: Duration,
     ) -> Result<http::Response<Bytes>, GuestError> {
+        let call = Call {
+            method,
+            path,
+            token: &self.token,
+            connect_limit: CONNECT_LIMIT,
+        };
+        self.exchange(call, body, limit).await
+    }
+
+    async fn exchange(
+        &self,
+        call: Call<'_>,
+        body: Vec<u8>,
+        limit: Duration,
+    ) -> Result<http::Response<Bytes>, GuestError> {
+        let Call {
+            method,
+            path,
+            token,
+            connect_limit,
+        } = call;
         let failed = |source: Box<dyn std::error::Error + Send + Sync>| GuestError::Http { path, source };
-        let stream = tokio::time::timeout(CONNECT_LIMIT, TcpStream::connect(self.address))
+        let stream = tokio::time::timeout(connect_limit, TcpStream::connect(self.address))
             .await
             .map_err(|error| failed(error.into()))?
             .map_err(|error| failed(error.into()))?;
@@ -441,7 +477,7 @@ impl Guest {
                 .uri(path)
                 .header(http::header::HOST, self.address.to_string())
                 .header(http::header::CONTENT_TYPE, "application/json")
-                .header(ACCESS_TOKEN_HEADER, &self.token.0)
+                .header(ACCESS_TOKEN_HEADER, &token.0)
                 .body(Full::new(Bytes::from(body)))
                 .expect("an address and a hexadecimal token are header values");
             let answer = async {
@@ -474,6 +510,14 @@ impl Guest {
             Err(GuestError::Refused { path, status, body })
         }
     }
+}
+
+/// A plain HTTP call.
+struct Call<'a> {
+    method: Method,
+    path: &'static str,
+    token: &'a Token,
+    connect_limit: Duration,
 }
 
 fn pid_selector(pid: u32) -> process::process_selector::Selector {

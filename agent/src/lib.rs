@@ -28,6 +28,7 @@ pub mod registry;
 pub mod sandbox;
 pub mod serve;
 pub mod snapshot;
+pub mod templates;
 pub mod tls;
 pub mod tombstone;
 pub mod vmm;

@@ -15,26 +15,27 @@ use std::time::{Duration, Instant};
 use nix::fcntl::OFlag;
 use roost_common::ids::{SandboxId, Slot};
 use roost_common::net::SlotAddresses;
-use roost_common::shim::{API_SOCKET, EXIT_FILE, Exit, MAX_EXIT_FILE, SHIM_SOCKET, VmSpec};
+use roost_common::shim::{EXIT_FILE, Exit, MAX_EXIT_FILE, SHIM_SOCKET};
 
 use crate::errors::{Chain, FileError};
 use crate::guest::Guest;
 use crate::host::files::Layout;
-use crate::host::shim::{self, ShimLink};
+use crate::host::shim::{self, ShimFault};
 use crate::host::slots::SlotLease;
-use crate::outbox::{Event, EventKind};
 use crate::registry::Registry;
 use crate::sandbox::plan::Plan;
 use crate::sandbox::record::{Kept, Phase, Record, RecordError};
 use crate::sandbox::task::Found;
-use crate::sandbox::{MemoryLoad, PauseReason, TeardownError, Vm, build, pause, resume};
+use crate::sandbox::{MemoryLoad, PauseEnd, TeardownError, Vm, build, pause, resume};
 use crate::tombstone::{self, End, Tombstone};
-use crate::vmm::Vmm;
 
-/// How often a VM that is taken over is told to run, in case its last agent ended in the middle of a pause.
-const RUN_ON_ATTEMPTS: u32 = 3;
+/// How long a VM that is taken over may take to say that it runs before recovery goes on without it: its last agent may have ended in
+/// the middle of a pause. One that runs, as almost all do, says so in milliseconds.
+const RUN_ON_LIMIT: Duration = Duration::from_secs(2);
+/// How often the shim of a running VM is tried.
+const ADOPT_ATTEMPTS: u32 = 5;
 /// Pause between two such attempts.
-const RUN_ON_PAUSE: Duration = Duration::from_millis(200);
+const ADOPT_PAUSE: Duration = Duration::from_secs(1);
 
 /// Takes over what runs, keeps what is paused, and removes what is left of the rest. What cannot be removed becomes a sandbox of the
 /// registry that is on its way out: one sandbox's trouble is no reason to keep a host from serving.
@@ -91,6 +92,7 @@ pub async fn recover(registry: &Arc<Registry>) -> Result<(), FileError> {
         tasks.spawn(async move { recover_one(&registry, id, remnant, slot).await });
     }
     tasks.join_all().await;
+    registry.sweep_unfinished_templates().await;
     tracing::info!(
         op = "recover",
         sandboxes = count,
@@ -123,75 +125,94 @@ async fn recover_one(registry: &Arc<Registry>, id: SandboxId, remnant: Remnant, 
         // It may be somebody's paused sandbox, and another version of the agent may know what to make of it.
         Err(error) => {
             tracing::error!(sandbox_id = %id, error = %Chain(&error), "left alone: its record cannot be used");
-            return;
+            return registry.leave_alone();
         }
     };
     let Some(slot) = slot else {
         tracing::error!(sandbox_id = %id, slot = record.slot, "left alone: its slot is none, or another sandbox's");
-        return;
+        return registry.leave_alone();
     };
     match record.phase {
         Phase::Creating => clear(registry, id, Some(record), Some(slot), None).await,
-        Phase::Running => match take_over(registry, &record).await {
-            Some(vm) => registry.take(record, slot, Found::Running(Box::new(vm))),
-            None => {
+        Phase::Running => match take_over(registry, &record, slot.slot()).await {
+            TakenOver::Vm(vm) => adopt(registry, record, slot, *vm).await,
+            TakenOver::Nothing => {
                 let end = exit.as_ref().map_or(End::VmmLost, End::Vmm);
                 let tombstone = Tombstone::new(&id, record.created_at_unix, end);
                 clear(registry, id, Some(record), Some(slot), Some(tombstone)).await;
             }
+            TakenOver::Unreachable => registry.leave_alone(),
         },
-        Phase::Paused(kept) | Phase::Resuming(kept) => {
-            let kept = keep(registry, &record, kept).await;
-            // Once more: the agent before us may have ended between the pause and the event.
-            if kept.reason == PauseReason::Idle {
-                let event = Event::new(EventKind::AutoPaused, id.clone(), kept.paused_at_unix);
-                registry.host().tell(event).await;
-            }
-            registry.take(record, slot, Found::Paused(kept));
-        }
+        Phase::Thawing(kept) => match take_over(registry, &record, slot.slot()).await {
+            TakenOver::Vm(vm) => adopt(registry, record, slot, *vm).await,
+            TakenOver::Nothing => put_to_rest(registry, record, slot, kept).await,
+            TakenOver::Unreachable => registry.leave_alone(),
+        },
+        Phase::Paused(kept) | Phase::Resuming(kept) => put_to_rest(registry, record, slot, kept).await,
     }
 }
 
-/// The VM of a sandbox that was running, if it still is.
-async fn take_over(registry: &Arc<Registry>, record: &Record) -> Option<Vm> {
+async fn put_to_rest(registry: &Arc<Registry>, record: Record, slot: SlotLease, kept: Kept) {
+    let mut kept = keep(registry, &record, kept).await;
+    // The agent before us may have ended between the pause and the event.
+    pause::tell(registry.host(), &record, &mut kept).await;
+    registry.take(record, slot, Found::Paused(kept));
+}
+
+/// What was found where a VM should be.
+enum TakenOver {
+    Vm(Box<Vm>),
+    /// No VM of this sandbox runs any more.
+    Nothing,
+    /// One may, and cannot be got at. It is somebody's: it is left alone until the agent is started again.
+    Unreachable,
+}
+
+/// The VM of a sandbox that was running.
+async fn take_over(registry: &Arc<Registry>, record: &Record, slot: Slot) -> TakenOver {
     let (host, id) = (registry.host(), &record.plan.id);
-    let run_dir = host.layout.vm_run(id);
-    let (shim, spec): (ShimLink, VmSpec) = match shim::adopt(&run_dir.join(SHIM_SOCKET)).await {
-        Ok(Some((shim, spec))) if spec.sandbox == *id => (shim, spec),
-        Ok(_) => return None,
-        Err(error) => {
-            // It holds a VM that we cannot get at; the teardown ends it.
-            tracing::error!(sandbox_id = %id, error = %Chain(&error), "a running VM could not be taken over");
-            return None;
-        }
-    };
-    let slot = Slot::try_from(record.slot).ok()?;
-    let vm = Vm {
-        shim,
-        guest: Arc::new(Guest::new(SlotAddresses::of(slot).host, record.token.clone())),
-        memory: MemoryLoad::of(&spec.start),
-        record: record.clone(),
-    };
-    // The agent before us may have ended in the middle of a pause, or between recording a resume and thawing.
-    let api = Vmm::new(&run_dir.join(API_SOCKET));
-    for attempt in 1..=RUN_ON_ATTEMPTS {
-        match pause::run_on(&api, &vm.guest).await {
-            Ok(()) => break,
+    let socket = host.layout.vm_run(id).join(SHIM_SOCKET);
+    for attempt in 1..=ADOPT_ATTEMPTS {
+        match shim::adopt(&socket).await {
+            Ok(Some((shim, spec))) if spec.sandbox == *id => {
+                return TakenOver::Vm(Box::new(Vm {
+                    shim,
+                    guest: Arc::new(Guest::new(SlotAddresses::of(slot).host, record.token.clone())),
+                    memory: MemoryLoad::of(&spec.start),
+                    record: record.clone(),
+                }));
+            }
+            Ok(_) => return TakenOver::Nothing,
+            // It is no shim that we know how to talk to; whatever it holds is ended with it.
+            Err(error @ ShimFault::Protocol(_)) => {
+                tracing::error!(sandbox_id = %id, error = %Chain(&error), "a running VM could not be taken over, and is ended");
+                return TakenOver::Nothing;
+            }
             Err(error) => {
-                tracing::warn!(sandbox_id = %id, attempt, error = %Chain(error.as_ref()), "a VM that was taken over does not say that it runs");
-                tokio::time::sleep(RUN_ON_PAUSE).await;
+                tracing::error!(sandbox_id = %id, attempt, error = %Chain(&error), "a running VM could not be taken over");
+                tokio::time::sleep(ADOPT_PAUSE).await;
             }
         }
     }
-    let tidied = tokio::task::spawn_blocking({
-        let (host, id) = (host.clone(), id.clone());
-        move || pause::remove_snapshots(&host, &id, None)
-    });
-    if let Err(error) = tidied.await.expect("file work does not panic") {
-        tracing::warn!(sandbox_id = %id, error = %Chain(&error), "an unfinished snapshot stays until the next one");
-    }
+    tracing::error!(sandbox_id = %id, "left alone: its vmmshim cannot be reached; start the agent again when it can");
+    TakenOver::Unreachable
+}
+
+/// Registers a VM that was taken over, once it runs: the agent before us may have ended in the middle of a pause, or of a resume's
+/// thaw. Where that takes longer it is the sandbox's own task that sees to it.
+async fn adopt(registry: &Arc<Registry>, record: Record, slot: SlotLease, vm: Vm) {
+    let id = record.plan.id.clone();
+    let mut running = tokio::spawn(pause::run_on_after_interruption(registry.host().clone(), vm));
+    let found = match tokio::time::timeout(RUN_ON_LIMIT, &mut running).await {
+        Ok(end) => match end.expect("running on does not panic") {
+            PauseEnd::Running(vm, _) => Found::Running(Box::new(vm)),
+            // As any end of a pause, for the task.
+            end => Found::Interrupted(tokio::spawn(async move { end })),
+        },
+        Err(_) => Found::Interrupted(running),
+    };
+    registry.take(record, slot, found);
     tracing::info!(sandbox_id = %id, op = "adopt", "a running sandbox of an earlier agent was taken over");
-    Some(vm)
 }
 
 /// Makes a paused sandbox, or one that was on its way back, one that is paused and nothing else.
@@ -207,18 +228,11 @@ async fn keep(registry: &Arc<Registry>, record: &Record, kept: Kept) -> Kept {
     let settled = tokio::task::spawn_blocking({
         let (host, record) = (host.clone(), record.clone());
         move || {
-            let kept = match record.phase {
-                Phase::Resuming(_) => resume::settle(&host, kept, &record.plan.id),
-                // It was stopped, or about to be, by an agent that had all of it on disk.
-                Phase::Creating | Phase::Running | Phase::Paused(_) => kept,
-            };
-            let put_back = if record.phase == Phase::Paused(kept) {
-                Ok(())
-            } else {
-                record.with(Phase::Paused(kept)).write(&host.layout)
-            };
-            let put_back = put_back.and_then(|()| pause::tidy(&host, &record.plan.id, Some(kept.generation)));
-            if let Err(error) = put_back {
+            if record.phase != Phase::Paused(kept) {
+                return resume::put_back(&host, &record, kept);
+            }
+            // It was stopped, or about to be, by an agent that had all of it on disk.
+            if let Err(error) = pause::tidy(&host, &record.plan.id, Some(kept.generation)) {
                 tracing::error!(sandbox_id = %record.plan.id, error = %Chain(&error), "something is left beside a paused sandbox");
             }
             kept
@@ -236,7 +250,7 @@ async fn clear(
     tombstone: Option<Tombstone>,
 ) {
     let host = registry.host();
-    let outcome = build::tear_down(host, &id, None).await;
+    // Why it ended comes first: once its files are gone nobody else will say so.
     if let Some(tombstone) = tombstone {
         tracing::warn!(sandbox_id = %id, reason = %tombstone.summary(), "a sandbox of an earlier agent has ended");
         let host = host.clone();
@@ -248,7 +262,7 @@ async fn clear(
             tracing::error!(sandbox_id = %id, error = %Chain(&error), "no tombstone");
         }
     }
-    if let Err(error) = outcome {
+    if let Err(error) = build::tear_down(registry.host(), &id, None).await {
         stays(registry, id, record, slot, &error);
     }
 }

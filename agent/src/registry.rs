@@ -10,12 +10,16 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use roost_common::ids::SandboxId;
 use tokio::sync::oneshot;
 
+use crate::errors::Chain;
 use crate::host::Host;
 use crate::host::slots::SlotLease;
 use crate::sandbox::CreateFailure;
 use crate::sandbox::plan::Plan;
 use crate::sandbox::record::Record;
 use crate::sandbox::task::{self, Found, Handle};
+use crate::templates;
+
+static SWEEP: Mutex<()> = Mutex::new(());
 
 /// Why a create was not accepted.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -36,6 +40,8 @@ pub enum Refusal {
 pub struct Registry {
     host: Arc<Host>,
     draining: AtomicBool,
+    /// Whether recovery has left sandboxes alone, which may need any template.
+    has_strangers: AtomicBool,
     sandboxes: Mutex<HashMap<SandboxId, Handle>>,
 }
 
@@ -45,6 +51,7 @@ impl Registry {
         Arc::new(Self {
             host,
             draining: AtomicBool::new(false),
+            has_strangers: AtomicBool::new(false),
             sandboxes: Mutex::default(),
         })
     }
@@ -120,9 +127,49 @@ impl Registry {
         all
     }
 
+    /// There is a sandbox on disk that is not here.
+    pub(crate) fn leave_alone(&self) {
+        self.has_strangers.store(true, Ordering::Release);
+    }
+
     /// Takes a sandbox out; its task does, when nothing is left.
-    pub(crate) fn forget(&self, id: &SandboxId) {
-        self.lock().remove(id);
+    pub(crate) fn forget(self: &Arc<Self>, id: &SandboxId) {
+        let gone = self.lock().remove(id);
+        // A template that was deleted goes with the last sandbox that needs it.
+        if gone.is_some_and(|gone| !gone.plan.template.is_minimal()) {
+            let registry = self.clone();
+            tokio::spawn(async move { registry.sweep_templates().await });
+        }
+    }
+
+    /// Removes what is left of deleted templates that no sandbox needs.
+    pub(crate) async fn sweep_templates(self: &Arc<Self>) {
+        self.sweep(false).await;
+    }
+
+    /// The same when the agent has started: also what of templates was never finished.
+    pub(crate) async fn sweep_unfinished_templates(self: &Arc<Self>) {
+        self.sweep(true).await;
+    }
+
+    async fn sweep(self: &Arc<Self>, is_start: bool) {
+        let registry = self.clone();
+        let swept = tokio::task::spawn_blocking(move || {
+            // One at a time, and each looks at who there is when its turn has come: a sandbox is here before it opens its template.
+            let _sweeping = SWEEP.lock().expect("no sweep panics");
+            if registry.has_strangers.load(Ordering::Acquire) {
+                return Ok(());
+            }
+            let needed = registry
+                .list()
+                .iter()
+                .map(|handle| templates::named(handle.plan.template))
+                .collect();
+            templates::sweep(&registry.host.layout.images(), &needed, is_start)
+        });
+        if let Err(error) = swept.await.expect("file work does not panic") {
+            tracing::error!(error = %Chain(&error), "a deleted template stays until the next one is deleted");
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<SandboxId, Handle>> {

@@ -33,6 +33,8 @@ pub enum Reason {
     VmmLost,
     /// Nobody used it for as long as it may be idle, and it could not be paused.
     NotPaused,
+    /// Its VMM had stopped it for a snapshot that failed, and would not let it run on.
+    Stopped,
 }
 
 impl Reason {
@@ -45,6 +47,7 @@ impl Reason {
             Self::ShimLost => "shim_lost",
             Self::VmmLost => "vmm_lost",
             Self::NotPaused => "not_paused",
+            Self::Stopped => "stopped",
         }
     }
 }
@@ -77,7 +80,7 @@ impl Tombstone {
     pub fn new(id: &SandboxId, created_at_unix: i64, end: End<'_>) -> Self {
         let exit = match end {
             End::Vmm(exit) => Some(exit),
-            End::ShimLost | End::VmmLost | End::NotPaused => None,
+            End::ShimLost | End::VmmLost | End::NotPaused | End::Stopped => None,
         };
         let reason = match end {
             End::Vmm(exit) if exit.oom_kills > 0 => Reason::OutOfMemory,
@@ -89,6 +92,7 @@ impl Tombstone {
             End::ShimLost => Reason::ShimLost,
             End::VmmLost => Reason::VmmLost,
             End::NotPaused => Reason::NotPaused,
+            End::Stopped => Reason::Stopped,
         };
         let lines = |tail: Option<&[u8]>| match tail {
             Some(tail) => tail
@@ -121,9 +125,12 @@ impl Tombstone {
     pub fn event(&self) -> Option<Event> {
         let kind = match self.reason {
             Reason::NotPaused => EventKind::Stopped,
-            Reason::VmmExited | Reason::VmmKilled | Reason::OutOfMemory | Reason::ShimLost | Reason::VmmLost => {
-                EventKind::Error
-            }
+            Reason::Stopped
+            | Reason::VmmExited
+            | Reason::VmmKilled
+            | Reason::OutOfMemory
+            | Reason::ShimLost
+            | Reason::VmmLost => EventKind::Error,
         };
         let id = self.sandbox_id.parse().ok()?;
         Some(Event {
@@ -144,6 +151,9 @@ impl Tombstone {
                 "its VMM had gone when the agent was started, as after a restart of the host".into()
             }
             (Reason::NotPaused, _, _) => "nobody used it, and it could not be paused".into(),
+            (Reason::Stopped, _, _) => {
+                "its VMM had stopped it for a snapshot that failed, and did not let it run on".into()
+            }
         }
     }
 }
@@ -159,6 +169,8 @@ pub enum End<'a> {
     VmmLost,
     /// It was idle and could not be paused.
     NotPaused,
+    /// Its VMM did not let it run on.
+    Stopped,
 }
 
 /// Writes a tombstone and removes those that are older than a day.

@@ -11,6 +11,8 @@ use http_body_util::{BodyExt, Full, Limited};
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 
+/// The call that writes a VM to files.
+pub const SNAPSHOT: &str = "vm.snapshot";
 /// How long one call may take.
 const CALL_LIMIT: Duration = Duration::from_secs(30);
 /// How long a snapshot may take: it writes as much as the guest has memory, at worst to a slow and busy disk.
@@ -101,13 +103,7 @@ impl Vmm {
         struct Ping {
             version: String,
         }
-        let call = "vmm.ping";
-        let body = self.call(Method::GET, call, Vec::new(), CALL_LIMIT).await?;
-        let ping: Ping = serde_json::from_slice(&body).map_err(|_| VmmError::Refused {
-            call,
-            status: StatusCode::OK,
-            body: shorten(&body),
-        })?;
+        let ping: Ping = self.ask("vmm.ping").await?;
         let printable = ping.version.chars().filter(|c| c.is_ascii_graphic()).take(64);
         Ok(printable.collect())
     }
@@ -121,13 +117,7 @@ impl Vmm {
         struct Info {
             state: State,
         }
-        let call = "vm.info";
-        let body = self.call(Method::GET, call, Vec::new(), CALL_LIMIT).await?;
-        let info: Info = serde_json::from_slice(&body).map_err(|_| VmmError::Refused {
-            call,
-            status: StatusCode::OK,
-            body: shorten(&body),
-        })?;
+        let info: Info = self.ask("vm.info").await?;
         Ok(info.state)
     }
 
@@ -157,14 +147,9 @@ impl Vmm {
     /// Any [`VmmError`]; what is in the directory then is of no use.
     pub async fn snapshot(&self, directory: &Path) -> Result<(), VmmError> {
         let body = serde_json::json!({ "destination_url": format!("file://{}", directory.display()) });
-        self.call(
-            Method::PUT,
-            "vm.snapshot",
-            body.to_string().into_bytes(),
-            SNAPSHOT_LIMIT,
-        )
-        .await
-        .map(drop)
+        self.call(Method::PUT, SNAPSHOT, body.to_string().into_bytes(), SNAPSHOT_LIMIT)
+            .await
+            .map(drop)
     }
 
     /// Waits until a VMM that was started to restore has done so: its VM is paused then.
@@ -203,7 +188,7 @@ impl Vmm {
     /// # Errors
     /// Any [`VmmError`]; [`VmmError::Timeout`] where it does not get there.
     pub async fn loaded(&self) -> Result<(), VmmError> {
-        let call = "vm.snapshot";
+        let call = SNAPSHOT;
         let body = serde_json::json!({ "destination_url": "file:///nonexistent" }).to_string();
         let attempts = async {
             loop {
@@ -221,6 +206,16 @@ impl Vmm {
         tokio::time::timeout(LOADING_LIMIT, attempts)
             .await
             .map_err(|_| VmmError::Timeout { call })?
+    }
+
+    /// Asks for something in JSON.
+    async fn ask<T: serde::de::DeserializeOwned>(&self, call: &'static str) -> Result<T, VmmError> {
+        let body = self.call(Method::GET, call, Vec::new(), CALL_LIMIT).await?;
+        serde_json::from_slice(&body).map_err(|_| VmmError::Refused {
+            call,
+            status: StatusCode::OK,
+            body: shorten(&body),
+        })
     }
 
     async fn call(

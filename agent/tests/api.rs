@@ -256,7 +256,7 @@ fn record(id: &str, slot: u32) -> Record {
         id: id.into(),
         ..Wish::default()
     };
-    let plan = Plan::check(wish, &Config::default(), || unreachable!("it has an id"));
+    let plan = Plan::check(wish, &Config::default(), |_| None, || unreachable!("it has an id"));
     Record::new(slot, plan.expect("checked"), Sectors(8), 5, Token::random())
 }
 
@@ -301,6 +301,7 @@ async fn recovery_keeps_what_is_paused_and_tidies_it() {
     let kept = Kept {
         generation: 2,
         memory: Memory::Whole,
+        told: false,
         reason: PauseReason::Idle,
         paused_at_unix: 9,
         disk_written_at: 1,
@@ -315,6 +316,7 @@ async fn recovery_keeps_what_is_paused_and_tidies_it() {
     assert!(!layout.vm_run(id).exists());
     let spent = Kept {
         memory: Memory::Spent,
+        told: true,
         ..kept
     };
     assert_eq!(

@@ -11,14 +11,13 @@ use std::path::Path;
 use nix::sys::stat::{SFlag, fstat, major, minor};
 use roost_common::ids::SandboxId;
 use roost_common::names;
+use roost_common::net::GUEST_MAC;
 use roost_common::shim::{
     DISK_ID, KERNEL_COMMAND_LINE, MEMORY_RANGE, NET_ID, RestoreMode, SpecField, Start, VCPUS_RANGE, VmSpec,
 };
 
 use crate::confine::{self, sys};
 
-/// The MAC address that every guest has.
-const GUEST_MAC: &str = "02:FC:00:00:00:05";
 /// Major and minor number of `/dev/net/tun`, fixed in the kernel's device list.
 const TUN: (u64, u64) = (10, 200);
 
@@ -137,7 +136,8 @@ pub(crate) fn arguments(vmm: &Path, spec: &VmSpec) -> Vec<CString> {
                 "--disk",
                 format!("path={},image_type=raw,id={DISK_ID}", disk_node(spec)),
             );
-            option("--net", format!("fd={},id={NET_ID},mac={GUEST_MAC}", confine::TAP));
+            let mac = GUEST_MAC.map(|byte| format!("{byte:02X}")).join(":");
+            option("--net", format!("fd={},id={NET_ID},mac={mac}", confine::TAP));
             option("--rng", "src=/dev/urandom".into());
             option("--balloon", "size=0,free_page_reporting=on".into());
             option("--serial", "tty".into());

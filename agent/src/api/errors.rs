@@ -12,7 +12,11 @@ use crate::host::images::ImageError;
 use crate::host::privd::CallError;
 use crate::registry::Refusal;
 use crate::sandbox::plan::WishError;
-use crate::sandbox::{BuildError, CreateFailure, PartError, PauseFailure, ResumeError, ResumeFailure, TeardownError};
+use crate::sandbox::{
+    BuildError, CaptureError, CaptureFailure, CreateFailure, PartError, PauseFailure, ResumeError, ResumeFailure,
+    TeardownError,
+};
+use crate::templates::TemplateError;
 
 /// Why a call has no result.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +45,12 @@ pub enum ApiError {
     /// A resume that failed.
     #[error(transparent)]
     Resume(ResumeFailure),
+    /// A template that was not made of a sandbox.
+    #[error(transparent)]
+    Capture(CaptureFailure),
+    /// A template that was not deleted.
+    #[error(transparent)]
+    Template(#[from] TemplateError),
     /// There is no such sandbox; why, where that is known.
     #[error("no sandbox {id} on this host{}", why.as_deref().map(|why| format!(": {why}")).unwrap_or_default())]
     NoSandbox {
@@ -88,7 +98,21 @@ impl ApiError {
                 ErrorCode::FailedPrecondition
             }
             Self::Pause(PauseFailure::Failed(_)) => ErrorCode::Internal,
+            Self::Resume(ResumeFailure::Host(_)) => ErrorCode::Unavailable,
             Self::Resume(ResumeFailure::Failed(error)) => resume_code(error),
+            Self::Capture(CaptureFailure::Refused(_)) => ErrorCode::FailedPrecondition,
+            Self::Capture(CaptureFailure::Failed(error)) => match error.as_ref() {
+                CaptureError::Template(error) => template_code(error),
+                CaptureError::Privd(error) => call_code(error),
+                CaptureError::Pause(_)
+                | CaptureError::Snapshot(_)
+                | CaptureError::File(_)
+                | CaptureError::Record(_)
+                | CaptureError::Image(_)
+                | CaptureError::FlattenTimeout(_)
+                | CaptureError::VmmEnded => ErrorCode::Internal,
+            },
+            Self::Template(error) => template_code(error),
             Self::NoSandbox { .. } => ErrorCode::NotFound,
             Self::NotRunning { .. } | Self::NotEnded { .. } => ErrorCode::FailedPrecondition,
             Self::Guest(error) => guest_code(error),
@@ -105,7 +129,8 @@ fn build_code(error: &BuildError) -> ErrorCode {
         BuildError::Part(error) => part_code(error),
         // What the guest says to its identity is about the caller's default_user and default_env.
         BuildError::Guest(GuestError::Refused { status, .. }) if status.as_u16() == 400 => ErrorCode::InvalidArgument,
-        BuildError::Image(ImageError::File(_) | ImageError::NotAnImage { .. })
+        BuildError::Misfit(_) => ErrorCode::FailedPrecondition,
+        BuildError::Image(ImageError::File(_) | ImageError::NotAnImage { .. } | ImageError::Replaced { .. })
         | BuildError::NoKernel { .. }
         | BuildError::Left(_)
         | BuildError::Kept { .. }
@@ -138,11 +163,26 @@ fn resume_code(error: &ResumeError) -> ErrorCode {
 
 fn part_code(error: &PartError) -> ErrorCode {
     match error {
-        PartError::Privd(CallError::Refused {
+        PartError::Privd(error) => call_code(error),
+        PartError::Shim(_) | PartError::File(_) => ErrorCode::Internal,
+    }
+}
+
+fn call_code(error: &CallError) -> ErrorCode {
+    match error {
+        CallError::Refused {
             source: PrivdError::TooMany { .. },
             ..
-        }) => ErrorCode::Unavailable,
-        PartError::Privd(_) | PartError::Shim(_) | PartError::File(_) => ErrorCode::Internal,
+        } => ErrorCode::Unavailable,
+        CallError::Refused { .. } | CallError::Connect { .. } | CallError::Lost { .. } => ErrorCode::Internal,
+    }
+}
+
+fn template_code(error: &TemplateError) -> ErrorCode {
+    match error {
+        TemplateError::Exists { .. } => ErrorCode::AlreadyExists,
+        TemplateError::Own => ErrorCode::InvalidArgument,
+        TemplateError::File(_) | TemplateError::Format { .. } | TemplateError::Snapshot(_) => ErrorCode::Internal,
     }
 }
 

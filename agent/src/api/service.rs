@@ -18,7 +18,8 @@ use crate::sandbox::build::fill_random;
 use crate::sandbox::plan::{self, Plan, Wish};
 use crate::sandbox::resume::From;
 use crate::sandbox::task::{Handle, View};
-use crate::sandbox::{ResumeWish, Versions};
+use crate::sandbox::{Began, PauseReason, ResumeWish, Versions};
+use crate::templates::{self, CaptureKind, CaptureWish};
 use crate::tombstone;
 use roost_hostagent::hostagent::v1::*;
 
@@ -93,7 +94,17 @@ impl Service {
             default_user: request.default_user,
             default_env: request.default_env.into_iter().collect::<BTreeMap<_, _>>(),
         };
-        let plan = Plan::check(wish, &self.registry.host().config, new_id)?;
+        let host = self.registry.host().clone();
+        let plan = tokio::task::spawn_blocking(move || {
+            let images = host.layout.images();
+            Plan::check(
+                wish,
+                &host.config,
+                |template| templates::size(&images, template),
+                new_id,
+            )
+        });
+        let plan = plan.await.expect("file work does not panic")?;
         let (handle, outcome) = self.registry.create(plan)?;
         // Dropping the receiver, as this call does when its caller goes away, stops the create. A sender that is dropped unsent
         // would be a driver that panicked.
@@ -111,7 +122,6 @@ impl Service {
 
     async fn resume(&self, request: ResumeSandboxRequest) -> Result<ResumeSandboxResponse, ApiError> {
         let handle = self.find(&request.sandbox_id)?;
-        self.registry.takes_work()?;
         let env = request.default_env.into_iter().collect::<BTreeMap<_, _>>();
         let wish = ResumeWish {
             timeout_sec: plan::timeout(request.timeout_sec)?,
@@ -129,6 +139,38 @@ impl Service {
             metadata: metadata(&view),
             ..ResumeSandboxResponse::default()
         })
+    }
+
+    async fn capture(
+        &self,
+        kind: CaptureKind,
+        sandbox: &str,
+        name: String,
+        team: &str,
+        template: &str,
+    ) -> Result<(String, i64), ApiError> {
+        let handle = self.find(sandbox)?;
+        let wish = CaptureWish {
+            kind,
+            template: plan::template(team, template)?,
+            name: plan::name(name)?,
+        };
+        let name = wish.name.clone();
+        let _in_use = handle.begin_use();
+        let size = handle.capture(wish).await.map_err(ApiError::Capture)?;
+        Ok((name, i64::try_from(size.0).unwrap_or(i64::MAX)))
+    }
+
+    async fn delete(&self, request: DeleteSnapshotRequest) -> Result<(), ApiError> {
+        let registry = self.ready()?;
+        let template = plan::template(&request.team_id, &request.template_id)?;
+        let images = registry.host().layout.images();
+        let deleted = tokio::task::spawn_blocking(move || templates::delete(&images, template));
+        // One that is absent is as good as deleted.
+        if deleted.await.expect("file work does not panic")? {
+            registry.sweep_templates().await;
+        }
+        Ok(())
     }
 
     async fn exec_command(&self, request: ExecRequest) -> Result<ExecResponse, ApiError> {
@@ -194,7 +236,14 @@ fn metadata<M: FromIterator<(String, String)>>(view: &View) -> M {
             Versions::default()
         }
     };
+    let (restored, reason) = match versions.began {
+        Began::Booted => ("", String::new()),
+        Began::Restored => ("true", String::new()),
+        Began::BootedInstead(why) => ("false", why),
+    };
     [
+        ("restored", restored.to_owned()),
+        ("cold_boot_reason", reason),
         ("kernel_version", versions.kernel),
         ("vmm_version", versions.vmm),
         ("envd_version", versions.envd),
@@ -306,7 +355,7 @@ impl HostAgentService for Service {
         request: ServiceRequest<'_, PauseSandboxRequest>,
     ) -> ServiceResult<impl Encodable<PauseSandboxResponse> + Send + use<'a>> {
         let handle = self.find(request.sandbox_id)?;
-        handle.pause().await.map_err(ApiError::Pause)?;
+        handle.pause(PauseReason::Requested).await.map_err(ApiError::Pause)?;
         Response::ok(PauseSandboxResponse::default())
     }
 
@@ -319,18 +368,55 @@ impl HostAgentService for Service {
         Response::ok(self.resume(request).await?)
     }
 
+    async fn create_snapshot<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, CreateSnapshotRequest>,
+    ) -> ServiceResult<impl Encodable<CreateSnapshotResponse> + Send + use<'a>> {
+        let wish = request.to_owned_message();
+        let (sandbox, team, template) = (&wish.sandbox_id, &wish.team_id, &wish.template_id);
+        let captured = self.capture(CaptureKind::Snapshot, sandbox, wish.name.clone(), team, template);
+        let (name, size_bytes) = captured.await?;
+        Response::ok(CreateSnapshotResponse {
+            name,
+            size_bytes,
+            ..CreateSnapshotResponse::default()
+        })
+    }
+
+    async fn flatten_rootfs<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, FlattenRootfsRequest>,
+    ) -> ServiceResult<impl Encodable<FlattenRootfsResponse> + Send + use<'a>> {
+        let wish = request.to_owned_message();
+        let (sandbox, team, template) = (&wish.sandbox_id, &wish.team_id, &wish.template_id);
+        let captured = self.capture(CaptureKind::Rootfs, sandbox, wish.name.clone(), team, template);
+        let (_, size_bytes) = captured.await?;
+        Response::ok(FlattenRootfsResponse {
+            size_bytes,
+            ..FlattenRootfsResponse::default()
+        })
+    }
+
+    async fn delete_snapshot<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, DeleteSnapshotRequest>,
+    ) -> ServiceResult<impl Encodable<DeleteSnapshotResponse> + Send + use<'a>> {
+        self.delete(request.to_owned_message()).await?;
+        Response::ok(DeleteSnapshotResponse::default())
+    }
+
     unimplemented_unary! {
         write_file(WriteFileRequest) -> WriteFileResponse;
         read_file(ReadFileRequest) -> ReadFileResponse;
         list_dir(ListDirRequest) -> ListDirResponse;
         make_dir(MakeDirRequest) -> MakeDirResponse;
         remove_path(RemovePathRequest) -> RemovePathResponse;
-        create_snapshot(CreateSnapshotRequest) -> CreateSnapshotResponse;
-        delete_snapshot(DeleteSnapshotRequest) -> DeleteSnapshotResponse;
         terminate(TerminateRequest) -> TerminateResponse;
         get_sandbox_metrics(GetSandboxMetricsRequest) -> GetSandboxMetricsResponse;
         flush_sandbox_metrics(FlushSandboxMetricsRequest) -> FlushSandboxMetricsResponse;
-        flatten_rootfs(FlattenRootfsRequest) -> FlattenRootfsResponse;
         pty_send_input(PtySendInputRequest) -> PtySendInputResponse;
         pty_resize(PtyResizeRequest) -> PtyResizeResponse;
         pty_kill(PtyKillRequest) -> PtyKillResponse;

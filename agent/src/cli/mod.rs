@@ -19,8 +19,9 @@ use crate::pki;
 use crate::sandbox::unix_now;
 use client::{Client, ClientError, Operator};
 use roost_hostagent::hostagent::v1::{
-    CreateSandboxRequest, DestroySandboxRequest, ExecRequest, ListSandboxesRequest, PauseSandboxRequest,
-    PingSandboxRequest, ResumeSandboxRequest, SandboxInfo,
+    CreateSandboxRequest, CreateSnapshotRequest, DeleteSnapshotRequest, DestroySandboxRequest, ExecRequest,
+    FlattenRootfsRequest, ListSandboxesRequest, PauseSandboxRequest, PingSandboxRequest, ResumeSandboxRequest,
+    SandboxInfo,
 };
 use roost_hostagent::roost::v1::{DrainRequest, WhyRequest};
 
@@ -77,6 +78,12 @@ enum Command {
     },
     /// Resume a paused sandbox where it was
     Resume(Resume),
+    /// Make a template of a sandbox's memory and disk, from which others start where it is now; prints what it takes on disk
+    Snapshot(Capture),
+    /// Make a template of a sandbox's disk alone; prints what it takes on disk
+    Flatten(Capture),
+    /// Delete a template; sandboxes that were made of it keep what they need
+    Rmi(Template),
     /// Say why a sandbox ended that nobody destroyed; known for a day
     Why {
         /// The sandbox
@@ -136,6 +143,27 @@ struct Resume {
     /// Another number of seconds without activity until it is paused [default: as before]
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<i32>,
+    /// The sandbox
+    id: String,
+}
+
+#[derive(Args)]
+struct Template {
+    /// UUID of the template
+    #[arg(long, value_name = "UUID")]
+    template: String,
+    /// UUID of the team that it belongs to
+    #[arg(long, value_name = "UUID", default_value = "")]
+    team: String,
+}
+
+#[derive(Args)]
+struct Capture {
+    #[command(flatten)]
+    template: Template,
+    /// A name for people
+    #[arg(long, default_value = "")]
+    name: String,
     /// The sandbox
     id: String,
 }
@@ -248,6 +276,16 @@ async fn run(arguments: Arguments) -> Result<ExitCode, CliError> {
         }
         Command::Pause { ids } => return pause(&client()?, ids).await,
         Command::Resume(wish) => resume(&client()?, wish, json).await?,
+        Command::Snapshot(wish) => snapshot(&client()?, wish, json).await?,
+        Command::Flatten(wish) => flatten(&client()?, wish, json).await?,
+        Command::Rmi(Template { template, team }) => {
+            let request = DeleteSnapshotRequest {
+                template_id: template,
+                team_id: team,
+                ..DeleteSnapshotRequest::default()
+            };
+            client()?.delete_snapshot(request).await?;
+        }
         Command::Rm { ids } => return remove(&client()?, ids).await,
         Command::Why { id } => why(&client::connect_operator(&host, &pki)?, id, json).await?,
         Command::Drain => return drain(&client::connect_operator(&host, &pki)?, json).await,
@@ -389,6 +427,42 @@ async fn resume(client: &Client, wish: Resume, json: bool) -> Result<(), CliErro
     };
     let answer = client.resume_sandbox(request).await?.into_owned();
     if json { print_json(&answer) } else { Ok(()) }
+}
+
+async fn snapshot(client: &Client, wish: Capture, json: bool) -> Result<(), CliError> {
+    let request = CreateSnapshotRequest {
+        sandbox_id: wish.id,
+        name: wish.name,
+        team_id: wish.template.team,
+        template_id: wish.template.template,
+        ..CreateSnapshotRequest::default()
+    };
+    let answer = client.create_snapshot(request).await?.into_owned();
+    if json {
+        print_json(&answer)
+    } else {
+        print_size(answer.size_bytes)
+    }
+}
+
+async fn flatten(client: &Client, wish: Capture, json: bool) -> Result<(), CliError> {
+    let request = FlattenRootfsRequest {
+        sandbox_id: wish.id,
+        name: wish.name,
+        team_id: wish.template.team,
+        template_id: wish.template.template,
+        ..FlattenRootfsRequest::default()
+    };
+    let answer = client.flatten_rootfs(request).await?.into_owned();
+    if json {
+        print_json(&answer)
+    } else {
+        print_size(answer.size_bytes)
+    }
+}
+
+fn print_size(bytes: i64) -> Result<(), CliError> {
+    print(format_args!("{} MiB\n", bytes.max(0).unsigned_abs().div_ceil(1 << 20)))
 }
 
 async fn why(client: &Operator, id: String, json: bool) -> Result<(), CliError> {

@@ -30,14 +30,16 @@ pub fn grant(dir: &Path, uid: u32, access: Access) -> io::Result<()> {
 /// Takes every access but the owner's away. By an ACL that says no more than a mode can, which the kernel makes the mode: a chmod
 /// would take the set-group-id mark away as well, and with it the group of all files to come.
 ///
+/// Where the filesystem has no ACLs there is nothing to take away.
+///
 /// # Errors
 /// When the directory is not ours, or has gone.
 pub fn revoke(dir: &Path) -> io::Result<()> {
-    xattr::set(
-        dir,
-        ATTRIBUTE,
-        &encode(&[(USER_OBJ, 0o7, NO_ID), (GROUP_OBJ, 0, NO_ID), (OTHER, 0, NO_ID)]),
-    )
+    let minimal = encode(&[(USER_OBJ, 0o7, NO_ID), (GROUP_OBJ, 0, NO_ID), (OTHER, 0, NO_ID)]);
+    match xattr::set(dir, ATTRIBUTE, &minimal) {
+        Err(error) if error.raw_os_error() == Some(nix::libc::EOPNOTSUPP) => Ok(()),
+        outcome => outcome,
+    }
 }
 
 /// The owner, a named user, the group, the bound of what those two may, everybody else; and what stands where there is no id.

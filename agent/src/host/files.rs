@@ -151,7 +151,14 @@ pub fn write_durably(path: &Path, content: &[u8]) -> Result<(), FileError> {
     file.write_all(content).map_err(|error| step("writing", error))?;
     file.sync_all().map_err(|error| step("syncing", error))?;
     fs::rename(&temporary, path).map_err(|error| step("replacing", error))?;
-    let dir = path.parent().unwrap_or(Path::new("/"));
+    sync_dir(path.parent().unwrap_or(Path::new("/")))
+}
+
+/// Brings a directory's entries to disk.
+///
+/// # Errors
+/// [`FileError`] naming it.
+pub fn sync_dir(dir: &Path) -> Result<(), FileError> {
     File::open(dir)
         .and_then(|dir| dir.sync_all())
         .map_err(|error| FileError::new("syncing", dir, error))
@@ -177,12 +184,15 @@ pub fn read_small(path: &Path) -> Result<Vec<u8>, FileError> {
 /// # Errors
 /// [`FileError`] naming the file.
 pub fn written_at(path: &Path) -> Result<i64, FileError> {
-    use std::os::unix::fs::MetadataExt;
     let metadata = fs::metadata(path).map_err(|source| FileError::new("inspecting", path, source))?;
-    Ok(metadata
-        .mtime()
-        .saturating_mul(1_000_000_000)
-        .saturating_add(metadata.mtime_nsec()))
+    Ok(changed_at(&metadata))
+}
+
+/// When a file's content was last changed, in nanoseconds since 1970.
+pub(crate) fn changed_at(metadata: &fs::Metadata) -> i64 {
+    use std::os::unix::fs::MetadataExt;
+    let seconds = metadata.mtime().saturating_mul(1_000_000_000);
+    seconds.saturating_add(metadata.mtime_nsec())
 }
 
 /// Removes a sandbox's files and its run directory; what is not there is no error. The sandbox's directory first gets a name
@@ -199,6 +209,8 @@ pub fn remove_sandbox(layout: &Layout, id: &SandboxId) -> Result<(), FileError> 
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         outcome => outcome.map_err(|error| FileError::new("renaming", &dir, error))?,
     }
+    // Before anything of it goes: a power cut must not bring the name back with half of what was in it.
+    sync_dir(&layout.sandboxes())?;
     remove_tree(&removing)
 }
 

@@ -1,17 +1,22 @@
 //! Templates: what sandboxes are cut from.
 //!
 //! `images/minimal/` is the platform's own (team and template id all zero); all others are
-//! `images/teams/<base36 team>/<base36 template>/`. Each holds `rootfs.ext4`.
+//! `images/teams/<base36 team>/<base36 template>/`. Each holds `rootfs.ext4`; what else one may hold is in [`crate::templates`].
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use roost_common::units::{SECTOR, Sectors};
 use uuid::Uuid;
 
+use super::files::changed_at;
 use crate::errors::FileError;
+use crate::templates;
+
+/// The root filesystem of a template.
+pub(crate) const ROOTFS: &str = "rootfs.ext4";
 
 /// Which template.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
@@ -28,7 +33,8 @@ impl TemplateRef {
         self.team.is_nil() && self.template.is_nil()
     }
 
-    fn dir(&self, images: &Path) -> PathBuf {
+    /// Its directory.
+    pub(crate) fn dir(&self, images: &Path) -> PathBuf {
         if self.is_minimal() {
             images.join("minimal")
         } else {
@@ -47,6 +53,22 @@ pub struct Image {
     pub rootfs: File,
     /// Its size.
     pub size: Sectors,
+    /// Which file it is.
+    pub origin: Origin,
+    /// The template's directory.
+    pub dir: PathBuf,
+}
+
+/// What tells one file from another that takes its place, by a rename or by being written over. A disk's changes are of no use over any
+/// other file than the one that they were made over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Origin {
+    /// Number in its filesystem.
+    pub inode: u64,
+    /// In bytes.
+    pub length: u64,
+    /// When its content was last changed, in nanoseconds since 1970.
+    pub written_at: i64,
 }
 
 /// Why there is no image.
@@ -64,6 +86,16 @@ pub enum ImageError {
         /// The file.
         path: PathBuf,
     },
+    /// It is another file than the one that a sandbox was made of.
+    #[error(
+        "{} is not the image that the sandbox was made of; put that one back, as the same file, for the sandbox's disk is of no use \
+         without it",
+        path.display()
+    )]
+    Replaced {
+        /// The file.
+        path: PathBuf,
+    },
 }
 
 /// Opens the root filesystem of a template.
@@ -71,7 +103,40 @@ pub enum ImageError {
 /// # Errors
 /// Any [`ImageError`].
 pub fn open(images: &Path, which: TemplateRef) -> Result<Image, ImageError> {
-    let path = which.dir(images).join("rootfs.ext4");
+    open_in(which.dir(images), which)
+}
+
+/// Opens the root filesystem that a sandbox was made of, also where its template has been deleted since. `None`: its record does not say
+/// which file that was.
+///
+/// # Errors
+/// Any [`ImageError`].
+pub fn open_origin(images: &Path, which: TemplateRef, origin: Option<Origin>) -> Result<Image, ImageError> {
+    let live = open(images, which);
+    let Some(origin) = origin else { return live };
+    if live.as_ref().is_ok_and(|image| image.origin == origin) {
+        return live;
+    }
+    let place = which.dir(images);
+    let deleted = if which.is_minimal() {
+        Vec::new()
+    } else {
+        templates::deleted(&place)
+    };
+    let found = deleted.into_iter().find_map(|dir| {
+        let image = open_in(dir, which).ok()?;
+        (image.origin == origin).then_some(image)
+    });
+    match found {
+        Some(image) => Ok(image),
+        None => live.and(Err(ImageError::Replaced {
+            path: place.join(ROOTFS),
+        })),
+    }
+}
+
+fn open_in(dir: PathBuf, which: TemplateRef) -> Result<Image, ImageError> {
+    let path = dir.join(ROOTFS);
     let flags = nix::fcntl::OFlag::O_NOFOLLOW | nix::fcntl::OFlag::O_NONBLOCK;
     let rootfs = match OpenOptions::new().read(true).custom_flags(flags.bits()).open(&path) {
         Ok(file) => file,
@@ -87,9 +152,16 @@ pub fn open(images: &Path, which: TemplateRef) -> Result<Image, ImageError> {
     if !metadata.is_file() || length == 0 || !length.is_multiple_of(SECTOR) {
         return Err(ImageError::NotAnImage { path });
     }
+    let origin = Origin {
+        inode: metadata.ino(),
+        length,
+        written_at: changed_at(&metadata),
+    };
     Ok(Image {
         rootfs,
         size: Sectors(length / SECTOR),
+        origin,
+        dir,
     })
 }
 

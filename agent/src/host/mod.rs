@@ -75,7 +75,7 @@ impl Host {
         }
     }
 
-    /// Remembers what version the VMM of this host said it is when it last started.
+    /// Remembers what version the VMM of this host said it is, before it ran any guest.
     pub fn vmm_is(&self, version: &str) {
         *self.vmm_version.lock().expect("nothing panics while it holds this") = Some(version.to_owned());
     }

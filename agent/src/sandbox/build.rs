@@ -1,10 +1,12 @@
-//! Building a sandbox that boots, and taking one down.
+//! Building a sandbox, and taking one down.
 //!
 //! ```text
-//! files (record, cow) --> parts: shim, disk, network, VMM --> envd up --> init --> record
+//! boots:    files (record, cow) --> parts: shim, disk, network, VMM --> envd up --> init --> record
+//! restores: the same and a copy of the template's memory --> parts --> it wakes, frozen --> envd up --> init --> thaw --> record
 //! ```
 //!
-//! A build that fails or is told to stop undoes everything before it ends.
+//! A template that carries memory is restored where that fits this host and what was asked for; else it is booted from its disk, and the
+//! answer says why. A build that fails or is told to stop undoes everything before it ends.
 
 use std::fs::File;
 use std::future::Future;
@@ -16,20 +18,22 @@ use roost_common::net::SlotAddresses;
 use roost_common::shim::{API_SOCKET, SHIM_SOCKET, Start};
 use roost_common::units::{Bytes, Sectors};
 
-use super::parts::{DiskFiles, Gate, MemoryLoad, PartError, Parts, Versions, Vm, boot_limit, identity, millis};
+use super::parts::{Began, DiskFiles, Gate, MemoryLoad, PartError, Parts, Versions, Vm, boot_limit, identity, millis};
 use super::plan::Plan;
 use super::record::{Phase, Record};
-use super::{BuildFailure, TeardownError};
+use super::wake::{Memories, Steps, WAKE_LIMIT};
+use super::{BuildFailure, Ending, TeardownError, pause};
 use crate::errors::{Chain, FileError};
 use crate::failpoint::{pass, reach};
 use crate::guest::{Guest, GuestError, Token};
 use crate::host::images::{self, Image, ImageError};
 use crate::host::kernels::{self, Kernel};
-use crate::host::shim::{self, ExitSummary, VmmEnd};
+use crate::host::shim::{self, ExitSummary};
 use crate::host::slots::SlotLease;
 use crate::host::{Host, files};
-use crate::tombstone;
+use crate::snapshot::{self, Misfit, Size};
 use crate::vmm::{Vmm, VmmError};
+use crate::{templates, tombstone};
 
 /// Why a sandbox could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -84,7 +88,18 @@ pub enum BuildError {
     /// The guest did not come up, or refused its identity.
     #[error("the guest did not come up")]
     Guest(#[from] GuestError),
+    /// The template's memory cannot be used with this host's VMM, as that said when it had loaded it.
+    #[error("the template's memory cannot be used on this host")]
+    Misfit(#[from] Misfit),
 }
+
+/// The generation that a template's memory is copied to.
+const CLONE: u32 = 1;
+
+const STEPS: Steps = Steps {
+    restored: "clone.restored",
+    woken: "clone.woken",
+};
 
 /// Builds a sandbox; `stop` ends the build at any point.
 ///
@@ -97,23 +112,32 @@ pub async fn build(
     created_at_unix: i64,
     stop: impl Future<Output = ()>,
 ) -> Result<Vm, BuildFailure> {
-    let (mut parts, mut made) = (Parts::default(), Files::None);
-    let outcome = tokio::select! {
-        biased;
-        () = stop => Err(BuildError::Stopped),
-        outcome = steps(&host, &plan, &slot, created_at_unix, &mut parts, &mut made) => outcome,
-    };
-    match outcome {
-        Ok((guest, record)) => Ok(Vm {
-            shim: parts.into_shim().await,
-            guest: Arc::new(guest),
-            memory: MemoryLoad::Complete,
-            record,
-        }),
-        Err(error) => {
-            tracing::info!(sandbox_id = %plan.id, error = %Chain(&error), "undoing a create");
-            let left = undo(&host, &plan, parts, made).await.err();
-            Err(BuildFailure { error, left })
+    tokio::pin!(stop);
+    // Why its template's memory is of no use, once that has been seen.
+    let mut cold = None;
+    loop {
+        let (mut parts, mut made) = (Parts::default(), Files::None);
+        let outcome = tokio::select! {
+            biased;
+            () = &mut stop => Err(BuildError::Stopped),
+            outcome = steps(&host, &plan, &slot, created_at_unix, cold.as_ref(), &mut parts, &mut made) => outcome,
+        };
+        let error = match outcome {
+            Ok((guest, record, memory)) => {
+                return Ok(Vm {
+                    shim: parts.into_shim().await,
+                    guest: Arc::new(guest),
+                    memory,
+                    record,
+                });
+            }
+            Err(error) => error,
+        };
+        tracing::info!(sandbox_id = %plan.id, error = %Chain(&error), "undoing a create");
+        let left = undo(&host, &plan, parts, made).await.err();
+        match error {
+            BuildError::Misfit(misfit) if left.is_none() && cold.is_none() => cold = Some(misfit.to_string()),
+            error => return Err(BuildFailure { error, left }),
         }
     }
 }
@@ -124,21 +148,37 @@ enum Files {
     Some,
 }
 
+/// What a sandbox is made of, found and checked before anything is made.
+struct Found {
+    image: Image,
+    /// The size of its disk.
+    size: Sectors,
+    kernel: Kernel,
+    /// The template's memory, or how the sandbox begins without.
+    memory: Result<(templates::Memory, Memories), Began>,
+}
+
 async fn steps(
     host: &Arc<Host>,
     plan: &Plan,
     slot: &SlotLease,
     created_at_unix: i64,
+    cold: Option<&String>,
     parts: &mut Parts,
     made: &mut Files,
-) -> Result<(Guest, Record), BuildError> {
+) -> Result<(Guest, Record, MemoryLoad), BuildError> {
     let started = Instant::now();
     let gate = parts.gate.clone();
     // What the caller may have got wrong comes first, before anything is made or started.
-    let (image, size, kernel) = gate
+    let Found {
+        image,
+        size,
+        kernel,
+        memory,
+    } = gate
         .run({
-            let (host, plan) = (host.clone(), plan.clone());
-            move || find(&host, &plan)
+            let (host, plan, cold) = (host.clone(), plan.clone(), cold.cloned());
+            move || find(&host, &plan, cold)
         })
         .await?;
     let cow_length = size.cow_length().ok_or(BuildError::DiskTooLarge(size))?;
@@ -154,11 +194,18 @@ async fn steps(
     }
     // It starts while files are made.
     parts.start_shim(host);
-    let record = Record::new(slot.slot().into(), plan.clone(), size, created_at_unix, Token::random());
-    let cow = gate
+    let mut record = Record::new(slot.slot().into(), plan.clone(), size, created_at_unix, Token::random());
+    record.origin = Some(image.origin);
+    let (cow, memory) = gate
         .run({
             let (host, record) = (host.clone(), record.clone());
-            move || make_files(&host, &record, cow_length)
+            move || {
+                let cow = make_files(&host, &record, cow_length)?;
+                Ok::<_, FileError>((
+                    cow,
+                    memory.and_then(|memory| copy_memory(&host, &record.plan.id, memory)),
+                ))
+            }
         })
         .await?;
     let files = DiskFiles {
@@ -167,36 +214,72 @@ async fn steps(
         size,
     };
     reach("create.files").await?;
-    parts.acquire(host, &plan.id, slot.slot(), files).await?;
+    let disk_minor = parts.acquire(host, &plan.id, slot.slot(), files).await?;
     reach("create.acquired").await?;
-    let shim = parts.launch(host, plan, boot(&kernel)).await?;
+    let start = match &memory {
+        Ok((memories, _)) => {
+            let uid = parts.shim.here().await.map_err(PartError::from)?.uid();
+            let offered = gate.run({
+                let (host, id, memories) = (host.clone(), plan.id.clone(), memories.clone());
+                move || memories.offer(&host, &id, CLONE, disk_minor, uid)
+            });
+            let start = offered.await?;
+            reach("clone.offered").await?;
+            start
+        }
+        Err(_) => boot(&kernel),
+    };
+    let load = MemoryLoad::of(&start);
+    let shim = parts.launch(host, plan, start).await?;
     reach("create.launched").await?;
 
     let guest = Guest::new(SlotAddresses::of(slot.slot()).host, record.token.clone());
     let api = Vmm::new(&host.layout.vm_run(&plan.id).join(API_SOCKET));
     let up = async {
-        let (version, envd) = tokio::try_join!(async { api.version().await.map_err(BuildError::from) }, async {
-            guest
-                .wait_until_up(boot_limit(host, plan))
-                .await
-                .map_err(BuildError::from)
-        },)?;
-        guest.init(identity(host, plan)).await?;
-        Ok::<_, BuildError>(Versions {
-            kernel: kernel.version.clone(),
-            vmm: version,
-            envd,
-        })
+        match &memory {
+            Ok((memories, token)) => {
+                let vmm = memories.wake::<BuildError>(host, &api, &STEPS).await?;
+                let envd = guest.wait_until_up(WAKE_LIMIT).await?;
+                guest.init(Some(token), identity(host, plan)).await?;
+                reach("clone.gated").await?;
+                Ok(Versions {
+                    kernel: memories.manifest.about.kernel_version.clone(),
+                    vmm,
+                    envd,
+                    began: Began::Restored,
+                })
+            }
+            Err(began) => {
+                let (vmm, envd) = tokio::try_join!(async { api.version().await.map_err(BuildError::from) }, async {
+                    let limit = boot_limit(host, plan);
+                    guest.wait_until_up(limit).await.map_err(BuildError::from)
+                })?;
+                guest.init(None, identity(host, plan)).await?;
+                Ok::<_, BuildError>(Versions {
+                    kernel: kernel.version.clone(),
+                    vmm,
+                    envd,
+                    began: began.clone(),
+                })
+            }
+        }
     };
     let versions = tokio::select! {
         versions = up => versions?,
-        end = shim.ended() => return Err(match end {
-            VmmEnd::Reported(exit) => BuildError::VmmEnded(ExitSummary(*exit)),
-            VmmEnd::ShimLost => BuildError::ShimLost,
-        }),
+        end = shim.ended() => return Err(ended(pause::ending(end))),
     };
+    if memory.is_ok() {
+        if let Some(ending) = pause::thaw(shim, &guest, &plan.id).await {
+            return Err(ended(ending));
+        }
+        // The VMM has it open for as long as it needs it.
+        let removed = gate.run({
+            let (host, id) = (host.clone(), plan.id.clone());
+            move || pause::remove_snapshots(&host, &id, None)
+        });
+        removed.await?;
+    }
     reach("create.up").await?;
-    host.vmm_is(&versions.vmm);
     let record = Record {
         versions,
         ..record.with(Phase::Running)
@@ -208,7 +291,35 @@ async fn steps(
     .await?;
     pass("create.recorded").await;
     tracing::info!(sandbox_id = %plan.id, op = "create", elapsed_ms = millis(started), "guest is up");
-    Ok((guest, record))
+    Ok((guest, record, load))
+}
+
+/// A VMM's end as an error of the build.
+fn ended(end: Ending) -> BuildError {
+    match end {
+        Ending::Reported(exit) => BuildError::VmmEnded(ExitSummary(*exit)),
+        Ending::ShimLost | Ending::NotPaused(_) | Ending::Stopped(_) => BuildError::ShimLost,
+    }
+}
+
+/// Copies a template's memory for one sandbox: the VMM is given the directory, and a template is everybody's. Without the copy it begins
+/// without the memory.
+fn copy_memory(
+    host: &Host,
+    id: &SandboxId,
+    memory: (templates::Memory, Memories),
+) -> Result<(Arc<Memories>, Token), Began> {
+    let (template, memories) = memory;
+    match snapshot::copy_generation(&template.dir, &host.layout.generation(id, CLONE)) {
+        Ok(_) => Ok((Arc::new(memories), template.token)),
+        Err(error) => Err(instead(id, &error)),
+    }
+}
+
+fn instead(id: &SandboxId, why: &(dyn std::error::Error + 'static)) -> Began {
+    let why = Chain(why).to_string();
+    tracing::warn!(sandbox_id = %id, why, "booted, though its template has memory");
+    Began::BootedInstead(why)
 }
 
 /// How a kernel is booted.
@@ -220,18 +331,69 @@ pub(super) fn boot(kernel: &Kernel) -> Start {
     }
 }
 
-/// Finds image and kernel, and what size the disk has. Changes nothing.
-pub(super) fn find(host: &Host, plan: &Plan) -> Result<(Image, Sectors, Kernel), BuildError> {
+/// Finds image, kernel and memory, and what size the disk has. Changes nothing. `cold`: why the memory is not to be used.
+fn find(host: &Host, plan: &Plan, cold: Option<String>) -> Result<Found, BuildError> {
     let image = images::open(&host.layout.images(), plan.template)?;
     let size = plan.disk_over(image.size).ok_or(BuildError::DiskTooSmall {
         asked: plan.disk.map_or(0, |disk| disk.0),
         image: image.size,
     })?;
+    let memory = match cold {
+        Some(why) => Err(Began::BootedInstead(why)),
+        None => memory(host, plan, &image.dir, size),
+    };
+    Ok(Found {
+        kernel: latest_kernel(host)?,
+        image,
+        size,
+        memory,
+    })
+}
+
+/// The memory of a template, where a sandbox can be restored from it.
+fn memory(
+    host: &Host,
+    plan: &Plan,
+    dir: &std::path::Path,
+    disk: Sectors,
+) -> Result<(templates::Memory, Memories), Began> {
+    if plan.template.is_minimal() {
+        return Err(Began::Booted);
+    }
+    let found = templates::memory(dir).map_err(|error| instead(&plan.id, &error))?;
+    let found = found.ok_or(Began::Booted)?;
+    let memories = Memories::new(host, found.manifest.clone()).map_err(|error| instead(&plan.id, &error))?;
+    let size = Size {
+        vcpus: plan.vcpus,
+        memory: plan.memory,
+        disk,
+    };
+    memories.fits(size).map_err(|misfit| instead(&plan.id, &misfit))?;
+    Ok((found, memories))
+}
+
+/// Finds the kernel that is booted where nothing else is asked for.
+pub(super) fn latest_kernel(host: &Host) -> Result<Kernel, BuildError> {
     let dir = host.layout.kernels();
-    let kernel = kernels::latest(&dir)
+    kernels::latest(&dir)
         .map_err(|source| FileError::new("reading", &dir, source))?
-        .ok_or(BuildError::NoKernel { dir })?;
-    Ok((image, size, kernel))
+        .ok_or(BuildError::NoKernel { dir })
+}
+
+/// Opens the files of a sandbox's disk as its record has it, whatever has become of the template since.
+pub(super) fn disk_of(host: &Host, record: &Record) -> Result<DiskFiles, BuildError> {
+    let image = images::open_origin(&host.layout.images(), record.plan.template, record.origin)?;
+    let path = host.layout.cow(&record.plan.id);
+    let cow = File::options()
+        .read(true)
+        .write(true)
+        .open(&path)
+        .map_err(|source| FileError::new("opening", &path, source))?;
+    Ok(DiskFiles {
+        origin: image.rootfs,
+        cow,
+        size: record.disk,
+    })
 }
 
 /// Whether an earlier sandbox of this id could not be removed.

@@ -17,30 +17,38 @@
 //!    |  +-- DestroyRequested, CallerGone (cancels the build) ----> Destroying
 //!    +-- Built(Err), undone --> Gone
 //!    +-- Built(Err), something left -----------------------------> Destroying
+//!
+//! Running <--CaptureRequested / CaptureEnded--> Capturing <--CaptureRequested / CaptureEnded--> Paused
 //! ```
 //!
-//! A pause is never cancelled: it ends by itself, bounded, and a destroy waits for it. A resume is, by a destroy. Both go on when
-//! whoever asked for them has gone, and whoever asks again meanwhile is answered with their end.
+//! A pause is never cancelled, nor is a capture: they end by themselves, bounded, and a destroy waits for them. A resume is, by a
+//! destroy. All go on when whoever asked for them has gone, and whoever asks again meanwhile is answered with their end. A pause or
+//! resume that meets a capture is begun when that has ended.
 //!
 //! Transitions here are plain functions from a state and an event to a state and actions; [`task`] performs the actions. Time and
 //! effects stay outside. The type parameter is what a running sandbox owns on its host, so that tests can use something that
 //! counts its owners.
 
 pub mod build;
+pub mod capture;
 mod parts;
 pub mod pause;
 pub mod plan;
 pub mod record;
 pub mod resume;
 pub mod task;
+mod wake;
 
 use std::sync::Arc;
 
 use roost_common::shim::Exit;
+use roost_common::units::Bytes;
 use tokio::sync::oneshot;
 
+pub use crate::templates::CaptureWish;
 pub use build::BuildError;
-pub use parts::{MemoryLoad, PartError, Versions, Vm};
+pub use capture::CaptureError;
+pub use parts::{Began, MemoryLoad, PartError, Versions, Vm};
 pub use pause::PauseError;
 pub use record::{Kept, PauseReason};
 pub use resume::{ResumeError, ResumeWish};
@@ -55,6 +63,8 @@ pub type DestroyReply = oneshot::Sender<Result<(), Arc<TeardownError>>>;
 pub type PauseReply = oneshot::Sender<Result<(), PauseFailure>>;
 /// The answer to a resume.
 pub type ResumeReply = oneshot::Sender<Result<(), ResumeFailure>>;
+/// The answer to a capture: what the template takes on disk.
+pub type CaptureReply = oneshot::Sender<Result<Bytes, CaptureFailure>>;
 
 /// Why a create has no sandbox.
 #[derive(Debug, thiserror::Error)]
@@ -86,6 +96,20 @@ pub enum ResumeFailure {
     Failed(#[source] Arc<ResumeError>),
     /// It is doing something else.
     #[error("the sandbox is {0}, not paused")]
+    Refused(&'static str),
+    /// The host takes no new work.
+    #[error(transparent)]
+    Host(#[from] crate::registry::Refusal),
+}
+
+/// Why a sandbox has become no template.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum CaptureFailure {
+    /// A step failed; the sandbox is as it was, unless the error is that its VMM has ended.
+    #[error("the sandbox could not be made a template")]
+    Failed(#[source] Arc<CaptureError>),
+    /// It is doing something else.
+    #[error("the sandbox is {0}, neither running nor paused")]
     Refused(&'static str),
 }
 
@@ -119,7 +143,7 @@ pub enum Event<V> {
     /// Somebody wants it gone.
     DestroyRequested(DestroyReply),
     /// Somebody wants it paused.
-    PauseRequested(PauseReply),
+    PauseRequested(PauseReason, PauseReply),
     /// Nobody has used it for as long as its plan allows.
     IdleDeadline,
     /// The pause has ended.
@@ -128,6 +152,10 @@ pub enum Event<V> {
     ResumeRequested(ResumeWish, ResumeReply),
     /// The resume has ended.
     ResumeEnded(ResumeEnd<V>),
+    /// Somebody wants a template of it.
+    CaptureRequested(CaptureWish, CaptureReply),
+    /// The capture has ended.
+    CaptureEnded(CaptureEnd<V>),
     /// The VMM has ended by itself.
     VmmEnded(Ending),
     /// The teardown has ended.
@@ -147,6 +175,8 @@ pub enum Ending {
     ShimLost,
     /// It was idle and could not be paused.
     NotPaused(Arc<PauseError>),
+    /// Its VMM would not let the guest run on.
+    Stopped(Arc<PauseError>),
 }
 
 /// How a pause ended.
@@ -169,6 +199,17 @@ pub enum ResumeEnd<V> {
     Paused(Kept, ResumeError),
 }
 
+/// How a capture ended.
+#[derive(Debug)]
+pub enum CaptureEnd<V> {
+    /// The sandbox runs on.
+    Running(V, Result<Bytes, CaptureError>),
+    /// It stays paused.
+    Paused(Kept, Result<Bytes, CaptureError>),
+    /// The VMM ended meanwhile, by itself.
+    Ended(V, Ending),
+}
+
 /// What the driver is to do.
 #[derive(Debug)]
 pub enum Action<V> {
@@ -180,6 +221,10 @@ pub enum Action<V> {
     Resume(Kept, ResumeWish),
     /// Ask the resume to stop; its end comes all the same.
     CancelResume,
+    /// Make a template of a VM; the end comes as [`Event::CaptureEnded`].
+    Capture(V, CaptureWish),
+    /// Make a template of what is kept; the end comes as [`Event::CaptureEnded`].
+    CaptureKept(Kept, CaptureWish),
     /// Take down a VM, or only the files where there is none; its end comes as [`Event::TornDown`].
     TearDown(Option<V>),
     /// Kill a VM that is one too many; the sandbox's files stay.
@@ -194,6 +239,8 @@ pub enum Action<V> {
     AnswerPauses(Vec<PauseReply>, Result<(), PauseFailure>),
     /// Answer resumes.
     AnswerResumes(Vec<ResumeReply>, Result<(), ResumeFailure>),
+    /// Answer captures of this wish.
+    AnswerCaptures(CaptureWish, Vec<CaptureReply>, Result<Bytes, CaptureFailure>),
     /// Answer destroys.
     AnswerDestroys(Vec<DestroyReply>, Result<(), TeardownError>),
 }
@@ -211,6 +258,8 @@ pub enum Sandbox<V> {
     Paused(Paused),
     /// On its way back.
     Resuming(Resuming),
+    /// Being made a template of.
+    Capturing(Capturing),
     /// On its way out.
     Destroying(Destroying),
     /// Nothing is left.
@@ -253,6 +302,29 @@ pub struct Resuming {
     resumes: Vec<ResumeReply>,
     /// Not empty: the resume has been told to stop.
     destroys: Vec<DestroyReply>,
+}
+
+/// The capture runs in the driver and owns the VM, where there is one; here is who waits for it.
+#[derive(Debug)]
+pub struct Capturing {
+    /// What it was.
+    from: Captured,
+    wish: CaptureWish,
+    captures: Vec<CaptureReply>,
+    /// These wait for the capture, and then pause it.
+    pauses: Vec<PauseReply>,
+    reason: PauseReason,
+    /// These wait for the capture, and then resume it as the first of them wished.
+    resumes: Vec<(ResumeWish, ResumeReply)>,
+    /// These wait for the capture, and then delete it.
+    destroys: Vec<DestroyReply>,
+}
+
+/// What is captured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Captured {
+    Running,
+    Paused,
 }
 
 /// Something is being taken down: the build (which undoes itself) or the VM, then the files.
@@ -298,6 +370,15 @@ impl<V> Sandbox<V> {
         Self::Running(Running { vm })
     }
 
+    /// A running sandbox of an earlier agent that does not say yet that it runs; the driver has a pause's undo under way for it.
+    pub fn interrupted() -> Self {
+        Self::Pausing(Pausing {
+            reason: PauseReason::Requested,
+            pauses: vec![],
+            destroys: vec![],
+        })
+    }
+
     /// A paused sandbox of an earlier agent.
     pub fn kept(kept: Kept) -> Self {
         Self::Paused(Paused { kept })
@@ -316,6 +397,7 @@ impl<V> Sandbox<V> {
             Self::Pausing(_) => "pausing",
             Self::Paused(_) => "paused",
             Self::Resuming(_) => "resuming",
+            Self::Capturing(_) => "being made a template",
             Self::Destroying(_) => "stopping",
             Self::Gone => "stopped",
         }
@@ -330,15 +412,18 @@ impl<V> Sandbox<V> {
             Self::Pausing(state) => state.on(event, name),
             Self::Paused(state) => state.on(event),
             Self::Resuming(state) => state.on(event, name),
+            Self::Capturing(state) => state.on(event, name),
             Self::Destroying(state) => state.on(event, name),
             Self::Gone => match event {
                 Event::DestroyRequested(reply) => (Self::Gone, vec![Action::AnswerDestroys(vec![reply], Ok(()))]),
-                Event::PauseRequested(reply) => (Self::Gone, vec![refuse_pause(reply, name)]),
+                Event::PauseRequested(_, reply) => (Self::Gone, vec![refuse_pause(reply, name)]),
                 Event::ResumeRequested(_, reply) => (Self::Gone, vec![refuse_resume(reply, name)]),
+                Event::CaptureRequested(wish, reply) => (Self::Gone, vec![refuse_capture(wish, reply, name)]),
                 // Echoes of how we got here.
                 Event::Built(Err(_))
                 | Event::PauseEnded(PauseEnd::Paused(_))
                 | Event::ResumeEnded(ResumeEnd::Paused(..))
+                | Event::CaptureEnded(CaptureEnd::Paused(..))
                 | Event::CallerGone
                 | Event::IdleDeadline
                 | Event::VmmEnded(_)
@@ -348,6 +433,7 @@ impl<V> Sandbox<V> {
                 // Nothing is under way for a sandbox that is gone; should it be, nothing of it may stay.
                 Event::Built(Ok(vm))
                 | Event::PauseEnded(PauseEnd::Running(vm, _) | PauseEnd::Ended(vm, _))
+                | Event::CaptureEnded(CaptureEnd::Running(vm, _) | CaptureEnd::Ended(vm, _))
                 | Event::ResumeEnded(ResumeEnd::Running(vm)) => (Self::Gone, vec![Action::TearDown(Some(vm))]),
             },
         }
@@ -360,6 +446,10 @@ fn refuse_pause<V>(reply: PauseReply, state: &'static str) -> Action<V> {
 
 fn refuse_resume<V>(reply: ResumeReply, state: &'static str) -> Action<V> {
     Action::AnswerResumes(vec![reply], Err(ResumeFailure::Refused(state)))
+}
+
+fn refuse_capture<V>(wish: CaptureWish, reply: CaptureReply, state: &'static str) -> Action<V> {
+    Action::AnswerCaptures(wish, vec![reply], Err(CaptureFailure::Refused(state)))
 }
 
 impl Creating {
@@ -380,11 +470,13 @@ impl Creating {
             }
             Event::DestroyRequested(reply) => self.cut_short(vec![reply]),
             Event::CallerGone => self.cut_short(vec![]),
-            Event::PauseRequested(reply) => (Sandbox::Creating(self), vec![refuse_pause(reply, name)]),
+            Event::PauseRequested(_, reply) => (Sandbox::Creating(self), vec![refuse_pause(reply, name)]),
             Event::ResumeRequested(_, reply) => (Sandbox::Creating(self), vec![refuse_resume(reply, name)]),
+            Event::CaptureRequested(wish, reply) => (Sandbox::Creating(self), vec![refuse_capture(wish, reply, name)]),
             // A VM's end is an error of the build while there is one, and nothing has been paused or taken down yet.
             Event::PauseEnded(_)
             | Event::ResumeEnded(_)
+            | Event::CaptureEnded(_)
             | Event::IdleDeadline
             | Event::VmmEnded(_)
             | Event::TornDown(_)
@@ -409,7 +501,11 @@ impl<V> Running<V> {
             Event::DestroyRequested(reply) => Destroying::begin(vec![reply], Some(self.vm), vec![]),
             Event::VmmEnded(ending) => Destroying::begin(vec![], Some(self.vm), vec![Action::Bury(ending)]),
             Event::Unclaimed => Destroying::begin(vec![], Some(self.vm), vec![]),
-            Event::PauseRequested(reply) => Pausing::begin(self.vm, PauseReason::Requested, vec![reply]),
+            Event::PauseRequested(reason, reply) => Pausing::begin(self.vm, reason, vec![reply]),
+            Event::CaptureRequested(wish, reply) => {
+                let state = Capturing::new(Captured::Running, wish.clone(), reply);
+                (Sandbox::Capturing(state), vec![Action::Capture(self.vm, wish)])
+            }
             Event::IdleDeadline => Pausing::begin(self.vm, PauseReason::Idle, vec![]),
             // It is what was asked for, so nothing changes.
             Event::ResumeRequested(_, reply) => {
@@ -420,11 +516,13 @@ impl<V> Running<V> {
             | Event::Built(Err(_))
             | Event::PauseEnded(PauseEnd::Paused(_))
             | Event::ResumeEnded(ResumeEnd::Paused(..))
+            | Event::CaptureEnded(CaptureEnd::Paused(..))
             | Event::TornDown(_)
             | Event::RetryDue => (Sandbox::Running(self), vec![]),
             // One VM per sandbox; should a second one come, it is the surplus one.
             Event::Built(Ok(vm))
             | Event::PauseEnded(PauseEnd::Running(vm, _) | PauseEnd::Ended(vm, _))
+            | Event::CaptureEnded(CaptureEnd::Running(vm, _) | CaptureEnd::Ended(vm, _))
             | Event::ResumeEnded(ResumeEnd::Running(vm)) => (Sandbox::Running(self), vec![Action::Kill(vm)]),
         }
     }
@@ -443,10 +541,11 @@ impl Pausing {
     fn on<V>(mut self, event: Event<V>, name: &'static str) -> Next<V> {
         match event {
             Event::PauseEnded(end) => self.ended(end),
-            Event::PauseRequested(reply) => {
+            Event::PauseRequested(_, reply) => {
                 self.pauses.push(reply);
                 (Sandbox::Pausing(self), vec![])
             }
+            Event::CaptureRequested(wish, reply) => (Sandbox::Pausing(self), vec![refuse_capture(wish, reply, name)]),
             Event::DestroyRequested(reply) => {
                 self.destroys.push(reply);
                 (Sandbox::Pausing(self), vec![])
@@ -455,15 +554,16 @@ impl Pausing {
             // The VMM's end comes with the pause's; nothing else is under way.
             Event::Built(Err(_))
             | Event::ResumeEnded(ResumeEnd::Paused(..))
+            | Event::CaptureEnded(CaptureEnd::Paused(..))
             | Event::CallerGone
             | Event::IdleDeadline
             | Event::VmmEnded(_)
             | Event::TornDown(_)
             | Event::Unclaimed
             | Event::RetryDue => (Sandbox::Pausing(self), vec![]),
-            Event::Built(Ok(vm)) | Event::ResumeEnded(ResumeEnd::Running(vm)) => {
-                (Sandbox::Pausing(self), vec![Action::Kill(vm)])
-            }
+            Event::Built(Ok(vm))
+            | Event::CaptureEnded(CaptureEnd::Running(vm, _) | CaptureEnd::Ended(vm, _))
+            | Event::ResumeEnded(ResumeEnd::Running(vm)) => (Sandbox::Pausing(self), vec![Action::Kill(vm)]),
         }
     }
 
@@ -478,7 +578,7 @@ impl Pausing {
                 let answer = Action::AnswerPauses(pauses, Ok(()));
                 if destroys.is_empty() {
                     let mut actions = vec![answer];
-                    if reason == PauseReason::Idle {
+                    if reason != PauseReason::Requested {
                         actions.push(Action::TellAutoPaused);
                     }
                     (Sandbox::Paused(Paused { kept }), actions)
@@ -488,16 +588,17 @@ impl Pausing {
             }
             PauseEnd::Running(vm, error) => {
                 let error = Arc::new(error);
+                // Nobody uses it and its guest cannot be kept: it must not hold its memory for ever. What is wrong with the host is no
+                // guest's fault and passes, and whoever has asked for it meanwhile is told that it runs.
+                let is_given_up = reason == PauseReason::Idle && pauses.is_empty() && !error.is_the_hosts();
                 let answer = Action::AnswerPauses(pauses, Err(PauseFailure::Failed(error.clone())));
                 if !destroys.is_empty() {
                     return Destroying::begin(destroys, Some(vm), vec![answer]);
                 }
-                match reason {
-                    PauseReason::Requested => (Sandbox::Running(Running { vm }), vec![answer]),
-                    // Nobody uses it and it cannot be kept: it must not hold its memory for ever.
-                    PauseReason::Idle => {
-                        Destroying::begin(vec![], Some(vm), vec![answer, Action::Bury(Ending::NotPaused(error))])
-                    }
+                if is_given_up {
+                    Destroying::begin(vec![], Some(vm), vec![answer, Action::Bury(Ending::NotPaused(error))])
+                } else {
+                    (Sandbox::Running(Running { vm }), vec![answer])
                 }
             }
             PauseEnd::Ended(vm, ending) => {
@@ -512,20 +613,19 @@ impl Pausing {
 impl Paused {
     fn on<V>(self, event: Event<V>) -> Next<V> {
         match event {
-            Event::ResumeRequested(wish, reply) => {
-                let state = Resuming {
-                    resumes: vec![reply],
-                    destroys: vec![],
-                };
-                (Sandbox::Resuming(state), vec![Action::Resume(self.kept, wish)])
+            Event::ResumeRequested(wish, reply) => Resuming::begin(self.kept, wish, vec![reply]),
+            Event::CaptureRequested(wish, reply) => {
+                let state = Capturing::new(Captured::Paused, wish.clone(), reply);
+                (Sandbox::Capturing(state), vec![Action::CaptureKept(self.kept, wish)])
             }
             Event::DestroyRequested(reply) => Destroying::begin(vec![reply], None, vec![]),
             // It is what was asked for, so nothing changes.
-            Event::PauseRequested(reply) => (Sandbox::Paused(self), vec![Action::AnswerPauses(vec![reply], Ok(()))]),
+            Event::PauseRequested(_, reply) => (Sandbox::Paused(self), vec![Action::AnswerPauses(vec![reply], Ok(()))]),
             // Echoes of how we got here.
             Event::Built(Err(_))
             | Event::PauseEnded(PauseEnd::Paused(_))
             | Event::ResumeEnded(ResumeEnd::Paused(..))
+            | Event::CaptureEnded(CaptureEnd::Paused(..))
             | Event::CallerGone
             | Event::IdleDeadline
             | Event::VmmEnded(_)
@@ -535,12 +635,21 @@ impl Paused {
             // A VM beside what is kept would write to its disk.
             Event::Built(Ok(vm))
             | Event::PauseEnded(PauseEnd::Running(vm, _) | PauseEnd::Ended(vm, _))
+            | Event::CaptureEnded(CaptureEnd::Running(vm, _) | CaptureEnd::Ended(vm, _))
             | Event::ResumeEnded(ResumeEnd::Running(vm)) => (Sandbox::Paused(self), vec![Action::Kill(vm)]),
         }
     }
 }
 
 impl Resuming {
+    fn begin<V>(kept: Kept, wish: ResumeWish, resumes: Vec<ResumeReply>) -> Next<V> {
+        let state = Self {
+            resumes,
+            destroys: vec![],
+        };
+        (Sandbox::Resuming(state), vec![Action::Resume(kept, wish)])
+    }
+
     fn on<V>(mut self, event: Event<V>, name: &'static str) -> Next<V> {
         match event {
             Event::ResumeEnded(ResumeEnd::Running(vm)) => {
@@ -573,20 +682,145 @@ impl Resuming {
                 self.destroys.push(reply);
                 (Sandbox::Resuming(self), actions)
             }
-            Event::PauseRequested(reply) => (Sandbox::Resuming(self), vec![refuse_pause(reply, name)]),
+            Event::PauseRequested(_, reply) => (Sandbox::Resuming(self), vec![refuse_pause(reply, name)]),
+            Event::CaptureRequested(wish, reply) => (Sandbox::Resuming(self), vec![refuse_capture(wish, reply, name)]),
             // The VMM's end is an error of the resume; nothing else is under way.
             Event::Built(Err(_))
             | Event::PauseEnded(PauseEnd::Paused(_))
+            | Event::CaptureEnded(CaptureEnd::Paused(..))
             | Event::CallerGone
             | Event::IdleDeadline
             | Event::VmmEnded(_)
             | Event::TornDown(_)
             | Event::Unclaimed
             | Event::RetryDue => (Sandbox::Resuming(self), vec![]),
-            Event::Built(Ok(vm)) | Event::PauseEnded(PauseEnd::Running(vm, _) | PauseEnd::Ended(vm, _)) => {
+            Event::Built(Ok(vm))
+            | Event::CaptureEnded(CaptureEnd::Running(vm, _) | CaptureEnd::Ended(vm, _))
+            | Event::PauseEnded(PauseEnd::Running(vm, _) | PauseEnd::Ended(vm, _)) => {
                 (Sandbox::Resuming(self), vec![Action::Kill(vm)])
             }
         }
+    }
+}
+
+impl Capturing {
+    fn new(from: Captured, wish: CaptureWish, reply: CaptureReply) -> Self {
+        Self {
+            from,
+            wish,
+            captures: vec![reply],
+            pauses: vec![],
+            reason: PauseReason::Requested,
+            resumes: vec![],
+            destroys: vec![],
+        }
+    }
+
+    fn on<V>(mut self, event: Event<V>, name: &'static str) -> Next<V> {
+        match event {
+            Event::CaptureEnded(end) => self.ended(end),
+            Event::CaptureRequested(wish, reply) if wish == self.wish => {
+                self.captures.push(reply);
+                (Sandbox::Capturing(self), vec![])
+            }
+            Event::CaptureRequested(wish, reply) => (Sandbox::Capturing(self), vec![refuse_capture(wish, reply, name)]),
+            Event::DestroyRequested(reply) => {
+                self.destroys.push(reply);
+                (Sandbox::Capturing(self), vec![])
+            }
+            Event::PauseRequested(reason, reply) => match self.from {
+                Captured::Running => {
+                    // A host that is being emptied says so to the control plane even where somebody has asked as well.
+                    if self.pauses.is_empty() || reason == PauseReason::Drain {
+                        self.reason = reason;
+                    }
+                    self.pauses.push(reply);
+                    (Sandbox::Capturing(self), vec![])
+                }
+                Captured::Paused => {
+                    let answer = Action::AnswerPauses(vec![reply], Ok(()));
+                    (Sandbox::Capturing(self), vec![answer])
+                }
+            },
+            Event::ResumeRequested(wish, reply) => match self.from {
+                Captured::Running => {
+                    let answer = Action::AnswerResumes(vec![reply], Ok(()));
+                    (Sandbox::Capturing(self), vec![answer])
+                }
+                Captured::Paused => {
+                    self.resumes.push((wish, reply));
+                    (Sandbox::Capturing(self), vec![])
+                }
+            },
+            // The VMM's end comes with the capture's; nothing else is under way.
+            Event::Built(Err(_))
+            | Event::PauseEnded(PauseEnd::Paused(_))
+            | Event::ResumeEnded(ResumeEnd::Paused(..))
+            | Event::CallerGone
+            | Event::IdleDeadline
+            | Event::VmmEnded(_)
+            | Event::TornDown(_)
+            | Event::Unclaimed
+            | Event::RetryDue => (Sandbox::Capturing(self), vec![]),
+            Event::Built(Ok(vm))
+            | Event::PauseEnded(PauseEnd::Running(vm, _) | PauseEnd::Ended(vm, _))
+            | Event::ResumeEnded(ResumeEnd::Running(vm)) => (Sandbox::Capturing(self), vec![Action::Kill(vm)]),
+        }
+    }
+
+    fn ended<V>(self, end: CaptureEnd<V>) -> Next<V> {
+        let Self {
+            from: _,
+            wish,
+            captures,
+            pauses,
+            reason,
+            resumes,
+            destroys,
+        } = self;
+        let answer = |outcome: Result<Bytes, CaptureError>| {
+            let outcome = outcome.map_err(|error| CaptureFailure::Failed(Arc::new(error)));
+            Action::AnswerCaptures(wish, captures, outcome)
+        };
+        let (next, first) = match end {
+            CaptureEnd::Ended(vm, ending) => {
+                let failed = Arc::new(PauseError::VmmEnded);
+                let first = vec![
+                    answer(Err(CaptureError::VmmEnded)),
+                    Action::AnswerPauses(pauses, Err(PauseFailure::Failed(failed))),
+                    Action::Bury(ending),
+                ];
+                return Destroying::begin(destroys, Some(vm), first);
+            }
+            CaptureEnd::Running(vm, outcome) if !destroys.is_empty() => {
+                let refused = Action::AnswerPauses(pauses, Err(PauseFailure::Refused("stopping")));
+                return Destroying::begin(destroys, Some(vm), vec![answer(outcome), refused]);
+            }
+            CaptureEnd::Paused(_, outcome) if !destroys.is_empty() => {
+                let resumes = resumes.into_iter().map(|(_, reply)| reply).collect();
+                let refused = Action::AnswerResumes(resumes, Err(ResumeFailure::Refused("stopping")));
+                return Destroying::begin(destroys, None, vec![answer(outcome), refused]);
+            }
+            CaptureEnd::Running(vm, outcome) => {
+                let next = if pauses.is_empty() {
+                    (Sandbox::Running(Running { vm }), vec![])
+                } else {
+                    Pausing::begin(vm, reason, pauses)
+                };
+                (next, answer(outcome))
+            }
+            CaptureEnd::Paused(kept, outcome) => {
+                let (wishes, replies): (Vec<_>, Vec<_>) = resumes.into_iter().unzip();
+                let next = match wishes.into_iter().next() {
+                    Some(wish) => Resuming::begin(kept, wish, replies),
+                    None => (Sandbox::Paused(Paused { kept }), vec![]),
+                };
+                (next, answer(outcome))
+            }
+        };
+        let (next, mut actions) = next;
+        actions.insert(0, first);
+        (next, actions)
     }
 }
 
@@ -614,11 +848,15 @@ impl Destroying {
                     }
                 }
             }
-            Event::PauseRequested(reply) => (Sandbox::Destroying(self), vec![refuse_pause(reply, name)]),
+            Event::PauseRequested(_, reply) => (Sandbox::Destroying(self), vec![refuse_pause(reply, name)]),
+            Event::CaptureRequested(wish, reply) => {
+                (Sandbox::Destroying(self), vec![refuse_capture(wish, reply, name)])
+            }
             Event::ResumeRequested(_, reply) => (Sandbox::Destroying(self), vec![refuse_resume(reply, name)]),
-            // The build was finished before it could be told to stop; a pause or resume is never under way here.
+            // The build was finished before it could be told to stop; nothing else is ever under way here.
             Event::Built(Ok(vm))
             | Event::PauseEnded(PauseEnd::Running(vm, _) | PauseEnd::Ended(vm, _))
+            | Event::CaptureEnded(CaptureEnd::Running(vm, _) | CaptureEnd::Ended(vm, _))
             | Event::ResumeEnded(ResumeEnd::Running(vm)) => {
                 self.step = Step::Teardown;
                 (Sandbox::Destroying(self), vec![Action::TearDown(Some(vm))])
@@ -636,6 +874,7 @@ impl Destroying {
             // The caller is answered in any case, and an end is what we are after.
             Event::PauseEnded(PauseEnd::Paused(_))
             | Event::ResumeEnded(ResumeEnd::Paused(..))
+            | Event::CaptureEnded(CaptureEnd::Paused(..))
             | Event::CallerGone
             | Event::IdleDeadline
             | Event::VmmEnded(_)

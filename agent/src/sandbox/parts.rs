@@ -77,6 +77,22 @@ pub struct Versions {
     pub vmm: String,
     /// The guest's envd.
     pub envd: String,
+    /// How the sandbox began.
+    #[serde(default)]
+    pub began: Began,
+}
+
+/// How a sandbox began.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Began {
+    /// It was booted, from a template that has no memory.
+    #[default]
+    Booted,
+    /// It was restored from its template's memory.
+    Restored,
+    /// It was booted although its template has memory, for this reason.
+    BootedInstead(String),
 }
 
 /// What has been acquired so far, or is being acquired.
@@ -233,12 +249,16 @@ fn admit(host: &Host, id: &SandboxId, uid: u32) -> Result<(), FileError> {
     Ok(())
 }
 
-/// Takes away what [`Parts::acquire`] gave to a uid, for the VM has ended and the uid will be another's.
+/// Takes away what [`Parts::acquire`] gave to a uid, and what a restore from `generation` did, for the VM has ended and the uid will be
+/// another's.
 ///
 /// # Errors
 /// [`FileError`] naming the directory.
-pub(super) fn shut_out(host: &Host, id: &SandboxId) -> Result<(), FileError> {
-    for dir in [host.layout.vm(id), host.layout.sandbox(id)] {
+pub(super) fn shut_out(host: &Host, id: &SandboxId, generation: Option<u32>) -> Result<(), FileError> {
+    let offered = generation
+        .map(|number| host.layout.generation(id, number))
+        .filter(|dir| dir.exists());
+    for dir in [host.layout.vm(id), host.layout.sandbox(id)].into_iter().chain(offered) {
         acl::revoke(&dir).map_err(|source| FileError::new("closing to the VM", &dir, source))?;
     }
     Ok(())

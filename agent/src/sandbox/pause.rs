@@ -9,7 +9,8 @@
 //! synced through its device: the VMM writes through the device's page cache, so that syncing the file behind it moves nothing.
 //! The record is the point of no return: before it the sandbox runs whatever happens to us, after it the sandbox is paused.
 //!
-//! A pause is not cancelled. Every step is bounded, so it ends.
+//! A pause is not cancelled. Every step is bounded, so it ends. One that nobody asked for is tried a few times, for its failure costs
+//! more than an answer.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -17,26 +18,37 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use roost_common::ids::SandboxId;
-use roost_common::shim::{API_SOCKET, RestoreMode};
+use roost_common::shim::{API_SOCKET, RestoreMode, SHIM_SOCKET};
 
 use super::parts::{self, MemoryLoad, Versions, Vm, millis};
 use super::record::{Kept, Memory, PauseReason, Phase, Record};
-use super::{Ending, PauseEnd, unix_now};
+use super::{Ending, PauseEnd, resume, unix_now};
 use crate::errors::{Chain, FileError};
 use crate::failpoint::{pass, reach};
-use crate::guest::{Freeze, GuestError};
+use crate::guest::{Freeze, Guest, GuestError};
 use crate::host::acl::{self, Access};
-use crate::host::shim::{ShimFault, ShimLink, VmmEnd};
+use crate::host::shim::{self, ShimFault, ShimLink, VmmEnd};
 use crate::host::{Host, files, kernels};
+use crate::outbox::{self, EventKind};
 use crate::snapshot::{self, About, Cpu, Devices, MemoryFile, SnapshotError};
-use crate::vmm::{State, Vmm, VmmError};
+use crate::vmm::{self, State, Vmm, VmmError};
 
 /// How long the disk may take to write out what the VMM has written.
-const SYNC_LIMIT: Duration = Duration::from_secs(120);
-/// How often a guest is told to run on before we give up on it.
-const UNDO_ATTEMPTS: u32 = 5;
+pub(super) const SYNC_LIMIT: Duration = Duration::from_secs(120);
+/// How long a snapshot may take to be taken over: its memory is written out here.
+pub(super) const SEAL_LIMIT: Duration = Duration::from_secs(240);
+/// How long a VMM may take to let its guest's processors run on: longer than the snapshot takes that it may still be writing.
+const RUN_ON_LIMIT: Duration = Duration::from_secs(300);
+/// How long a guest whose processors run may take to thaw.
+const THAW_LIMIT: Duration = Duration::from_secs(120);
+/// Pause between two attempts at either.
+const RUN_ON_PAUSE: Duration = Duration::from_millis(200);
+/// How often a pause that nobody asked for is tried.
+const UNASKED_ATTEMPTS: u32 = 3;
 /// Pause between two such attempts.
-const UNDO_PAUSE: Duration = Duration::from_millis(200);
+const UNASKED_PAUSE: Duration = Duration::from_secs(5);
+/// How often a VMM that is to end is told so.
+const KILL_ATTEMPTS: u32 = 3;
 
 /// Why a sandbox could not be paused.
 #[derive(Debug, thiserror::Error)]
@@ -59,18 +71,30 @@ pub enum PauseError {
     /// The disk took too long to write.
     #[error("the disk was not written out within {} s", .0.as_secs())]
     SyncTimeout(Duration),
+    /// An agent ended while it was pausing the sandbox, and the next one lets it run on.
+    #[error("the agent was started anew while the sandbox was being paused; try again")]
+    Interrupted,
     /// The VMM ended meanwhile.
     #[error("the VMM ended while it was being paused")]
     VmmEnded,
 }
 
+impl PauseError {
+    /// Whether it is the host that is in the way, such as a full disk, and not the guest or its VMM.
+    pub fn is_the_hosts(&self) -> bool {
+        match self {
+            Self::Shim(_) | Self::File(_) | Self::SyncTimeout(_) | Self::Interrupted => true,
+            Self::Snapshot(SnapshotError::File(_)) => true,
+            // What a VMM cannot write is a full disk, mostly; it does not say so in words of a kind.
+            Self::Vmm(VmmError::Refused { call, .. } | VmmError::Timeout { call }) => *call == vmm::SNAPSHOT,
+            Self::Freeze(_) | Self::Vmm(_) | Self::Snapshot(_) | Self::VmmEnded => false,
+        }
+    }
+}
+
 /// How far a pause has come, for its undo.
 #[derive(Default)]
 struct Progress {
-    /// The guest may be frozen.
-    frozen: bool,
-    /// Its processors may be stopped.
-    stopped: bool,
     /// The record on disk may say that it is paused.
     recorded: bool,
     /// How the VMM ended, where it did.
@@ -79,12 +103,30 @@ struct Progress {
 
 /// Pauses a running sandbox.
 pub async fn pause(host: Arc<Host>, mut vm: Vm, reason: PauseReason) -> PauseEnd<Vm> {
+    let mut attempt = 1;
+    loop {
+        match attempt_to_pause(&host, vm, reason).await {
+            PauseEnd::Running(back, error) if reason != PauseReason::Requested && attempt < UNASKED_ATTEMPTS => {
+                tracing::warn!(sandbox_id = %back.record.plan.id, attempt, error = %Chain(&error), "not paused; tried again");
+                vm = back;
+            }
+            end => return end,
+        }
+        attempt += 1;
+        tokio::select! {
+            () = tokio::time::sleep(UNASKED_PAUSE) => {}
+            end = vm.shim.ended() => return PauseEnd::Ended(vm, ending(end)),
+        }
+    }
+}
+
+async fn attempt_to_pause(host: &Arc<Host>, mut vm: Vm, reason: PauseReason) -> PauseEnd<Vm> {
     let began = Instant::now();
     let id = vm.record.plan.id.clone();
     let mut progress = Progress::default();
-    match steps(&host, &mut vm, reason, &mut progress).await {
+    match steps(host, &mut vm, reason, &mut progress).await {
         Ok(kept) => {
-            stop(&host, vm, kept.generation).await;
+            stop(host, vm, kept.generation).await;
             tracing::info!(sandbox_id = %id, op = "pause", elapsed_ms = millis(began), "sandbox is on disk");
             PauseEnd::Paused(kept)
         }
@@ -93,10 +135,48 @@ pub async fn pause(host: Arc<Host>, mut vm: Vm, reason: PauseReason) -> PauseEnd
             if let Some(ending) = progress.ended.take() {
                 return PauseEnd::Ended(vm, ending);
             }
-            match undo(&host, &mut vm, progress).await {
+            match undo(host, &mut vm, progress).await {
                 None => PauseEnd::Running(vm, error),
                 Some(ending) => PauseEnd::Ended(vm, ending),
             }
+        }
+    }
+}
+
+/// Lets a VM of an earlier agent run on that may have been in the middle of a pause, or of anything else that stops or freezes it.
+pub(crate) async fn run_on_after_interruption(host: Arc<Host>, mut vm: Vm) -> PauseEnd<Vm> {
+    let Vm {
+        shim, guest, record, ..
+    } = &mut vm;
+    let id = record.plan.id.clone();
+    let api = Vmm::new(&host.layout.vm_run(&id).join(API_SOCKET));
+    let ending = run_on(&api, shim, guest, &id).await;
+    match (ending, record.phase) {
+        // Nobody had been told that it runs again, so it is as paused as it was, as far as its disk allows.
+        (Some(_), Phase::Thawing(kept)) => {
+            let record = record.clone();
+            if let Err(error) = vm.shim.kill().await {
+                tracing::error!(sandbox_id = %id, error = %Chain(&error), "the VMM of a resume that failed could not be ended");
+            }
+            PauseEnd::Paused(blocking(move || resume::put_back(&host, &record, kept)).await)
+        }
+        (Some(ending), _) => PauseEnd::Ended(vm, ending),
+        (None, phase) => {
+            record.phase = Phase::Running;
+            let stale = phase != Phase::Running;
+            let settled = blocking({
+                let (host, record) = (host.clone(), record.clone());
+                move || {
+                    if stale {
+                        record.write(&host.layout)?;
+                    }
+                    remove_snapshots(&host, &record.plan.id, None)
+                }
+            });
+            if let Err(error) = settled.await {
+                tracing::warn!(sandbox_id = %id, error = %Chain(&error), "an earlier snapshot stays until the next one");
+            }
+            PauseEnd::Running(vm, PauseError::Interrupted)
         }
     }
 }
@@ -117,30 +197,25 @@ async fn steps(
     let api = Vmm::new(&host.layout.vm_run(id).join(API_SOCKET));
     // Before the guest is stopped for it: a snapshot of memory that is still being loaded would hold holes in its place.
     if *memory == MemoryLoad::UnderWay {
-        unless_ended(shim, progress, api.loaded()).await??;
+        unless_ended(shim, &mut progress.ended, api.loaded()).await??;
         *memory = MemoryLoad::Complete;
     }
-    if let Err(error) = unless_ended(shim, progress, guest.prepare()).await? {
+    if let Err(error) = unless_ended(shim, &mut progress.ended, guest.prepare()).await? {
         tracing::info!(sandbox_id = %id, error = %Chain(&error), "the guest did not make ready for a snapshot");
     }
     reach("pause.prepared").await?;
-    progress.frozen = true;
-    let freeze = unless_ended(shim, progress, guest.freeze())
+    let freeze = unless_ended(shim, &mut progress.ended, guest.freeze())
         .await?
         .map_err(PauseError::Freeze)?;
     reach("pause.frozen").await?;
-    progress.stopped = true;
-    unless_ended(shim, progress, api.pause()).await??;
+    unless_ended(shim, &mut progress.ended, api.pause()).await??;
     reach("pause.stopped").await?;
 
-    let disk = shim.lend_disk().await.map_err(|fault| fault_of(fault, progress))?;
-    let synced = blocking({
-        let cow = host.layout.cow(id);
-        move || sync(disk, &cow)
-    });
-    let disk_written_at = tokio::time::timeout(SYNC_LIMIT, synced)
+    let disk = shim
+        .lend_disk()
         .await
-        .map_err(|_| PauseError::SyncTimeout(SYNC_LIMIT))??;
+        .map_err(|fault| fault_of(fault, &mut progress.ended))?;
+    let disk_written_at = sync_disk(host, id, disk).await?;
     reach("pause.synced").await?;
     let attempt = blocking({
         let (host, id, uid) = (host.clone(), id.clone(), shim.uid());
@@ -148,43 +223,98 @@ async fn steps(
     })
     .await?;
     let directory = host.layout.generation(id, attempt);
-    unless_ended(shim, progress, api.snapshot(&directory)).await??;
+    unless_ended(shim, &mut progress.ended, api.snapshot(&directory)).await??;
     reach("pause.written").await?;
-    shim.publish(attempt).await.map_err(|fault| fault_of(fault, progress))?;
+    shim.publish(attempt)
+        .await
+        .map_err(|fault| fault_of(fault, &mut progress.ended))?;
 
     let kept = Kept {
         generation: attempt + 1,
         memory: Memory::Whole,
         reason,
+        told: false,
         paused_at_unix: unix_now(),
         disk_written_at,
     };
-    blocking({
-        let (host, record, generation) = (
-            host.clone(),
-            record.clone(),
-            host.layout.generation(id, kept.generation),
-        );
-        move || {
-            let about = about(&host, &record, freeze)?;
-            snapshot::seal(&directory, &generation, &about)
-        }
-    })
-    .await?;
+    seal(host, record, freeze, attempt, kept.generation).await?;
     reach("pause.sealed").await?;
     progress.recorded = true;
     blocking({
         let (host, record) = (host.clone(), record.with(Phase::Paused(kept)));
-        move || record.write(&host.layout)
+        move || {
+            // That the sandbox's directory is there at all has not been on disk so far: a sandbox that only runs does not survive a
+            // power cut anyway.
+            files::sync_dir(&host.layout.sandboxes())?;
+            record.write(&host.layout)
+        }
     })
     .await?;
     pass("pause.recorded").await;
     Ok(kept)
 }
 
+/// Takes over what the VMM has written as `attempt`, as a generation of ours.
+pub(super) async fn seal(
+    host: &Arc<Host>,
+    record: &Record,
+    freeze: Freeze,
+    attempt: u32,
+    generation: u32,
+) -> Result<(), PauseError> {
+    let sealed = blocking({
+        let (host, record) = (host.clone(), record.clone());
+        move || {
+            let about = about(&host, &record, freeze)?;
+            let directory = |number| host.layout.generation(&record.plan.id, number);
+            snapshot::seal(&directory(attempt), &directory(generation), &about)
+        }
+    });
+    // What it goes on to make when nobody waits any more is removed with the next snapshot.
+    tokio::time::timeout(SEAL_LIMIT, sealed)
+        .await
+        .map_err(|_| PauseError::SyncTimeout(SEAL_LIMIT))??;
+    Ok(())
+}
+
+/// Brings a stopped guest's disk to its file, and that to the disk. When the file was last written.
+pub(super) async fn sync_disk(host: &Arc<Host>, id: &SandboxId, disk: OwnedFd) -> Result<i64, PauseError> {
+    let synced = blocking({
+        let cow = host.layout.cow(id);
+        move || sync(disk, &cow)
+    });
+    let written_at = tokio::time::timeout(SYNC_LIMIT, synced)
+        .await
+        .map_err(|_| PauseError::SyncTimeout(SYNC_LIMIT))??;
+    Ok(written_at)
+}
+
+/// Tells the control plane of a pause that nobody asked for, once: it goes by the last it has heard, so a second time, after a resume,
+/// would say what is no longer true.
+pub(crate) async fn tell(host: &Arc<Host>, record: &Record, kept: &mut Kept) {
+    if kept.told || kept.reason == PauseReason::Requested {
+        return;
+    }
+    let id = record.plan.id.clone();
+    host.tell(outbox::Event::new(
+        EventKind::AutoPaused,
+        id.clone(),
+        kept.paused_at_unix,
+    ))
+    .await;
+    kept.told = true;
+    let written = blocking({
+        let (host, record) = (host.clone(), record.with(Phase::Paused(*kept)));
+        move || record.write(&host.layout)
+    });
+    if let Err(error) = written.await {
+        tracing::warn!(sandbox_id = %id, error = %Chain(&error), "the next start will tell of a pause once more");
+    }
+}
+
 /// What a snapshot of a running sandbox is of.
 fn about(host: &Host, record: &Record, freeze: Freeze) -> Result<About, SnapshotError> {
-    let Versions { kernel, vmm, envd } = &record.versions;
+    let Versions { kernel, vmm, envd, .. } = &record.versions;
     Ok(About {
         vmm_version: vmm.clone(),
         kernel_version: kernel.clone(),
@@ -210,7 +340,7 @@ fn sync(device: OwnedFd, cow: &std::path::Path) -> Result<i64, FileError> {
 }
 
 /// Makes a directory of the next number that the VMM may write to.
-fn make_attempt(host: &Host, id: &SandboxId, uid: u32) -> Result<u32, FileError> {
+pub(super) fn make_attempt(host: &Host, id: &SandboxId, uid: u32) -> Result<u32, FileError> {
     let attempt = snapshot::next_number(&host.layout.vm(id))?;
     let directory = host.layout.generation(id, attempt);
     files::make_dir(&directory)?;
@@ -225,8 +355,13 @@ fn make_attempt(host: &Host, id: &SandboxId, uid: u32) -> Result<u32, FileError>
 /// by the resume, the destroy, or the next start.
 async fn stop(host: &Arc<Host>, vm: Vm, generation: u32) {
     let id = vm.record.plan.id.clone();
-    if let Err(error) = vm.shim.kill().await {
-        tracing::error!(sandbox_id = %id, error = %Chain(&error), "the VMM of a paused sandbox could not be ended");
+    let mut killed = vm.shim.kill().await;
+    for _ in 1..KILL_ATTEMPTS {
+        let Err(error) = &killed else { break };
+        tracing::error!(sandbox_id = %id, error = %Chain(error), "the VMM of a paused sandbox could not be ended");
+        killed = shim::end_at(&host.layout.vm_run(&id).join(SHIM_SOCKET)).await.map(drop);
+    }
+    if killed.is_err() {
         return;
     }
     let host = host.clone();
@@ -242,7 +377,7 @@ async fn stop(host: &Arc<Host>, vm: Vm, generation: u32) {
 /// Removes what a VM that has ended leaves of a sandbox that stays: its run directory, its access, and all snapshots but the one
 /// that is named.
 pub(crate) fn tidy(host: &Host, id: &SandboxId, keep: Option<u32>) -> Result<(), FileError> {
-    parts::shut_out(host, id)?;
+    parts::shut_out(host, id, keep)?;
     files::remove_tree(&host.layout.vm_run(id))?;
     remove_snapshots(host, id, keep)
 }
@@ -256,7 +391,7 @@ pub(crate) fn remove_snapshots(host: &Host, id: &SandboxId, keep: Option<u32>) -
 }
 
 /// Lets a guest run on whose pause failed: its processors, then its filesystems. Its VMM's end, where that came first.
-async fn undo(host: &Arc<Host>, vm: &mut Vm, mut progress: Progress) -> Option<Ending> {
+async fn undo(host: &Arc<Host>, vm: &mut Vm, progress: Progress) -> Option<Ending> {
     let Vm {
         shim, guest, record, ..
     } = vm;
@@ -272,16 +407,8 @@ async fn undo(host: &Arc<Host>, vm: &mut Vm, mut progress: Progress) -> Option<E
             tracing::error!(sandbox_id = %id, error = %Chain(&error), "the record of a sandbox that runs on may say that it is paused");
         }
     }
-    for attempt in 1..=UNDO_ATTEMPTS {
-        let outcome = unless_ended(shim, &mut progress, run_on(&api, guest)).await;
-        match outcome {
-            Err(_) => return progress.ended.take().or(Some(Ending::ShimLost)),
-            Ok(Ok(())) => break,
-            Ok(Err(error)) => {
-                tracing::error!(sandbox_id = %id, attempt, error = %Chain(error.as_ref()), "a guest whose pause failed does not run on");
-                tokio::time::sleep(UNDO_PAUSE).await;
-            }
-        }
+    if let Some(ending) = run_on(&api, shim, guest, id).await {
+        return Some(ending);
     }
     let removed = blocking({
         let (host, id) = (host.clone(), id.clone());
@@ -293,39 +420,89 @@ async fn undo(host: &Arc<Host>, vm: &mut Vm, mut progress: Progress) -> Option<E
     None
 }
 
-/// Resumes the processors, where they are stopped, and thaws the filesystems, where they are frozen.
-pub(crate) async fn run_on(
-    api: &Vmm,
-    guest: &crate::guest::Guest,
-) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-    if api.state().await? == State::Paused {
-        api.resume().await?;
+/// Lets the processors run, where they are stopped, and thaws the filesystems, where they are frozen: until that is done, or the VMM
+/// ends. How it ended. A VMM that cannot be brought to run its guest is as good as ended; a guest that runs and does not thaw is not,
+/// for what else it does is its own affair.
+pub(super) async fn run_on(api: &Vmm, shim: &mut ShimLink, guest: &Guest, id: &SandboxId) -> Option<Ending> {
+    let running = until(RUN_ON_LIMIT, shim, || async {
+        let stopped = api.state().await? == State::Paused;
+        if stopped { api.resume().await } else { Ok(()) }
+    });
+    match running.await {
+        Ok(()) => {}
+        Err(NotDone::Ended(ending)) => return Some(ending),
+        Err(NotDone::Late(error)) => {
+            tracing::error!(sandbox_id = %id, error = %Chain(&error), "a VMM does not let its guest run on; it is ended");
+            return Some(Ending::Stopped(Arc::new(PauseError::Vmm(error))));
+        }
     }
-    guest.thaw().await?;
-    Ok(())
+    thaw(shim, guest, id).await
+}
+
+/// Thaws a guest's filesystems: until that is done, or the VMM ends, or it is time to leave the guest to itself. How the VMM ended.
+pub(super) async fn thaw(shim: &mut ShimLink, guest: &Guest, id: &SandboxId) -> Option<Ending> {
+    match until(THAW_LIMIT, shim, || guest.thaw()).await {
+        Ok(()) => None,
+        Err(NotDone::Ended(ending)) => Some(ending),
+        Err(NotDone::Late(error)) => {
+            tracing::error!(sandbox_id = %id, error = %Chain(&error), "a guest does not say that it has thawed; it is left to itself");
+            None
+        }
+    }
+}
+
+/// Why something that is tried again and again was not done.
+enum NotDone<E> {
+    Ended(Ending),
+    /// The last attempt's error.
+    Late(E),
+}
+
+/// Tries something until it succeeds, the VMM ends, or the time is up.
+async fn until<E, F>(limit: Duration, shim: &mut ShimLink, mut attempt: impl FnMut() -> F) -> Result<(), NotDone<E>>
+where
+    E: std::error::Error + 'static,
+    F: Future<Output = Result<(), E>>,
+{
+    let deadline = tokio::time::Instant::now() + limit;
+    let attempts = async {
+        loop {
+            match attempt().await {
+                Ok(()) => return Ok(()),
+                Err(error) if tokio::time::Instant::now() >= deadline => return Err(NotDone::Late(error)),
+                Err(error) => tracing::debug!(error = %Chain(&error), "a guest does not run on yet"),
+            }
+            tokio::time::sleep(RUN_ON_PAUSE).await;
+        }
+    };
+    tokio::select! {
+        biased;
+        outcome = attempts => outcome,
+        end = shim.ended() => Err(NotDone::Ended(ending(end))),
+    }
 }
 
 /// What a step yields, unless the VMM ends first.
-async fn unless_ended<T>(
+pub(super) async fn unless_ended<T>(
     shim: &mut ShimLink,
-    progress: &mut Progress,
+    ended: &mut Option<Ending>,
     step: impl Future<Output = T>,
 ) -> Result<T, PauseError> {
     tokio::select! {
         biased;
         outcome = step => Ok(outcome),
         end = shim.ended() => {
-            progress.ended = Some(ending(end));
+            *ended = Some(ending(end));
             Err(PauseError::VmmEnded)
         }
     }
 }
 
 /// A shim's fault, which may be that its VMM has ended.
-fn fault_of(fault: ShimFault, progress: &mut Progress) -> PauseError {
+pub(super) fn fault_of(fault: ShimFault, ended: &mut Option<Ending>) -> PauseError {
     match fault {
         ShimFault::Ended(exit) => {
-            progress.ended = Some(Ending::Reported(Box::new(exit.0)));
+            *ended = Some(Ending::Reported(Box::new(exit.0)));
             PauseError::VmmEnded
         }
         fault => PauseError::Shim(fault),
@@ -341,7 +518,7 @@ pub(super) fn ending(end: VmmEnd) -> Ending {
 }
 
 /// File work, to its end.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     tokio::task::spawn_blocking(work)
         .await
         .expect("file work does not panic")

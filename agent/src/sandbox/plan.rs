@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use crate::config::Config;
 use crate::host::images::TemplateRef;
+use crate::snapshot::Size;
 
 /// Memory of a sandbox that asks for none.
 pub const DEFAULT_MEMORY: Mebibytes = Mebibytes(512);
@@ -19,6 +20,8 @@ pub const DEFAULT_VCPUS: Vcpus = Vcpus(1);
 pub const MIN_TIMEOUT: u32 = 60;
 /// Most bytes of a default environment, names and values together.
 const MAX_ENV: usize = 64 << 10;
+/// Longest name of a template.
+const MAX_NAME: usize = 128;
 /// Longest user name, as Linux has it.
 const MAX_USER: usize = 32;
 
@@ -76,6 +79,9 @@ pub enum WishError {
     /// No user name.
     #[error("default_user is no user name: up to 32 of a-z, A-Z, 0-9, '.', '_' and '-'")]
     User,
+    /// No name of a template.
+    #[error("name is no name of a template: up to 128 printable characters")]
+    Name,
     /// An environment that no process can have.
     #[error("default_env is no environment: names without '=' and NUL, values without NUL, 64 KiB in all")]
     Env,
@@ -105,19 +111,22 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Checks a wish and fills in its defaults. `new_id` is taken where the caller has none.
+    /// Checks a wish and fills in its defaults: the template's size, where its memory has one, else ours. `new_id` is taken where the
+    /// caller has none.
     ///
     /// # Errors
     /// Any [`WishError`], naming the field.
-    pub fn check(wish: Wish, config: &Config, new_id: impl FnOnce() -> SandboxId) -> Result<Self, WishError> {
+    pub fn check(
+        wish: Wish,
+        config: &Config,
+        size_of: impl FnOnce(TemplateRef) -> Option<Size>,
+        new_id: impl FnOnce() -> SandboxId,
+    ) -> Result<Self, WishError> {
         let id = match wish.id.as_str() {
             "" => new_id(),
             given => given.parse().map_err(WishError::Id)?,
         };
-        let template = TemplateRef {
-            team: uuid("team_id", &wish.team_id)?,
-            template: uuid("template_id", &wish.template_id)?,
-        };
+        let template = template(&wish.team_id, &wish.template_id)?;
         let vcpus = number("vcpus", wish.vcpus, 1, config.max_vcpus.into())?;
         let memory = number(
             "memory_mb",
@@ -129,15 +138,21 @@ impl Plan {
         let timeout = timeout(wish.timeout_sec)?;
         let user = user(wish.default_user)?;
         let env = environment(wish.default_env)?;
+        let size = size_of(template);
+        let default_disk = if size.is_some() { None } else { config.default_disk_mb };
         Ok(Self {
             id,
             template,
             template_name: wish.template_name.chars().take(128).collect(),
-            vcpus: vcpus.map_or(DEFAULT_VCPUS, |n| {
-                Vcpus(u8::try_from(n).expect("at most max_vcpus, a u8"))
-            }),
-            memory: memory.map_or(DEFAULT_MEMORY, Mebibytes),
-            disk: disk.or(config.default_disk_mb).map(Mebibytes),
+            vcpus: match vcpus {
+                Some(n) => Vcpus(u8::try_from(n).expect("at most max_vcpus, a u8")),
+                None => size.map_or(DEFAULT_VCPUS, |size| size.vcpus),
+            },
+            memory: match memory {
+                Some(mebibytes) => Mebibytes(mebibytes),
+                None => size.map_or(DEFAULT_MEMORY, |size| size.memory),
+            },
+            disk: disk.or(default_disk).map(Mebibytes),
             timeout_sec: timeout.unwrap_or(0),
             user,
             env,
@@ -178,6 +193,18 @@ pub fn timeout(seconds: i32) -> Result<Option<u32>, WishError> {
     number("timeout_sec", seconds, MIN_TIMEOUT, i32::MAX.unsigned_abs())
 }
 
+/// A checked name of a template.
+///
+/// # Errors
+/// [`WishError::Name`].
+pub fn name(name: String) -> Result<String, WishError> {
+    if name.chars().count() <= MAX_NAME && !name.contains(char::is_control) {
+        Ok(name)
+    } else {
+        Err(WishError::Name)
+    }
+}
+
 /// A checked user name; `None` for an empty one.
 ///
 /// # Errors
@@ -210,6 +237,17 @@ pub fn environment(env: BTreeMap<String, String>) -> Result<BTreeMap<String, Str
     }
 }
 
+/// Which template a request names.
+///
+/// # Errors
+/// [`WishError::Uuid`].
+pub fn template(team: &str, template: &str) -> Result<TemplateRef, WishError> {
+    Ok(TemplateRef {
+        team: uuid("team_id", team)?,
+        template: uuid("template_id", template)?,
+    })
+}
+
 fn uuid(field: &'static str, text: &str) -> Result<Uuid, WishError> {
     if text.is_empty() {
         return Ok(Uuid::nil());
@@ -238,7 +276,7 @@ mod tests {
     use super::*;
 
     fn check(wish: Wish) -> Result<Plan, WishError> {
-        Plan::check(wish, &Config::default(), || "new".parse().expect("an id"))
+        Plan::check(wish, &Config::default(), |_| None, || "new".parse().expect("an id"))
     }
 
     #[test]

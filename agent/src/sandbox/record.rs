@@ -1,8 +1,8 @@
 //! What is kept of a sandbox on disk, so that an agent that starts knows what its predecessor had.
 //!
 //! The record is durable before the step that relies on it: *creating* before anything else of the sandbox exists, *running*
-//! before the create is answered, *paused* before the VM is stopped, *resuming* before the restored VM runs, and *running* again
-//! before its guest may write. So whoever reads one knows what may have happened since:
+//! before the create is answered, *paused* before the VM is stopped, *resuming* before the restored VM runs, *thawing* before its
+//! guest may write, and *running* again before the resume is answered. So whoever reads one knows what may have happened since:
 //!
 //! | phase | what a new agent does where a VM still runs | and where none does |
 //! |---|---|---|
@@ -10,6 +10,10 @@
 //! | running | adopts it, thawed | tombstone, removes all |
 //! | paused | ends it: it was about to be stopped | keeps it |
 //! | resuming | ends it: its guest has written nothing | keeps it |
+//! | thawing | adopts it, thawed | keeps it: with its memory, unless the disk was written |
+//!
+//! In the last one nobody has been told that the sandbox runs, so whoever asked still has it for paused. That is why its memory is kept
+//! until the guest has thawed, and why a VM that is lost there is no sandbox lost.
 
 use roost_common::ids::SandboxId;
 use roost_common::units::Sectors;
@@ -20,6 +24,7 @@ use super::plan::Plan;
 use crate::errors::FileError;
 use crate::guest::Token;
 use crate::host::files::{Layout, read_small, write_durably};
+use crate::host::images::Origin;
 use crate::snapshot::Size;
 
 /// Version of the format.
@@ -37,6 +42,8 @@ pub enum Phase {
     Paused(Kept),
     /// On its way back from disk; nothing of that has been answered, and the guest is frozen.
     Resuming(Kept),
+    /// The same, and the guest has been told to thaw, or is about to be.
+    Thawing(Kept),
 }
 
 /// What of a paused sandbox can be resumed.
@@ -48,6 +55,9 @@ pub struct Kept {
     pub memory: Memory,
     /// Who wanted it paused.
     pub reason: PauseReason,
+    /// Whether the control plane has been told, where nobody had asked: the event is in the outbox.
+    #[serde(default)]
+    pub told: bool,
     /// When it was paused, in seconds since 1970.
     pub paused_at_unix: i64,
     /// When the exception store was last written, in nanoseconds since 1970. Later than that, somebody wrote to the disk behind the
@@ -73,6 +83,8 @@ pub enum PauseReason {
     Requested,
     /// Its inactivity limit.
     Idle,
+    /// The host is being emptied.
+    Drain,
 }
 
 /// The record of a sandbox. Nobody but the agent reads it, for it holds the guest's token.
@@ -94,6 +106,9 @@ pub struct Record {
     pub token: Token,
     /// Which versions run in it, known from *running* on.
     pub versions: Versions,
+    /// Which file its disk's changes are of, once that is known.
+    #[serde(default)]
+    pub origin: Option<Origin>,
 }
 
 /// Why a record cannot be used.
@@ -129,6 +144,7 @@ impl Record {
             created_at_unix,
             token,
             versions: Versions::default(),
+            origin: None,
         }
     }
 
@@ -192,11 +208,12 @@ mod tests {
         let layout = Layout::new(dir.path(), dir.path());
         let id: SandboxId = "x".parse().expect("an id");
         std::fs::create_dir_all(layout.sandbox(&id)).expect("made");
-        let plan = Plan::check(Wish::default(), &Config::default(), || id.clone()).expect("checked");
+        let plan = Plan::check(Wish::default(), &Config::default(), |_| None, || id.clone()).expect("checked");
         let kept = Kept {
             generation: 3,
             memory: Memory::Whole,
             reason: PauseReason::Idle,
+            told: true,
             paused_at_unix: 5,
             disk_written_at: 1_700_000_000_123_456_789,
         };
@@ -206,6 +223,7 @@ mod tests {
             Phase::Running,
             Phase::Paused(kept),
             Phase::Resuming(kept),
+            Phase::Thawing(kept),
         ] {
             let record = created.with(phase);
             record.write(&layout).expect("written");

@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! record, manifest, image --> parts: shim, disk, network --> config.json --> record "resuming" --> VMM restores, guest frozen
-//!     --> vm.resume --> envd answers, /init (the gate) --> record "running" --> thaw --> old snapshot removed
-//! '------------- a failure up to here ends the VMM: it is paused -------------'
+//!     --> vm.resume --> envd answers, /init (the gate) --> record "thawing" --> thaw --> record "running" --> old snapshot removed
+//! '---------------------- a failure up to here ends the VMM: it is paused ----------------------'
 //! ```
 //!
 //! The guest wakes with its filesystems frozen, so that up to the thaw it can write nothing and the memory on disk still belongs to
@@ -13,40 +13,34 @@
 //! A guest that boots from its disk alone writes at once, so there its memory is given up before it starts.
 
 use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
 use std::future::Future;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use roost_common::ids::SandboxId;
 use roost_common::net::SlotAddresses;
-use roost_common::shim::{API_SOCKET, RestoreMode, SHIM_SOCKET, Start};
+use roost_common::shim::{API_SOCKET, SHIM_SOCKET};
 
 use super::parts::{DiskFiles, MemoryLoad, PartError, Parts, Vm, boot_limit, identity, millis};
-use super::pause::tidy;
+use super::pause::{self, tidy};
 use super::record::{Kept, Memory, Phase, Record, RecordError};
-use super::{BuildError, ResumeEnd, build};
-use crate::config::RestoreMemory;
+use super::wake::{Memories, Steps, WAKE_LIMIT};
+use super::{BuildError, Ending, ResumeEnd, build};
 use crate::errors::{Chain, FileError};
 use crate::failpoint::{pass, reach};
 use crate::guest::{Guest, GuestError};
-use crate::host::acl::{self, Access};
 use crate::host::files;
 use crate::host::kernels::Kernel;
-use crate::host::shim::{self, ExitSummary, ShimFault, VmmEnd};
+use crate::host::shim::{self, ExitSummary, ShimFault};
 use crate::host::slots::SlotLease;
 use crate::host::{Host, kernels};
-use crate::snapshot::{self, Cpu, HostFacts, Manifest, Misfit, RestoreConfig, SnapshotError};
+use crate::snapshot::{Manifest, Misfit, SnapshotError};
 use crate::vmm::{Vmm, VmmError};
 
-/// How long a restored guest's envd may take to answer: it was running when it was paused.
-const WAKE_LIMIT: Duration = Duration::from_secs(60);
-/// How often a thaw is tried.
-const THAW_ATTEMPTS: u32 = 5;
-/// Pause between two attempts.
-const THAW_PAUSE: Duration = Duration::from_millis(200);
-/// Where a VMM that loads memory on demand learns of what is missing.
-const USERFAULTFD: &str = "/dev/userfaultfd";
+const STEPS: Steps = Steps {
+    restored: "resume.restored",
+    woken: "resume.woken",
+};
 
 /// What a resume asks for, checked; what it leaves out stays as it was.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -131,13 +125,7 @@ struct Ready {
     kernel: Kernel,
     files: DiskFiles,
     /// Where memory is used.
-    memories: Option<Memories>,
-}
-
-/// A snapshot of memory, and what it meets here.
-struct Memories {
-    manifest: Manifest,
-    facts: HostFacts,
+    memories: Option<Arc<Memories>>,
 }
 
 /// Resumes a paused sandbox; `stop` ends that at any point before it runs.
@@ -193,16 +181,22 @@ fn make_ready(host: &Host, id: &SandboxId, kept: Kept, wish: ResumeWish) -> Resu
     if wish.from == From::Memory && settle(host, kept, id).memory == Memory::Spent {
         return Err(ResumeError::Spent);
     }
-    let original = Record::read(&host.layout, id)?;
-    if !matches!(original.phase, Phase::Paused(_) | Phase::Resuming(_)) {
+    let found = Record::read(&host.layout, id)?;
+    if !matches!(found.phase, Phase::Paused(_) | Phase::Resuming(_) | Phase::Thawing(_)) {
         return Err(ResumeError::NotPaused);
+    }
+    let original = found.with(Phase::Paused(kept));
+    // A resume that failed may not have been able to say so.
+    if found != original {
+        original.write(&host.layout)?;
     }
     let mut record = original.clone();
     let plan = &mut record.plan;
     plan.timeout_sec = wish.timeout_sec.unwrap_or(plan.timeout_sec);
     plan.user = wish.user.or(plan.user.take());
     plan.env = wish.env.unwrap_or_else(|| std::mem::take(&mut plan.env));
-    let (image, size, latest) = build::find(host, &record.plan).map_err(ResumeError::Template)?;
+    let files = build::disk_of(host, &record).map_err(ResumeError::Template)?;
+    let latest = build::latest_kernel(host).map_err(ResumeError::Template)?;
     let kernel = match &wish.kernel_version {
         Some(version) => kernels::of_version(&host.layout.kernels(), version).unwrap_or(latest),
         None => latest,
@@ -213,38 +207,20 @@ fn make_ready(host: &Host, id: &SandboxId, kept: Kept, wish: ResumeWish) -> Resu
             let generation = host.layout.generation(id, kept.generation);
             let manifest = Manifest::read(&generation)?;
             manifest.verify(&generation)?;
-            let kernels = host.layout.kernels();
-            let facts = HostFacts {
-                // Where no VMM has started yet the version is told by the one that is about to.
-                vmm_version: host.vmm_version().unwrap_or_else(|| manifest.about.vmm_version.clone()),
-                cpu: Cpu::of_this_host()?,
-                kernel: kernels::of_version(&kernels, &manifest.about.kernel_version),
-            };
-            manifest.fits(&facts, record.size())?;
-            Some(Memories { manifest, facts })
+            let memories = Memories::new(host, manifest)?;
+            memories.fits(record.size())?;
+            Some(Arc::new(memories))
         }
     };
     tidy(host, id, Some(kept.generation))?;
     files::make_dir(&host.layout.vm_run(id))?;
     Ok(Ready {
-        files: DiskFiles {
-            origin: image.rootfs,
-            cow: open_cow(&host.layout.cow(id))?,
-            size,
-        },
+        files,
         original,
         record,
         kernel,
         memories,
     })
-}
-
-fn open_cow(path: &std::path::Path) -> Result<File, FileError> {
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open(path)
-        .map_err(|source| FileError::new("opening", path, source))
 }
 
 async fn steps(
@@ -274,34 +250,16 @@ async fn steps(
     let uid = parts.shim.here().await.map_err(PartError::from)?.uid();
     let start = match &memories {
         Some(memories) => {
-            let initramfs = memories
-                .facts
-                .kernel
-                .as_ref()
-                .and_then(|kernel| kernel.initramfs.clone());
-            gate.run({
-                let (generation, record) = (host.layout.generation(&id, kept.generation), record.clone());
-                let (kernel, initramfs) = (memories.facts.kernel.clone(), initramfs.clone());
-                let devices = memories.manifest.about.devices;
-                move || {
-                    let config = RestoreConfig {
-                        size: record.size(),
-                        devices,
-                        disk_minor,
-                        kernel: &kernel.expect("a snapshot fits only where its kernel is").kernel,
-                        initramfs: initramfs.as_deref(),
-                    };
-                    offer(&generation, &config, uid)
-                }
-            })
-            .await?;
+            let start = gate
+                .run({
+                    let (host, id, memories, generation) =
+                        (host.clone(), id.clone(), memories.clone(), kept.generation);
+                    move || memories.offer(&host, &id, generation, disk_minor, uid)
+                })
+                .await?;
             // Durable before the VM runs: whoever finds this knows that the guest is frozen and nobody was told that it runs.
             write(record.with(Phase::Resuming(*kept))).await?;
-            Start::Restore {
-                attempt: kept.generation,
-                memory: restore_mode(host.config.restore_memory, memories.manifest.about.restore),
-                initramfs: initramfs.map(|path| path.to_string_lossy().into_owned()),
-            }
+            start
         }
         None => {
             kept.memory = Memory::Spent;
@@ -317,46 +275,35 @@ async fn steps(
     let guest = Guest::new(SlotAddresses::of(slot.slot()).host, record.token.clone());
     let api = Vmm::new(&host.layout.vm_run(&id).join(API_SOCKET));
     let up = async {
-        let limit = match &memories {
-            Some(Memories { manifest, facts }) => {
-                api.restored().await?;
-                let facts = HostFacts {
-                    vmm_version: api.version().await?,
-                    ..facts.clone()
-                };
-                manifest.fits(&facts, record.size())?;
-                reach("resume.restored").await?;
-                api.resume().await?;
-                reach("resume.woken").await?;
-                WAKE_LIMIT
-            }
-            None => boot_limit(host, &plan),
+        let (vmm, limit) = match &memories {
+            Some(memories) => (memories.wake::<ResumeError>(host, &api, &STEPS).await?, WAKE_LIMIT),
+            None => (api.version().await?, boot_limit(host, &plan)),
         };
-        let (vmm, envd) = tokio::try_join!(async { api.version().await.map_err(ResumeError::from) }, async {
-            guest.wait_until_up(limit).await.map_err(ResumeError::from)
-        })?;
-        guest.init(identity(host, &plan)).await?;
+        let envd = guest.wait_until_up(limit).await?;
+        guest.init(None, identity(host, &plan)).await?;
         reach("resume.gated").await?;
         Ok::<_, ResumeError>((vmm, envd))
     };
     let (vmm, envd) = tokio::select! {
         versions = up => versions?,
-        end = shim.ended() => return Err(match end {
-            VmmEnd::Reported(exit) => ResumeError::VmmEnded(ExitSummary(*exit)),
-            VmmEnd::ShimLost => ResumeError::ShimLost,
-        }),
+        end = shim.ended() => return Err(ended(pause::ending(end))),
     };
     if memories.is_none() {
         record.versions.kernel = kernel.version;
     }
-    host.vmm_is(&vmm);
     (record.versions.vmm, record.versions.envd) = (vmm, envd);
+    if memories.is_some() {
+        write(record.with(Phase::Thawing(*kept))).await?;
+        // From here on the guest may write. Whether it has, its disk says: a VM that is lost may still be a sandbox that is paused.
+        pass("resume.recorded").await;
+        if let Some(ending) = pause::thaw(shim, &guest, &id).await {
+            return Err(ended(ending));
+        }
+        pass("resume.thawed").await;
+    }
     record.phase = Phase::Running;
     write(record.clone()).await?;
-    // From here on the guest may write, and the sandbox is a running one whatever happens.
-    pass("resume.recorded").await;
-    thaw(&guest, &id).await;
-    pass("resume.thawed").await;
+    pass("resume.running").await;
     let removed = gate.run({
         let directory = host.layout.generation(&id, kept.generation);
         move || files::remove_tree(&directory)
@@ -367,60 +314,36 @@ async fn steps(
     Ok((guest, record, memory))
 }
 
-/// Writes the VMM's configuration beside the memory, and lets the VM's uid reach both.
-fn offer(generation: &std::path::Path, config: &RestoreConfig<'_>, uid: u32) -> Result<(), ResumeError> {
-    snapshot::write_config(generation, config)?;
-    if uid != nix::unistd::geteuid().as_raw() {
-        acl::grant(generation, uid, Access::Enter)
-            .map_err(|source| FileError::new("opening to the VM", generation, source))?;
-    }
-    Ok(())
-}
-
-/// On demand where that is wanted, and the snapshot and the host can.
-fn restore_mode(wanted: RestoreMemory, most: RestoreMode) -> RestoreMode {
-    let on_demand = wanted == RestoreMemory::OnDemand && most == RestoreMode::OnDemand;
-    if on_demand && std::path::Path::new(USERFAULTFD).exists() {
-        RestoreMode::OnDemand
-    } else {
-        RestoreMode::Copy
-    }
-}
-
-/// Thaws a guest that has been recorded as running. A guest that does not thaw is its own affair by now: it runs, it can be paused,
-/// destroyed, and looked at.
-async fn thaw(guest: &Guest, id: &SandboxId) {
-    for attempt in 1..=THAW_ATTEMPTS {
-        match guest.thaw().await {
-            Ok(()) => return,
-            Err(error) => {
-                tracing::error!(sandbox_id = %id, attempt, error = %Chain(&error), "a resumed guest does not thaw");
-                tokio::time::sleep(THAW_PAUSE).await;
-            }
-        }
+/// A VMM's end as an error of the resume.
+fn ended(end: Ending) -> ResumeError {
+    match end {
+        Ending::Reported(exit) => ResumeError::VmmEnded(ExitSummary(*exit)),
+        Ending::ShimLost | Ending::NotPaused(_) | Ending::Stopped(_) => ResumeError::ShimLost,
     }
 }
 
 /// Ends the VMM of a resume that failed, and puts the sandbox back to disk. What of it is kept.
-async fn undo(host: &Arc<Host>, record: Record, mut kept: Kept, parts: Parts) -> Kept {
-    let id = record.plan.id.clone();
+async fn undo(host: &Arc<Host>, record: Record, kept: Kept, parts: Parts) -> Kept {
     let (gate, killed) = parts.let_go().await;
     if let Err(error) = killed {
-        tracing::error!(sandbox_id = %id, error = %Chain(&error), "the VMM of a resume that failed could not be ended");
+        tracing::error!(sandbox_id = %record.plan.id, error = %Chain(&error), "the VMM of a resume that failed could not be ended");
     }
     let host = host.clone();
-    gate.run(move || {
-        kept = settle(&host, kept, &record.plan.id);
-        let put_back = record
-            .with(Phase::Paused(kept))
-            .write(&host.layout)
-            .and_then(|()| tidy(&host, &record.plan.id, Some(kept.generation)));
-        if let Err(error) = put_back {
-            tracing::error!(sandbox_id = %record.plan.id, error = %Chain(&error), "a resume that failed left something behind");
+    gate.run(move || put_back(&host, &record, kept)).await
+}
+
+/// Makes what is on disk a paused sandbox again, whose VMM has ended. What of it is kept.
+pub(crate) fn put_back(host: &Host, record: &Record, kept: Kept) -> Kept {
+    let id = &record.plan.id;
+    let kept = settle(host, kept, id);
+    let record = record.with(Phase::Paused(kept)).write(&host.layout);
+    let tidied = tidy(host, id, Some(kept.generation));
+    for outcome in [record, tidied] {
+        if let Err(error) = outcome {
+            tracing::error!(sandbox_id = %id, error = %Chain(&error), "something is left beside a paused sandbox");
         }
-        kept
-    })
-    .await
+    }
+    kept
 }
 
 /// What is kept of a sandbox whose VM has ended, or may have: its memory only where its disk is as it was.

@@ -1,13 +1,14 @@
 //! The task that owns one sandbox: it takes one message at a time, asks the state machine, and performs what it says.
 //!
 //! Everyone else holds a [`Handle`]: a way to send messages, and a view to read. The task ends when nothing of the sandbox is
-//! left, and takes it out of the registry as the last thing it does.
+//! left, and takes it out of the registry before it tells anyone so.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
+use roost_common::units::Bytes;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -15,21 +16,25 @@ use tokio::time::Instant;
 use super::build;
 use super::parts::{Versions, Vm};
 use super::plan::Plan;
+use super::record::Record;
 use super::{
-    Action, BuildFailure, CreateFailure, Ending, Event, Kept, PauseEnd, PauseFailure, ResumeEnd, ResumeFailure,
-    ResumeWish, Sandbox, TeardownError, pause, resume, unix_now,
+    Action, BuildFailure, CaptureEnd, CaptureFailure, CaptureWish, CreateFailure, Ending, Event, Kept, PauseEnd,
+    PauseFailure, PauseReason, ResumeEnd, ResumeFailure, ResumeWish, Sandbox, TeardownError, capture, pause, resume,
+    unix_now,
 };
 use crate::activity::{self, Activity, Floors, Moment};
 use crate::errors::Chain;
 use crate::guest::Guest;
 use crate::host::Host;
 use crate::host::slots::SlotLease;
-use crate::outbox::{self, EventKind};
 use crate::registry::Registry;
 use crate::tombstone::{self, End, Tombstone};
 
 /// Pause between two attempts to remove what could not be removed.
 const RETRY_PAUSE: Duration = Duration::from_secs(30);
+/// How long the outcome of a capture is kept for a caller that was not there to hear it: callers end a call before a large one is done,
+/// and ask again.
+const UNCLAIMED_KEPT: Duration = Duration::from_secs(600);
 
 /// What others see of a sandbox.
 #[derive(Debug, Clone)]
@@ -69,8 +74,9 @@ impl View {
 #[derive(Debug)]
 enum Command {
     Destroy(super::DestroyReply),
-    Pause(super::PauseReply),
+    Pause(PauseReason, super::PauseReply),
     Resume(ResumeWish, super::ResumeReply),
+    Capture(CaptureWish, super::CaptureReply),
 }
 
 /// A sandbox as everyone but its task has it.
@@ -203,9 +209,19 @@ impl Handle {
     ///
     /// # Errors
     /// [`PauseFailure`].
-    pub async fn pause(&self) -> Result<(), PauseFailure> {
+    pub async fn pause(&self, reason: PauseReason) -> Result<(), PauseFailure> {
         let gone = Err(PauseFailure::Refused(View::Gone.name()));
-        self.ask(Command::Pause).await.unwrap_or(gone)
+        self.ask(|reply| Command::Pause(reason, reply)).await.unwrap_or(gone)
+    }
+
+    /// Makes a template of the sandbox and waits until it is there; what it takes on disk. Goes on when the caller does not wait, and
+    /// one that asks for the same again is answered with its end.
+    ///
+    /// # Errors
+    /// [`CaptureFailure`].
+    pub async fn capture(&self, wish: CaptureWish) -> Result<Bytes, CaptureFailure> {
+        let gone = Err(CaptureFailure::Refused(View::Gone.name()));
+        self.ask(|reply| Command::Capture(wish, reply)).await.unwrap_or(gone)
     }
 
     /// Resumes the sandbox and waits until it runs. Goes on when the caller does not wait.
@@ -246,6 +262,8 @@ pub enum Found {
     Running(Box<Vm>),
     /// It is on disk.
     Paused(Kept),
+    /// Its VM is being brought to run on, as after a pause that failed.
+    Interrupted(JoinHandle<PauseEnd<Vm>>),
     /// It could not be removed.
     Remains,
 }
@@ -259,12 +277,15 @@ pub fn spawn_found(
     created_at_unix: i64,
     found: Found,
 ) -> Handle {
-    let sandbox = match found {
-        Found::Running(vm) => Sandbox::adopted(*vm),
-        Found::Paused(kept) => Sandbox::kept(kept),
-        Found::Remains => Sandbox::remains(),
+    let (sandbox, work) = match found {
+        Found::Running(vm) => (Sandbox::adopted(*vm), Work::None),
+        Found::Paused(kept) => (Sandbox::kept(kept), Work::None),
+        Found::Interrupted(task) => (Sandbox::interrupted(), Work::Pause(task)),
+        Found::Remains => (Sandbox::remains(), Work::None),
     };
-    let driver = driver(registry, host, plan, slot, created_at_unix, view_of(&sandbox));
+    let first = view_of(&sandbox).expect("no sandbox is found in the middle of a capture");
+    let mut driver = driver(registry, host, plan, slot, created_at_unix, first);
+    driver.work = work;
     let handle = driver.handle.clone();
     tokio::spawn(driver.run(sandbox));
     handle
@@ -295,6 +316,7 @@ fn driver(
         view,
         inbox,
         work: Work::None,
+        unclaimed: None,
     }
 }
 
@@ -305,6 +327,8 @@ struct Driver {
     view: watch::Sender<View>,
     inbox: mpsc::Receiver<Command>,
     work: Work,
+    /// The last capture, where nobody was there to hear of it.
+    unclaimed: Option<(CaptureWish, Bytes, Instant)>,
 }
 
 /// The one long step under way.
@@ -319,6 +343,7 @@ enum Work {
         task: JoinHandle<ResumeEnd<Vm>>,
         stop: Option<oneshot::Sender<()>>,
     },
+    Capture(JoinHandle<CaptureEnd<Vm>>),
     TearDown(JoinHandle<Result<(), TeardownError>>),
 }
 
@@ -328,7 +353,10 @@ impl Driver {
         while !matches!(sandbox, Sandbox::Gone) {
             let event = match follows.take() {
                 Some(event) => event,
-                None => self.next(&mut sandbox).await,
+                None => match self.next(&mut sandbox).await {
+                    Some(event) => event,
+                    None => continue,
+                },
             };
             let from = sandbox.name();
             let (next, actions) = sandbox.on(event);
@@ -342,7 +370,7 @@ impl Driver {
                 self.registry.forget(&self.handle.plan.id);
             }
             for action in actions {
-                if let Some(event) = self.perform(action).await {
+                if let Some(event) = self.perform(action, &mut sandbox).await {
                     follows = Some(event);
                 }
             }
@@ -356,15 +384,17 @@ impl Driver {
         }
     }
 
-    /// Waits for the next thing to happen.
-    async fn next(&mut self, sandbox: &mut Sandbox<Vm>) -> Event<Vm> {
+    /// Waits for the next thing to happen; `None` where it is none of the sandbox's.
+    async fn next(&mut self, sandbox: &mut Sandbox<Vm>) -> Option<Event<Vm>> {
         let (usage, floors) = (self.handle.usage.clone(), Floors::new(&self.host.config));
+        let is_paused = matches!(sandbox, Sandbox::Paused(_));
         let work = async {
             match &mut self.work {
                 Work::None => std::future::pending().await,
                 Work::Build { task, .. } => Event::Built(task.await.expect("a build does not panic")),
                 Work::Pause(task) => Event::PauseEnded(task.await.expect("a pause does not panic")),
                 Work::Resume { task, .. } => Event::ResumeEnded(task.await.expect("a resume does not panic")),
+                Work::Capture(task) => Event::CaptureEnded(task.await.expect("a capture does not panic")),
                 Work::TearDown(task) => Event::TornDown(task.await.expect("a teardown does not panic")),
             }
         };
@@ -389,6 +419,7 @@ impl Driver {
                 Sandbox::Pausing(_)
                 | Sandbox::Paused(_)
                 | Sandbox::Resuming(_)
+                | Sandbox::Capturing(_)
                 | Sandbox::Destroying(_)
                 | Sandbox::Gone => std::future::pending().await,
             }
@@ -398,23 +429,58 @@ impl Driver {
             biased;
             event = state => event,
             event = work => event,
-            command = self.inbox.recv() => match command.expect("the driver's own handle keeps the channel open") {
-                Command::Destroy(reply) => Event::DestroyRequested(reply),
-                Command::Pause(reply) => Event::PauseRequested(reply),
-                Command::Resume(wish, reply) => Event::ResumeRequested(wish, reply),
-            },
+            command = self.inbox.recv() => {
+                return self.admit(command.expect("the driver's own handle keeps the channel open"), is_paused);
+            }
         };
-        if matches!(
-            event,
-            Event::Built(_) | Event::PauseEnded(_) | Event::ResumeEnded(_) | Event::TornDown(_)
-        ) {
-            self.work = Work::None;
+        match &event {
+            Event::Built(_) | Event::TornDown(_) | Event::CaptureEnded(_) => self.work = Work::None,
+            Event::PauseEnded(end) => {
+                self.work = Work::None;
+                // One that could not be paused is tried again when it has gone unused for as long once more.
+                if matches!(end, PauseEnd::Running(..)) {
+                    usage.touch();
+                }
+            }
+            Event::ResumeEnded(end) => {
+                self.work = Work::None;
+                if let ResumeEnd::Running(vm) = end {
+                    *usage.activity() = Activity::new(vm.record.plan.timeout_sec, Moment::now());
+                }
+            }
+            _ => {}
         }
-        event
+        Some(event)
+    }
+
+    /// What a command is to the sandbox; `None` where it has been answered here.
+    fn admit(&mut self, command: Command, is_paused: bool) -> Option<Event<Vm>> {
+        match command {
+            Command::Destroy(reply) => Some(Event::DestroyRequested(reply)),
+            Command::Pause(reason, reply) => Some(Event::PauseRequested(reason, reply)),
+            // Here and not where the call comes in: a host that is being emptied asks this task too, and must find what it has begun.
+            Command::Resume(wish, reply) => match self.registry.takes_work() {
+                Err(refusal) if is_paused => {
+                    answer(vec![reply], &Err(refusal.into()));
+                    None
+                }
+                Ok(()) | Err(_) => Some(Event::ResumeRequested(wish, reply)),
+            },
+            Command::Capture(wish, reply) => match self.unclaimed.take() {
+                Some((heard, bytes, at)) if heard == wish && at.elapsed() < UNCLAIMED_KEPT => {
+                    answer(vec![reply], &Ok(bytes));
+                    None
+                }
+                other => {
+                    self.unclaimed = other;
+                    Some(Event::CaptureRequested(wish, reply))
+                }
+            },
+        }
     }
 
     /// Performs an action; what follows from it, where something does.
-    async fn perform(&mut self, action: Action<Vm>) -> Option<Event<Vm>> {
+    async fn perform(&mut self, action: Action<Vm>, sandbox: &mut Sandbox<Vm>) -> Option<Event<Vm>> {
         let id = &self.handle.plan.id;
         match action {
             Action::CancelBuild => {
@@ -432,6 +498,13 @@ impl Driver {
                     drop(stop.take());
                 }
             }
+            Action::Capture(vm, wish) => {
+                self.work = Work::Capture(tokio::spawn(capture::capture(self.host.clone(), vm, wish)));
+            }
+            Action::CaptureKept(kept, wish) => {
+                let (host, id) = (self.host.clone(), id.clone());
+                self.work = Work::Capture(tokio::spawn(capture::capture_kept(host, id, kept, wish)));
+            }
             Action::TearDown(vm) => {
                 let (host, id) = (self.host.clone(), id.clone());
                 self.work = Work::TearDown(tokio::spawn(async move { build::tear_down(&host, &id, vm).await }));
@@ -443,10 +516,7 @@ impl Driver {
                 }
             }
             Action::Bury(ending) => self.bury(ending).await,
-            Action::TellAutoPaused => {
-                let event = outbox::Event::new(EventKind::AutoPaused, id.clone(), unix_now());
-                self.host.tell(event).await;
-            }
+            Action::TellAutoPaused => self.tell_auto_paused(sandbox).await,
             Action::AnswerCreate(reply, outcome) => {
                 if let Err(Ok(())) = reply.send(outcome) {
                     return Some(Event::Unclaimed);
@@ -458,6 +528,13 @@ impl Driver {
                     self.handle.touch();
                 }
                 answer(replies, &outcome);
+            }
+            Action::AnswerCaptures(wish, replies, outcome) => {
+                let (mut heard, made) = (false, outcome.as_ref().ok().copied());
+                for reply in replies {
+                    heard |= reply.send(outcome.clone()).is_ok();
+                }
+                self.unclaimed = made.filter(|_| !heard).map(|bytes| (wish, bytes, Instant::now()));
             }
             Action::AnswerDestroys(replies, outcome) => {
                 let outcome = outcome.map_err(|error| {
@@ -480,6 +557,7 @@ impl Driver {
                     tracing::error!(sandbox_id = %handle.plan.id, error = %Chain(error.as_ref()), "idle and not to be paused");
                     End::NotPaused
                 }
+                Ending::Stopped(_) => End::Stopped,
             };
             let tombstone = Tombstone::new(&handle.plan.id, handle.created_at_unix, end);
             tracing::warn!(sandbox_id = %handle.plan.id, reason = %tombstone.summary(), "sandbox ended");
@@ -508,9 +586,6 @@ impl Driver {
     fn start_resume(&mut self, kept: Kept, wish: ResumeWish) {
         let (stop, stopped) = stopper();
         let handle = &self.handle;
-        if let Some(limit) = wish.timeout_sec {
-            *handle.usage.activity() = Activity::new(limit, Moment::now());
-        }
         let (host, id) = (self.host.clone(), handle.plan.id.clone());
         let task = resume::resume(host, id, handle.slot.clone(), kept, wish, stopped);
         self.work = Work::Resume {
@@ -520,7 +595,21 @@ impl Driver {
     }
 
     fn show(&self, sandbox: &Sandbox<Vm>) {
-        self.view.send_replace(view_of(sandbox));
+        if let Some(view) = view_of(sandbox) {
+            self.view.send_replace(view);
+        }
+    }
+
+    async fn tell_auto_paused(&self, sandbox: &mut Sandbox<Vm>) {
+        let Sandbox::Paused(state) = sandbox else { return };
+        let (host, id) = (self.host.clone(), self.handle.plan.id.clone());
+        let record = tokio::task::spawn_blocking(move || Record::read(&host.layout, &id));
+        match record.await.expect("file work does not panic") {
+            Ok(record) => pause::tell(&self.host, &record, &mut state.kept).await,
+            Err(error) => {
+                tracing::error!(sandbox_id = %self.handle.plan.id, error = %Chain(&error), "nobody was told of a pause; the next start will");
+            }
+        }
     }
 }
 
@@ -537,8 +626,9 @@ fn answer<T: Clone>(replies: Vec<oneshot::Sender<T>>, outcome: &T) {
     }
 }
 
-fn view_of(sandbox: &Sandbox<Vm>) -> View {
-    match sandbox {
+/// What others see of a state. `None`: what they saw before, for while a template is made of a sandbox it goes on as what it was.
+fn view_of(sandbox: &Sandbox<Vm>) -> Option<View> {
+    Some(match sandbox {
         Sandbox::Creating(_) => View::Creating,
         Sandbox::Running(state) => {
             let versions = Arc::new(state.vm.record.versions.clone());
@@ -547,9 +637,10 @@ fn view_of(sandbox: &Sandbox<Vm>) -> View {
         Sandbox::Pausing(_) => View::Pausing,
         Sandbox::Paused(state) => View::Paused(state.kept),
         Sandbox::Resuming(_) => View::Resuming,
+        Sandbox::Capturing(_) => return None,
         Sandbox::Destroying(_) => View::Destroying,
         Sandbox::Gone => View::Gone,
-    }
+    })
 }
 
 #[cfg(test)]

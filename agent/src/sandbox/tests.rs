@@ -4,6 +4,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::record::Memory;
 use super::*;
+use crate::host::images::TemplateRef;
+use crate::templates::CaptureKind;
 use roost_common::shim::WaitStatus;
 
 /// Stands for what a sandbox owns: counts those alive.
@@ -49,8 +51,17 @@ fn kept() -> Kept {
         generation: 2,
         memory: Memory::Whole,
         reason: PauseReason::Requested,
+        told: false,
         paused_at_unix: 5,
         disk_written_at: 7,
+    }
+}
+
+fn wish(kind: CaptureKind) -> CaptureWish {
+    CaptureWish {
+        kind,
+        template: TemplateRef::default(),
+        name: String::new(),
     }
 }
 
@@ -64,7 +75,21 @@ fn words(next: &Next<Owned>) -> String {
             reason: PauseReason::Idle,
             ..
         }) => "pausing/idle",
+        Sandbox::Pausing(Pausing {
+            reason: PauseReason::Drain,
+            ..
+        }) => "pausing/drain",
         Sandbox::Pausing(_) => "pausing",
+        Sandbox::Capturing(Capturing { destroys, .. }) if !destroys.is_empty() => "capturing/destroy",
+        Sandbox::Capturing(Capturing { pauses, .. }) if !pauses.is_empty() => "capturing/pause",
+        Sandbox::Capturing(Capturing { resumes, .. }) if !resumes.is_empty() => "capturing/resume",
+        Sandbox::Capturing(Capturing {
+            from: Captured::Running,
+            ..
+        }) => "capturing",
+        Sandbox::Capturing(Capturing {
+            from: Captured::Paused, ..
+        }) => "capturing/paused",
         Sandbox::Paused(_) => "paused",
         Sandbox::Resuming(Resuming { destroys, .. }) if !destroys.is_empty() => "resuming/destroy",
         Sandbox::Resuming(_) => "resuming",
@@ -79,6 +104,16 @@ fn words(next: &Next<Owned>) -> String {
         Action::CancelBuild => " cancel".to_owned(),
         Action::Pause(_, PauseReason::Requested) => " pause".to_owned(),
         Action::Pause(_, PauseReason::Idle) => " pause(idle)".to_owned(),
+        Action::Pause(_, PauseReason::Drain) => " pause(drain)".to_owned(),
+        Action::Capture(..) => " capture".to_owned(),
+        Action::CaptureKept(..) => " capture(files)".to_owned(),
+        Action::AnswerCaptures(_, replies, Ok(_)) => format!(" captured:{}", replies.len()),
+        Action::AnswerCaptures(_, replies, Err(CaptureFailure::Failed(_))) => {
+            format!(" capture-failed:{}", replies.len())
+        }
+        Action::AnswerCaptures(_, replies, Err(CaptureFailure::Refused(_))) => {
+            format!(" capture-refused:{}", replies.len())
+        }
         Action::Resume(..) => " resume".to_owned(),
         Action::CancelResume => " cancel-resume".to_owned(),
         Action::TearDown(Some(_)) => " teardown(vm)".to_owned(),
@@ -95,7 +130,7 @@ fn words(next: &Next<Owned>) -> String {
         Action::AnswerPauses(replies, Err(PauseFailure::Refused(_))) => format!(" pause-refused:{}", replies.len()),
         Action::AnswerResumes(replies, Ok(())) => format!(" resumed:{}", replies.len()),
         Action::AnswerResumes(replies, Err(ResumeFailure::Failed(_))) => format!(" resume-failed:{}", replies.len()),
-        Action::AnswerResumes(replies, Err(ResumeFailure::Refused(_))) => {
+        Action::AnswerResumes(replies, Err(ResumeFailure::Refused(_) | ResumeFailure::Host(_))) => {
             format!(" resume-refused:{}", replies.len())
         }
         Action::AnswerDestroys(replies, Ok(())) => format!(" destroyed:{}", replies.len()),
@@ -104,12 +139,18 @@ fn words(next: &Next<Owned>) -> String {
     state.to_owned() + &actions.collect::<String>()
 }
 
-const STATES: [&str; 12] = [
+const STATES: [&str; 18] = [
     "creating",
     "running",
     "pausing",
     "pausing/idle",
+    "pausing/drain",
     "pausing/destroy",
+    "capturing",
+    "capturing/paused",
+    "capturing/pause",
+    "capturing/resume",
+    "capturing/destroy",
     "paused",
     "resuming",
     "resuming/destroy",
@@ -119,7 +160,7 @@ const STATES: [&str; 12] = [
     "gone",
 ];
 
-const EVENTS: [&str; 19] = [
+const EVENTS: [&str; 27] = [
     "built",
     "failed",
     "failed, left",
@@ -139,6 +180,14 @@ const EVENTS: [&str; 19] = [
     "unclaimed",
     "retry",
     "resume, disk only",
+    "drain",
+    "not paused, the host's fault",
+    "capture",
+    "capture something else",
+    "captured",
+    "not captured",
+    "captured from files",
+    "ended while capturing",
 ];
 
 /// Every event in every state: what follows. One line for each pair.
@@ -165,6 +214,17 @@ fn every_event_in_every_state_has_its_answer() {
                 destroys: (0..destroys).map(|_| reply()).collect(),
             })
         };
+        let capturing = |from, pauses: usize, resumes: usize, destroys: usize| {
+            Sandbox::Capturing(Capturing {
+                from,
+                wish: wish(CaptureKind::Snapshot),
+                captures: vec![reply()],
+                pauses: (0..pauses).map(|_| reply()).collect(),
+                reason: PauseReason::Requested,
+                resumes: (0..resumes).map(|_| (ResumeWish::default(), reply())).collect(),
+                destroys: (0..destroys).map(|_| reply()).collect(),
+            })
+        };
         let resuming = |destroys: usize| {
             Sandbox::Resuming(Resuming {
                 resumes: vec![reply()],
@@ -176,6 +236,12 @@ fn every_event_in_every_state_has_its_answer() {
             "running" => Sandbox::adopted(Owned::new(&alive)),
             "pausing" => pausing(PauseReason::Requested, 1, 0),
             "pausing/idle" => pausing(PauseReason::Idle, 0, 0),
+            "pausing/drain" => pausing(PauseReason::Drain, 1, 0),
+            "capturing" => capturing(Captured::Running, 0, 0, 0),
+            "capturing/paused" => capturing(Captured::Paused, 0, 0, 0),
+            "capturing/pause" => capturing(Captured::Running, 2, 0, 0),
+            "capturing/resume" => capturing(Captured::Paused, 0, 2, 0),
+            "capturing/destroy" => capturing(Captured::Running, 1, 0, 1),
             "pausing/destroy" => pausing(PauseReason::Requested, 1, 2),
             "paused" => Sandbox::kept(kept()),
             "resuming" => resuming(0),
@@ -195,7 +261,15 @@ fn every_event_in_every_state_has_its_answer() {
             "failed, left" => failed(true),
             "caller gone" => Event::CallerGone,
             "destroy" => Event::DestroyRequested(reply()),
-            "pause" => Event::PauseRequested(reply()),
+            "pause" => Event::PauseRequested(PauseReason::Requested, reply()),
+            "drain" => Event::PauseRequested(PauseReason::Drain, reply()),
+            "not paused, the host's fault" => Event::PauseEnded(PauseEnd::Running(vm(), PauseError::Interrupted)),
+            "capture" => Event::CaptureRequested(wish(CaptureKind::Snapshot), reply()),
+            "capture something else" => Event::CaptureRequested(wish(CaptureKind::Rootfs), reply()),
+            "captured" => Event::CaptureEnded(CaptureEnd::Running(vm(), Ok(Bytes(7)))),
+            "not captured" => Event::CaptureEnded(CaptureEnd::Running(vm(), Err(CaptureError::VmmEnded))),
+            "captured from files" => Event::CaptureEnded(CaptureEnd::Paused(kept(), Ok(Bytes(7)))),
+            "ended while capturing" => Event::CaptureEnded(CaptureEnd::Ended(vm(), exit())),
             "idle" => Event::IdleDeadline,
             "on disk" => Event::PauseEnded(PauseEnd::Paused(kept())),
             "not paused" => Event::PauseEnded(PauseEnd::Running(vm(), PauseError::VmmEnded)),
@@ -254,6 +328,7 @@ enum Work {
     Build,
     Pause(Owned),
     Resume { cancelled: bool },
+    Capture(Option<Owned>),
     TearDown(Option<Owned>),
 }
 
@@ -270,13 +345,14 @@ fn no_history_loses_a_resource_a_paused_sandbox_or_a_caller() {
         let mut destroys: Vec<oneshot::Receiver<Result<(), Arc<TeardownError>>>> = Vec::new();
         let mut pauses: Vec<oneshot::Receiver<Result<(), PauseFailure>>> = Vec::new();
         let mut resumes: Vec<oneshot::Receiver<Result<(), ResumeFailure>>> = Vec::new();
+        let mut captures: Vec<oneshot::Receiver<Result<Bytes, CaptureFailure>>> = Vec::new();
         // A paused sandbox goes by a destroy and by nothing else.
         let mut on_disk = false;
         let mut steps = 0;
         while !matches!(sandbox, Some(Sandbox::Gone)) {
             steps += 1;
             assert!(steps < 100_000, "seed {seed}: it does not end");
-            let event = match dice.roll(10) {
+            let event = match dice.roll(11) {
                 0 | 1 => match std::mem::replace(&mut work, Work::None) {
                     Work::None => continue,
                     Work::Build => match dice.roll(6) {
@@ -292,6 +368,18 @@ fn no_history_loses_a_resource_a_paused_sandbox_or_a_caller() {
                             on_disk = true;
                             PauseEnd::Paused(kept())
                         }
+                    }),
+                    Work::Capture(None) => Event::CaptureEnded(CaptureEnd::Paused(
+                        kept(),
+                        match dice.roll(2) {
+                            0 => Ok(Bytes(7)),
+                            _ => Err(CaptureError::VmmEnded),
+                        },
+                    )),
+                    Work::Capture(Some(vm)) => Event::CaptureEnded(match dice.roll(4) {
+                        0 => CaptureEnd::Running(vm, Err(CaptureError::VmmEnded)),
+                        1 => CaptureEnd::Ended(vm, exit()),
+                        _ => CaptureEnd::Running(vm, Ok(Bytes(7))),
                     }),
                     Work::Resume { cancelled } => Event::ResumeEnded(match dice.roll(if cancelled { 3 } else { 2 }) {
                         0 => {
@@ -316,7 +404,11 @@ fn no_history_loses_a_resource_a_paused_sandbox_or_a_caller() {
                 6 => {
                     let (reply, answer) = oneshot::channel();
                     pauses.push(answer);
-                    Event::PauseRequested(reply)
+                    let reason = match dice.roll(3) {
+                        0 => PauseReason::Drain,
+                        _ => PauseReason::Requested,
+                    };
+                    Event::PauseRequested(reason, reply)
                 }
                 7 => {
                     let (reply, answer) = oneshot::channel();
@@ -324,6 +416,15 @@ fn no_history_loses_a_resource_a_paused_sandbox_or_a_caller() {
                     Event::ResumeRequested(ResumeWish::default(), reply)
                 }
                 8 if dice.roll(8) == 0 => Event::IdleDeadline,
+                9 if dice.roll(3) == 0 => {
+                    let (reply, answer) = oneshot::channel();
+                    captures.push(answer);
+                    let kind = match dice.roll(3) {
+                        0 => CaptureKind::Rootfs,
+                        _ => CaptureKind::Snapshot,
+                    };
+                    Event::CaptureRequested(wish(kind), reply)
+                }
                 _ => continue,
             };
             let (next, actions) = sandbox.take().expect("always one").on(event);
@@ -346,6 +447,20 @@ fn no_history_loses_a_resource_a_paused_sandbox_or_a_caller() {
                             "seed {seed}: resumed while something is under way, or from nothing"
                         );
                         work = Work::Resume { cancelled: false };
+                    }
+                    Action::Capture(vm, _) => {
+                        assert!(idle, "seed {seed}: captured while something is under way");
+                        work = Work::Capture(Some(vm));
+                    }
+                    Action::CaptureKept(..) => {
+                        assert!(
+                            idle && on_disk,
+                            "seed {seed}: captured while something is under way, or from nothing"
+                        );
+                        work = Work::Capture(None);
+                    }
+                    Action::AnswerCaptures(_, replies, outcome) => {
+                        replies.into_iter().for_each(|reply| drop(reply.send(outcome.clone())));
                     }
                     Action::TearDown(vm) => {
                         assert!(idle, "seed {seed}: taken down while something is under way");
@@ -379,8 +494,9 @@ fn no_history_loses_a_resource_a_paused_sandbox_or_a_caller() {
         assert!(created.try_recv().is_ok(), "seed {seed}: the create was not answered");
         let unanswered = destroys.iter_mut().any(|answer| answer.try_recv().is_err())
             || pauses.iter_mut().any(|answer| answer.try_recv().is_err())
-            || resumes.iter_mut().any(|answer| answer.try_recv().is_err());
+            || resumes.iter_mut().any(|answer| answer.try_recv().is_err())
+            || captures.iter_mut().any(|answer| answer.try_recv().is_err());
         assert!(!unanswered, "seed {seed}: somebody was not answered");
     }
-    assert_eq!(seen.len(), 7, "not all states were reached: {seen:?}");
+    assert_eq!(seen.len(), 8, "not all states were reached: {seen:?}");
 }

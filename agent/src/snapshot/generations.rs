@@ -6,15 +6,6 @@ use std::io;
 use std::path::Path;
 
 use crate::errors::FileError;
-use crate::host::files;
-
-/// Removes a generation or an attempt; one that is not there is no error.
-///
-/// # Errors
-/// [`FileError`] naming the directory.
-pub fn remove_generation(path: &Path) -> Result<(), FileError> {
-    files::remove_tree(path)
-}
 
 /// The numbers of the directories in `vm_dir`, ascending. Links to directories are none.
 ///
@@ -81,17 +72,5 @@ mod tests {
         fs::create_dir(dir.path().join(u32::MAX.to_string())).expect("made");
         assert!(next_number(dir.path()).is_err());
         assert!(generations(&dir.path().join("gone")).is_err());
-    }
-
-    #[test]
-    fn a_removed_generation_is_gone_and_removing_it_again_is_no_error() {
-        let dir = tempfile::tempdir().expect("a directory");
-        let path = dir.path().join("1");
-        fs::create_dir(&path).expect("made");
-        fs::write(path.join("state.json"), "").expect("written");
-        for _ in 0..2 {
-            remove_generation(&path).expect("removed");
-        }
-        assert_eq!(generations(dir.path()).expect("read"), [0; 0]);
     }
 }

@@ -43,7 +43,7 @@ pub use config::{RestoreConfig, write_config};
 pub use copy::{copy_generation, copy_sparse, flatten};
 pub use cpu::Cpu;
 pub use fit::{HostFacts, Misfit};
-pub use generations::{generations, next_number, remove_generation};
+pub use generations::{generations, next_number};
 pub use manifest::{About, Devices, Manifest, MemoryFile, Size};
 pub use seal::seal;
 pub use state::StateError;

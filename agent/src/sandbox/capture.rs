@@ -1,0 +1,337 @@
+//! Making a template of a sandbox: of its disk, and, for a snapshot, of its memory too.
+//!
+//! ```text
+//! running: prepare --> freeze --> vm.pause --> sync disk --> [vm.snapshot --> publish --> seal] --> flatten --> runs on, thawed
+//!              --> [copy the memory] --> the template appears, by a rename
+//! paused:  flatten its disk, which privd opens --> [copy the memory] --> the template appears
+//! ```
+//!
+//! In brackets: what a snapshot has and a root filesystem alone does not. The guest stands still for as long as memory is written and the
+//! disk read, and no longer; a failure anywhere lets it run on, and leaves no template. Its processors are stopped for the disk alone,
+//! too: a guest could thaw itself, and what is read is to be of one moment.
+//!
+//! A capture is not cancelled. Every step is bounded, but for the copies, which take as long as the disk needs.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use roost_common::ids::SandboxId;
+use roost_common::ipc::PassedFd;
+use roost_common::privd::OpenDisk;
+use roost_common::shim::API_SOCKET;
+use roost_common::units::Bytes;
+
+use super::parts::{MemoryLoad, Vm, millis};
+use super::pause::{self, PauseError, blocking, fault_of, unless_ended};
+use super::record::{Kept, Memory, Record, RecordError};
+use super::{BuildError, CaptureEnd, Ending};
+use crate::errors::{Chain, FileError};
+use crate::failpoint::{pass, reach};
+use crate::host::Host;
+use crate::host::files::written_at;
+use crate::host::privd::CallError;
+use crate::snapshot::{self, SnapshotError};
+use crate::templates::{CaptureKind, CaptureWish, Making, TemplateError, TemplateFile};
+use crate::vmm::{Vmm, VmmError};
+
+/// How long a guest may stand still for its disk to be read: control planes end a call after ten minutes.
+const FLATTEN_LIMIT: Duration = Duration::from_secs(540);
+
+/// Why there is no template.
+#[derive(Debug, thiserror::Error)]
+pub enum CaptureError {
+    /// The template's place.
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+    /// The guest could not be stopped, or its memory not written.
+    #[error(transparent)]
+    Pause(#[from] PauseError),
+    /// Its snapshot.
+    #[error("the sandbox's memory cannot be copied")]
+    Snapshot(#[from] SnapshotError),
+    /// A file operation.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// The record of a paused sandbox.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    /// The image of a paused sandbox.
+    #[error(transparent)]
+    Image(#[from] BuildError),
+    /// The disk of a paused sandbox.
+    #[error("no disk to read")]
+    Privd(#[from] CallError),
+    /// The disk took too long to read.
+    #[error("the disk was not copied within {} s", .0.as_secs())]
+    FlattenTimeout(Duration),
+    /// The VMM ended meanwhile.
+    #[error("the VMM ended while the sandbox was being made a template")]
+    VmmEnded,
+}
+
+impl From<VmmError> for CaptureError {
+    fn from(error: VmmError) -> Self {
+        Self::Pause(error.into())
+    }
+}
+
+/// The names of the steps, by what is made.
+struct Steps {
+    prepared: &'static str,
+    frozen: &'static str,
+    stopped: &'static str,
+    synced: &'static str,
+    flattened: &'static str,
+    thawed: &'static str,
+    finished: &'static str,
+}
+
+const SNAPSHOT_STEPS: Steps = Steps {
+    prepared: "snapshot.prepared",
+    frozen: "snapshot.frozen",
+    stopped: "snapshot.stopped",
+    synced: "snapshot.synced",
+    flattened: "snapshot.flattened",
+    thawed: "snapshot.thawed",
+    finished: "snapshot.finished",
+};
+const ROOTFS_STEPS: Steps = Steps {
+    prepared: "flatten.prepared",
+    frozen: "flatten.frozen",
+    stopped: "flatten.stopped",
+    synced: "flatten.synced",
+    flattened: "flatten.flattened",
+    thawed: "flatten.thawed",
+    finished: "flatten.finished",
+};
+
+fn steps_of(kind: CaptureKind) -> &'static Steps {
+    match kind {
+        CaptureKind::Snapshot => &SNAPSHOT_STEPS,
+        CaptureKind::Rootfs => &ROOTFS_STEPS,
+    }
+}
+
+/// Makes a template of a running sandbox, which runs on.
+pub(crate) async fn capture(host: Arc<Host>, mut vm: Vm, wish: CaptureWish) -> CaptureEnd<Vm> {
+    let began = Instant::now();
+    let id = vm.record.plan.id.clone();
+    let making = match begin(&host, &wish).await {
+        Ok(making) => making,
+        Err(error) => return CaptureEnd::Running(vm, Err(error)),
+    };
+    let mut ended = None;
+    let stood_still = stand_still(&host, &mut vm, &wish, &making, &mut ended).await;
+    if let Some(ending) = ended {
+        drop_making(making).await;
+        return CaptureEnd::Ended(vm, ending);
+    }
+    // Whatever became of that, the guest runs on before anything else is done.
+    let Vm {
+        shim, guest, record, ..
+    } = &mut vm;
+    let api = Vmm::new(&host.layout.vm_run(&id).join(API_SOCKET));
+    if let Some(ending) = pause::run_on(&api, shim, guest, &id).await {
+        drop_making(making).await;
+        return CaptureEnd::Ended(vm, ending);
+    }
+    let steps = steps_of(wish.kind);
+    let outcome = match stood_still {
+        Ok(generation) => {
+            let memory = generation.map(|number| host.layout.generation(&id, number));
+            let finishing = async {
+                reach(steps.thawed).await?;
+                finish(making, wish, record, memory, steps).await
+            };
+            // A VM that ends now leaves a template all the same; its end is heard of next.
+            finishing.await
+        }
+        Err(error) => {
+            drop_making(making).await;
+            Err(error)
+        }
+    };
+    let removed = blocking({
+        let (host, id) = (host.clone(), id.clone());
+        move || pause::remove_snapshots(&host, &id, None)
+    });
+    if let Err(error) = removed.await {
+        tracing::warn!(sandbox_id = %id, error = %Chain(&error), "a snapshot that was copied stays until the next one");
+    }
+    report(&id, began, &outcome);
+    CaptureEnd::Running(vm, outcome)
+}
+
+/// Makes a template of a paused sandbox, which stays paused.
+pub(crate) async fn capture_kept(host: Arc<Host>, id: SandboxId, kept: Kept, wish: CaptureWish) -> CaptureEnd<Vm> {
+    let began = Instant::now();
+    let steps = steps_of(wish.kind);
+    let outcome = match begin(&host, &wish).await {
+        Ok(making) => match copy_kept(&host, &id, kept, &wish, &making).await {
+            Ok((record, memory)) => finish(making, wish, &record, memory, steps).await,
+            Err(error) => {
+                drop_making(making).await;
+                Err(error)
+            }
+        },
+        Err(error) => Err(error),
+    };
+    report(&id, began, &outcome);
+    CaptureEnd::Paused(kept, outcome)
+}
+
+fn report(id: &SandboxId, began: Instant, outcome: &Result<Bytes, CaptureError>) {
+    match outcome {
+        Ok(bytes) => {
+            tracing::info!(sandbox_id = %id, op = "capture", elapsed_ms = millis(began), bytes = bytes.0, "a template was made");
+        }
+        Err(error) => tracing::warn!(sandbox_id = %id, op = "capture", error = %Chain(error), "no template was made"),
+    }
+}
+
+async fn begin(host: &Arc<Host>, wish: &CaptureWish) -> Result<Making, CaptureError> {
+    let (images, template) = (host.layout.images(), wish.template);
+    Ok(blocking(move || Making::begin(&images, template)).await?)
+}
+
+/// Removes a template that is not to be.
+async fn drop_making(making: Making) {
+    blocking(move || drop(making)).await;
+}
+
+/// Stops the guest, writes its memory where that is wanted, and copies its disk. The generation that its memory is.
+async fn stand_still(
+    host: &Arc<Host>,
+    vm: &mut Vm,
+    wish: &CaptureWish,
+    making: &Making,
+    ended: &mut Option<Ending>,
+) -> Result<Option<u32>, CaptureError> {
+    let Vm {
+        shim,
+        guest,
+        memory,
+        record,
+    } = vm;
+    let id = &record.plan.id;
+    let steps = steps_of(wish.kind);
+    let api = Vmm::new(&host.layout.vm_run(id).join(API_SOCKET));
+    if wish.kind == CaptureKind::Snapshot && *memory == MemoryLoad::UnderWay {
+        unless_ended(shim, ended, api.loaded()).await??;
+        *memory = MemoryLoad::Complete;
+    }
+    if let Err(error) = unless_ended(shim, ended, guest.prepare()).await? {
+        tracing::info!(sandbox_id = %id, error = %Chain(&error), "the guest did not make ready for a snapshot");
+    }
+    reach(steps.prepared).await?;
+    let freeze = unless_ended(shim, ended, guest.freeze())
+        .await?
+        .map_err(PauseError::Freeze)?;
+    reach(steps.frozen).await?;
+    unless_ended(shim, ended, api.pause()).await??;
+    reach(steps.stopped).await?;
+    let disk = shim.lend_disk().await.map_err(|fault| fault_of(fault, ended))?;
+    let synced = disk
+        .try_clone()
+        .map_err(|source| FileError::new("copying the descriptor of", &host.layout.cow(id), source))?;
+    pause::sync_disk(host, id, synced).await?;
+    reach(steps.synced).await?;
+    let generation = match wish.kind {
+        CaptureKind::Rootfs => None,
+        CaptureKind::Snapshot => {
+            let attempt = blocking({
+                let (host, id, uid) = (host.clone(), id.clone(), shim.uid());
+                move || pause::make_attempt(&host, &id, uid)
+            })
+            .await?;
+            unless_ended(shim, ended, api.snapshot(&host.layout.generation(id, attempt))).await??;
+            reach("snapshot.written").await?;
+            shim.publish(attempt).await.map_err(|fault| fault_of(fault, ended))?;
+            pause::seal(host, record, freeze, attempt, attempt + 1).await?;
+            reach("snapshot.sealed").await?;
+            Some(attempt + 1)
+        }
+    };
+    let copied = flatten(disk, record, making);
+    unless_ended(shim, ended, copied).await??;
+    reach(steps.flattened).await?;
+    Ok(generation)
+}
+
+/// Copies a disk as the template's root filesystem.
+async fn flatten(disk: OwnedFd, record: &Record, making: &Making) -> Result<(), CaptureError> {
+    let (size, to) = (record.disk.bytes(), making.rootfs());
+    let copied = blocking(move || snapshot::flatten(&File::from(disk), size, &to));
+    // What it goes on to make when nobody waits any more is in a directory that goes.
+    let copied = tokio::time::timeout(FLATTEN_LIMIT, copied)
+        .await
+        .map_err(|_| CaptureError::FlattenTimeout(FLATTEN_LIMIT))?;
+    copied?;
+    Ok(())
+}
+
+/// Copies the memory, where there is some, and lets the template appear. What it takes on disk.
+async fn finish(
+    making: Making,
+    wish: CaptureWish,
+    record: &Record,
+    memory: Option<PathBuf>,
+    steps: &Steps,
+) -> Result<Bytes, CaptureError> {
+    let token = memory.is_some().then(|| record.token.clone());
+    let making = blocking(move || match memory {
+        Some(memory) => snapshot::copy_generation(&memory, &making.snapshot()).map(|_| making),
+        None => Ok(making),
+    });
+    let making = making.await?;
+    if token.is_some() {
+        reach("snapshot.copied").await?;
+    }
+    let size = blocking(move || making.finish(&TemplateFile::new(wish.name, token))).await?;
+    pass(steps.finished).await;
+    Ok(size)
+}
+
+/// Copies the disk of a paused sandbox. Its record, and its memory where the template is to have one.
+async fn copy_kept(
+    host: &Arc<Host>,
+    id: &SandboxId,
+    kept: Kept,
+    wish: &CaptureWish,
+    making: &Making,
+) -> Result<(Record, Option<PathBuf>), CaptureError> {
+    let (record, files) = blocking({
+        let (host, id) = (host.clone(), id.clone());
+        move || {
+            let record = Record::read(&host.layout, &id)?;
+            let files = super::build::disk_of(&host, &record)?;
+            Ok::<_, CaptureError>((record, files))
+        }
+    })
+    .await?;
+    let disk = host
+        .privd
+        .open_disk(OpenDisk {
+            sandbox: id.clone(),
+            origin: PassedFd::from(OwnedFd::from(files.origin)),
+            cow: PassedFd::from(OwnedFd::from(files.cow)),
+            size: files.size,
+            // For us: no VM is to read it.
+            owner: nix::unistd::geteuid().as_raw(),
+        })
+        .await?;
+    let device = disk
+        .device
+        .into_owned()
+        .map_err(|source| FileError::new("taking the disk of", &host.layout.sandbox(id), source))?;
+    flatten(device, &record, making).await?;
+    reach(steps_of(wish.kind).flattened).await?;
+    // Reading changes nothing. Had something been written all the same, its memory would be of no use, and so would the template's.
+    let unchanged = written_at(&host.layout.cow(id))? == kept.disk_written_at;
+    let memory = (wish.kind == CaptureKind::Snapshot && kept.memory == Memory::Whole && unchanged)
+        .then(|| host.layout.generation(id, kept.generation));
+    Ok((record, memory))
+}

@@ -1,0 +1,119 @@
+//! Starting a VM from a snapshot of memory, be it a paused sandbox's or a copy of a template's: what is checked before, what the VMM is
+//! given, and how its guest wakes. What comes after, and what a failure means, is the caller's.
+
+use std::path::Path;
+use std::time::Duration;
+
+use roost_common::ids::SandboxId;
+use roost_common::shim::{RestoreMode, Start};
+
+use crate::config::RestoreMemory;
+use crate::errors::FileError;
+use crate::failpoint::reach;
+use crate::host::acl::{self, Access};
+use crate::host::{Host, kernels};
+use crate::snapshot::{self, Cpu, HostFacts, Manifest, Misfit, RestoreConfig, Size};
+use crate::vmm::{Vmm, VmmError};
+
+/// How long a restored guest's envd may take to answer: it was running when the snapshot was taken.
+pub(super) const WAKE_LIMIT: Duration = Duration::from_secs(60);
+/// Where a VMM that loads memory on demand learns of what is missing.
+const USERFAULTFD: &str = "/dev/userfaultfd";
+
+/// A snapshot of memory, and what it meets on this host.
+pub(super) struct Memories {
+    pub(super) manifest: Manifest,
+    facts: HostFacts,
+}
+
+/// The names of a wake's steps, for tests.
+pub(super) struct Steps {
+    pub(super) restored: &'static str,
+    pub(super) woken: &'static str,
+}
+
+impl Memories {
+    /// Blocks.
+    pub(super) fn new(host: &Host, manifest: Manifest) -> Result<Self, FileError> {
+        let facts = HostFacts {
+            // Where none has been restored yet the version is told by the one that is about to be.
+            vmm_version: host.vmm_version().unwrap_or_else(|| manifest.about.vmm_version.clone()),
+            cpu: Cpu::of_this_host()?,
+            kernel: kernels::of_version(&host.layout.kernels(), &manifest.about.kernel_version),
+        };
+        Ok(Self { manifest, facts })
+    }
+
+    /// Whether it can wake here as a VM of this size.
+    pub(super) fn fits(&self, size: Size) -> Result<(), Misfit> {
+        self.manifest.fits(&self.facts, size)
+    }
+
+    /// Writes the VMM's configuration beside the memory, a generation of the sandbox, and lets the VM's uid reach both. How the VMM is
+    /// started then. Blocks.
+    pub(super) fn offer(
+        &self,
+        host: &Host,
+        id: &SandboxId,
+        generation: u32,
+        disk_minor: u32,
+        uid: u32,
+    ) -> Result<Start, FileError> {
+        let kernel = self
+            .facts
+            .kernel
+            .as_ref()
+            .expect("a snapshot fits only where its kernel is");
+        let about = &self.manifest.about;
+        let directory = host.layout.generation(id, generation);
+        let config = RestoreConfig {
+            size: about.size,
+            devices: about.devices,
+            disk_minor,
+            kernel: &kernel.kernel,
+            initramfs: kernel.initramfs.as_deref(),
+        };
+        snapshot::write_config(&directory, &config)?;
+        if uid != nix::unistd::geteuid().as_raw() {
+            acl::grant(&directory, uid, Access::Enter)
+                .map_err(|source| FileError::new("opening to the VM", &directory, source))?;
+        }
+        Ok(Start::Restore {
+            attempt: generation,
+            memory: mode(host.config.restore_memory, about.restore),
+            initramfs: kernel
+                .initramfs
+                .as_ref()
+                .map(|path| path.to_string_lossy().into_owned()),
+        })
+    }
+
+    /// Waits until a VMM has loaded it, and lets its guest run. The VMM's version.
+    pub(super) async fn wake<E>(&self, host: &Host, api: &Vmm, steps: &Steps) -> Result<String, E>
+    where
+        E: From<VmmError> + From<Misfit> + From<FileError>,
+    {
+        api.restored().await?;
+        // Asked before it runs its guest, so the guest has no say in it.
+        let facts = HostFacts {
+            vmm_version: api.version().await?,
+            ..self.facts.clone()
+        };
+        host.vmm_is(&facts.vmm_version);
+        self.manifest.fits(&facts, self.manifest.about.size)?;
+        reach(steps.restored).await?;
+        api.resume().await?;
+        reach(steps.woken).await?;
+        Ok(facts.vmm_version)
+    }
+}
+
+/// On demand where that is wanted, and the snapshot and the host can.
+fn mode(wanted: RestoreMemory, most: RestoreMode) -> RestoreMode {
+    let on_demand = wanted == RestoreMemory::OnDemand && most == RestoreMode::OnDemand;
+    if on_demand && Path::new(USERFAULTFD).exists() {
+        RestoreMode::OnDemand
+    } else {
+        RestoreMode::Copy
+    }
+}

@@ -1,0 +1,350 @@
+//! Templates that are made of sandboxes: how one comes to be, is read, and goes.
+//!
+//! ```text
+//! images/teams/<team>/<template>/          rootfs.ext4, template.json, and where it has memory: snapshot/ (a sealed generation)
+//!                    .making-<template>-…  one that is being made; a start removes it
+//!                    .deleted-<template>-… one that is deleted and still needed; it goes with the last sandbox that needs it
+//! ```
+//!
+//! Holds: a template is whole and durable, or not there; two that are made at once under one name are one that is made and one error;
+//! a deleted one is found by the sandboxes that were made of it and by nobody else.
+//! Not here: how a sandbox is captured ([`crate::sandbox::capture`]), how one is made of a template ([`crate::sandbox::build`]).
+//!
+//! Functions here block; callers put them on a blocking thread.
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use roost_common::units::Bytes;
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::errors::{Chain, FileError};
+use crate::guest::Token;
+use crate::host::files::{self, make_dir, read_small, sync_dir, write_durably};
+use crate::host::images::{ROOTFS, TemplateRef, base36};
+use crate::sandbox::build::random_hex;
+use crate::snapshot::{Manifest, Size, SnapshotError};
+
+/// A template's memory, where it has some.
+const SNAPSHOT: &str = "snapshot";
+/// What is known of a template.
+const FILE: &str = "template.json";
+/// Version of that file's format.
+const VERSION: u32 = 1;
+const MAKING: &str = ".making-";
+const DELETED: &str = ".deleted-";
+
+/// What a template is to be made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CaptureKind {
+    /// Memory and disk.
+    Snapshot,
+    /// The disk alone.
+    Rootfs,
+}
+
+/// A template that somebody wants.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CaptureWish {
+    /// Of what.
+    pub kind: CaptureKind,
+    /// Under which identity.
+    pub template: TemplateRef,
+    /// Under which name, for people.
+    pub name: String,
+}
+
+/// Why a template is not made, read or deleted.
+#[derive(Debug, thiserror::Error)]
+pub enum TemplateError {
+    /// There is one.
+    #[error("template {template} of team {team} is there already")]
+    Exists {
+        /// The team.
+        team: Uuid,
+        /// The template.
+        template: Uuid,
+    },
+    /// It is the platform's.
+    #[error("team and template all zero are the platform's own image, which is neither made nor deleted here")]
+    Own,
+    /// A file operation.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// Its file is none of ours.
+    #[error("{} is no template of this version", path.display())]
+    Format {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Its memory.
+    #[error("the template's memory cannot be used")]
+    Snapshot(#[from] SnapshotError),
+}
+
+/// What is known of a template. Nobody but the agent reads it, for it may hold a guest's token.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TemplateFile {
+    /// Version of this format, 1.
+    version: u32,
+    /// For people.
+    name: String,
+    /// When it was made, in seconds since 1970.
+    made_at_unix: i64,
+    /// What the envd in its memory asks of callers, where it has memory: who wakes it must know, and sets another.
+    token: Option<Token>,
+}
+
+impl TemplateFile {
+    /// A template that is made now.
+    pub fn new(name: String, token: Option<Token>) -> Self {
+        Self {
+            version: VERSION,
+            name,
+            made_at_unix: crate::sandbox::unix_now(),
+            token,
+        }
+    }
+}
+
+/// A template that is being made; it goes with this value unless it is [finished](Self::finish).
+#[derive(Debug)]
+pub struct Making {
+    dir: PathBuf,
+    place: PathBuf,
+    template: TemplateRef,
+    is_finished: bool,
+}
+
+impl Making {
+    /// Makes an empty directory for a template to be.
+    ///
+    /// # Errors
+    /// [`TemplateError::Own`], [`TemplateError::Exists`], [`TemplateError::File`].
+    pub fn begin(images: &Path, template: TemplateRef) -> Result<Self, TemplateError> {
+        if template.is_minimal() {
+            return Err(TemplateError::Own);
+        }
+        let place = template.dir(images);
+        if place.symlink_metadata().is_ok() {
+            return Err(exists(template));
+        }
+        let team = team_of(&place);
+        for dir in [team.parent().unwrap_or(images), team] {
+            match make_dir(dir) {
+                Err(error) if error.source.kind() == io::ErrorKind::AlreadyExists => {}
+                outcome => {
+                    outcome?;
+                    sync_dir(dir.parent().unwrap_or(images))?;
+                }
+            }
+        }
+        let name = format!("{MAKING}{}-{}", base36(template.template.as_u128()), random_hex());
+        let dir = team.join(name);
+        make_dir(&dir)?;
+        Ok(Self {
+            dir,
+            place,
+            template,
+            is_finished: false,
+        })
+    }
+
+    /// Where its root filesystem is to be.
+    pub fn rootfs(&self) -> PathBuf {
+        self.dir.join(ROOTFS)
+    }
+
+    /// Where its memory is to be.
+    pub fn snapshot(&self) -> PathBuf {
+        self.dir.join(SNAPSHOT)
+    }
+
+    /// Lets the template appear. What its files take on disk.
+    ///
+    /// # Errors
+    /// [`TemplateError::Exists`], [`TemplateError::File`]; there is none of it then.
+    pub fn finish(mut self, file: &TemplateFile) -> Result<Bytes, TemplateError> {
+        let content = serde_json::to_vec_pretty(file).expect("strings and numbers serialise");
+        write_durably(&self.dir.join(FILE), &content)?;
+        sync_dir(&self.dir)?;
+        let size = allocated(&self.dir)?;
+        // The lock: of two that get here one finds the name taken.
+        match renameat_with(CWD, &self.dir, CWD, &self.place, RenameFlags::NOREPLACE) {
+            Err(rustix::io::Errno::EXIST) => return Err(exists(self.template)),
+            outcome => outcome.map_err(|errno| FileError::new("renaming", &self.dir, errno.into()))?,
+        }
+        self.is_finished = true;
+        sync_dir(team_of(&self.place))?;
+        Ok(size)
+    }
+}
+
+impl Drop for Making {
+    fn drop(&mut self) {
+        if self.is_finished {
+            return;
+        }
+        if let Err(error) = files::remove_tree(&self.dir) {
+            tracing::error!(error = %Chain(&error), "half a template stays; the next start removes it");
+        }
+    }
+}
+
+fn exists(which: TemplateRef) -> TemplateError {
+    TemplateError::Exists {
+        team: which.team,
+        template: which.template,
+    }
+}
+
+fn team_of(place: &Path) -> &Path {
+    place.parent().expect("a template is in its team's directory")
+}
+
+/// What all files of a directory take on disk.
+fn allocated(dir: &Path) -> Result<Bytes, FileError> {
+    let failed = |source| FileError::new("measuring", dir, source);
+    let mut sum = 0;
+    for entry in fs::read_dir(dir).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        let metadata = entry.metadata().map_err(failed)?;
+        sum += if metadata.is_dir() {
+            allocated(&entry.path())?.0
+        } else {
+            // The unit of `st_blocks`, whatever the filesystem's block is.
+            metadata.blocks() * 512
+        };
+    }
+    Ok(Bytes(sum))
+}
+
+/// A template's memory.
+#[derive(Debug)]
+pub struct Memory {
+    /// The directory that holds it: a sealed generation.
+    pub dir: PathBuf,
+    /// What it is of.
+    pub manifest: Manifest,
+    /// What the envd in it asks of callers.
+    pub token: Token,
+}
+
+/// The memory of the template in `dir`; `None` where it has none. Its checksums are compared when it is copied.
+///
+/// # Errors
+/// Any [`TemplateError`].
+pub fn memory(dir: &Path) -> Result<Option<Memory>, TemplateError> {
+    let snapshot = dir.join(SNAPSHOT);
+    if !snapshot.exists() {
+        return Ok(None);
+    }
+    let path = dir.join(FILE);
+    let content = read_small(&path)?;
+    let Ok(file) = serde_json::from_slice::<TemplateFile>(&content) else {
+        return Err(TemplateError::Format { path });
+    };
+    match file.token {
+        Some(token) if file.version == VERSION => Ok(Some(Memory {
+            manifest: Manifest::read(&snapshot)?,
+            dir: snapshot,
+            token,
+        })),
+        _ => Err(TemplateError::Format { path }),
+    }
+}
+
+/// What a sandbox that asks for nothing else has, where its template carries memory. What cannot be read is told by the create.
+pub fn size(images: &Path, template: TemplateRef) -> Option<Size> {
+    if template.is_minimal() {
+        return None;
+    }
+    let found = memory(&template.dir(images)).ok().flatten()?;
+    Some(found.manifest.about.size)
+}
+
+/// Deletes a template: from here on nothing is made of it. Its files stay for [`sweep`] to remove. Whether there was one.
+///
+/// # Errors
+/// [`TemplateError::Own`], [`TemplateError::File`].
+pub fn delete(images: &Path, template: TemplateRef) -> Result<bool, TemplateError> {
+    if template.is_minimal() {
+        return Err(TemplateError::Own);
+    }
+    let place = template.dir(images);
+    let team = team_of(&place);
+    let name = format!("{DELETED}{}-{}", base36(template.template.as_u128()), random_hex());
+    match fs::rename(&place, team.join(name)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        outcome => outcome.map_err(|source| FileError::new("renaming", &place, source))?,
+    }
+    sync_dir(team)?;
+    Ok(true)
+}
+
+/// The directories of a template that was deleted, once or more often.
+pub(crate) fn deleted(place: &Path) -> Vec<PathBuf> {
+    let Some(name) = place.file_name().and_then(|name| name.to_str()) else {
+        return Vec::new();
+    };
+    let entries = fs::read_dir(team_of(place)).into_iter().flatten().flatten();
+    entries
+        .filter(|entry| template_in(DELETED, &entry.file_name().to_string_lossy()) == Some(name))
+        .map(|entry| entry.path())
+        .collect()
+}
+
+/// A template as its directories name it: team and template, in base 36.
+pub type Named = (String, String);
+
+/// How the directories name a template.
+pub fn named(template: TemplateRef) -> Named {
+    (base36(template.team.as_u128()), base36(template.template.as_u128()))
+}
+
+/// Removes what is left of deleted templates, but for those that are needed; at a start also of those that were never finished.
+///
+/// # Errors
+/// [`FileError`] naming what could not be read or removed.
+pub fn sweep(images: &Path, needed: &BTreeSet<Named>, is_start: bool) -> Result<(), FileError> {
+    let teams = images.join("teams");
+    for team in names(&teams)? {
+        let dir = teams.join(&team);
+        for name in names(&dir)? {
+            let deleted = template_in(DELETED, &name);
+            let is_needed = deleted.is_some_and(|template| needed.contains(&(team.clone(), template.to_owned())));
+            let was_making = is_start && template_in(MAKING, &name).is_some();
+            if was_making || (deleted.is_some() && !is_needed) {
+                files::remove_tree(&dir.join(name))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The template in the name of a directory that is being made or was deleted.
+fn template_in<'a>(prefix: &str, name: &'a str) -> Option<&'a str> {
+    name.strip_prefix(prefix)?.split_once('-').map(|(template, _)| template)
+}
+
+/// The names in a directory; none where it is not there, or is none.
+fn names(dir: &Path) -> Result<Vec<String>, FileError> {
+    let failed = |source| FileError::new("listing", dir, source);
+    let entries = match fs::read_dir(dir) {
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+            return Ok(Vec::new());
+        }
+        outcome => outcome.map_err(failed)?,
+    };
+    entries
+        .map(|entry| Ok(entry.map_err(failed)?.file_name().to_string_lossy().into_owned()))
+        .collect()
+}

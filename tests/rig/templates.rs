@@ -1,0 +1,259 @@
+//! Templates made of sandboxes, and sandboxes made of those.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use roost_tests::roost::{self, Sandbox, find, find_paused, kill_9, wait_for_agent};
+use roost_tests::{eventually, in_rig};
+use serde_json::Value;
+
+const TEAM: &str = "11111111-2222-3333-4444-555555555555";
+
+/// A template that is deleted with this value.
+struct Template(String);
+
+impl Template {
+    /// The identity of the n-th one; nothing is made.
+    fn named(n: u8) -> Self {
+        Self(format!("00000000-0000-0000-0000-0000000000{n:02x}"))
+    }
+
+    fn id(&self) -> [&str; 4] {
+        ["--team", TEAM, "--template", &self.0]
+    }
+
+    fn of(call: &str, sandbox: &str, n: u8) -> Self {
+        let template = Self::named(n);
+        roost::ok(&[&[call, sandbox], &template.id()[..]].concat());
+        template
+    }
+
+    fn create(&self, args: &[&str]) -> (Sandbox, Value) {
+        let made = roost::ok(&[&["create", "--json"], &self.id()[..], args].concat());
+        let made: Value = serde_json::from_str(&made).expect("JSON");
+        let id = made["sandboxId"].as_str().expect("an id").to_owned();
+        (Sandbox { id }, made["metadata"].clone())
+    }
+}
+
+impl Drop for Template {
+    fn drop(&mut self) {
+        let output = roost::roost(&[&["rmi"], &self.id()[..]].concat());
+        // A test that fails anyway says why itself.
+        if !std::thread::panicking() {
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        }
+    }
+}
+
+/// What there is below the team's directory.
+fn on_disk() -> Vec<String> {
+    let teams = std::fs::read_dir("/var/lib/roost/images/teams")
+        .into_iter()
+        .flatten()
+        .flatten();
+    let mut found: Vec<String> = teams
+        .flat_map(|team| std::fs::read_dir(team.path()).into_iter().flatten().flatten())
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect();
+    found.sort();
+    found
+}
+
+fn rootfs() -> PathBuf {
+    let output = Command::new("find")
+        .args(["/var/lib/roost/images/teams", "-name", "rootfs.ext4"])
+        .output()
+        .expect("find runs");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    PathBuf::from(text.lines().next().expect("a template"))
+}
+
+/// Nothing is wrong with the filesystem of an image, which nobody has mounted since it was made.
+fn fsck(image: &Path) {
+    let output = Command::new("e2fsck")
+        .args(["-f", "-n"])
+        .arg(image)
+        .output()
+        .expect("e2fsck runs");
+    assert!(
+        output.status.success(),
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+/// A program that counts in memory and remembers uuids as it goes, a file in memory, and a file on disk.
+const CANARIES: &str = "mkdir -p /dev/shm && head -c 2000000 /dev/urandom > /dev/shm/canary && sha256sum < /dev/shm/canary > /root/memory.sum
+    head -c 3000000 /dev/urandom > /root/disk && sha256sum < /root/disk > /root/disk.sum
+    setsid bash -c 'i=0; while sleep 0.05; do i=$((i+1)); echo $i > /dev/shm/count; read u < /proc/sys/kernel/random/uuid; echo $u >> /dev/shm/uuids; done' >/dev/null 2>&1 &
+    until test -s /dev/shm/uuids; do sleep 0.1; done; sync";
+const CHECK: &str = "sha256sum < /dev/shm/canary | diff - /root/memory.sum && sha256sum < /root/disk | diff - /root/disk.sum \
+    && ! dmesg | grep -i 'ext4.*error' && echo 1 > /root/written && sync && cat /dev/shm/count";
+
+fn count(sandbox: &Sandbox) -> u64 {
+    sandbox.sh(CHECK).parse().expect("a number")
+}
+
+fn goes_on(sandbox: &Sandbox) {
+    let before = count(sandbox);
+    eventually("the counter to go on", || (count(sandbox) > before).then_some(()));
+}
+
+fn uuids(sandbox: &Sandbox) -> BTreeSet<String> {
+    sandbox.sh("cat /dev/shm/uuids").lines().map(str::to_owned).collect()
+}
+
+#[test]
+fn sandboxes_made_of_a_snapshot_go_on_where_it_was_and_are_not_each_other() {
+    in_rig(|| {
+        let source = Sandbox::create(&["--memory", "192", "--env", "COLOUR=teal"]);
+        source.sh(CANARIES);
+        let boot = source.sh("cat /proc/sys/kernel/random/boot_id");
+        let template = Template::of("snapshot", &source.id, 1);
+        // It runs on, and so does what runs in it.
+        assert_eq!(find(&source.id).expect("listed")["status"], "running");
+        goes_on(&source);
+        fsck(&rootfs());
+        let error = roost::fails(&[&["snapshot", &source.id], &template.id()[..]].concat());
+        assert!(error.contains("already"), "{error}");
+
+        let (first, metadata) = template.create(&[]);
+        assert_eq!(metadata["restored"], "true", "{metadata}");
+        let (second, _) = template.create(&["--memory", "192"]);
+        assert_ne!(first.host_ip(), second.host_ip());
+        for clone in [&first, &second] {
+            goes_on(clone);
+            assert_eq!(
+                clone.sh("cat /proc/sys/kernel/random/boot_id"),
+                boot,
+                "it was booted, not restored"
+            );
+            assert_eq!(clone.sh("cat /run/e2b/.E2B_SANDBOX_ID"), clone.id);
+        }
+        assert_eq!(source.sh("cat /run/e2b/.E2B_SANDBOX_ID"), source.id);
+        // What they have in common is what there was before the snapshot.
+        let [of_source, of_first, of_second] = [&source, &first, &second].map(uuids);
+        let common: Vec<_> = of_first.intersection(&of_second).collect();
+        assert!(!common.is_empty(), "they do not come from one memory");
+        let foreign: Vec<_> = common.iter().filter(|uuid| !of_source.contains(**uuid)).collect();
+        assert!(foreign.is_empty(), "two clones had the same uuids: {foreign:?}");
+        let of_clone: Vec<_> = of_first.difference(&of_source).collect();
+        assert!(!of_clone.is_empty(), "the clone made no uuid of its own");
+        // A disk of their own.
+        first.sh("echo first > /root/own; sync");
+        assert_eq!(second.sh("test -e /root/own && echo there || echo none"), "none");
+
+        // Of another size it is booted, from the same disk.
+        let (booted, metadata) = template.create(&["--memory", "256"]);
+        assert_eq!(metadata["restored"], "false", "{metadata}");
+        assert_ne!(booted.sh("cat /proc/sys/kernel/random/boot_id"), boot);
+        assert_eq!(
+            booted.sh("sha256sum < /root/disk | diff - /root/disk.sum && echo same"),
+            "same"
+        );
+        drop(booted);
+
+        // Deleted while in use: nothing new is made of it, and those there are keep it.
+        first.pause();
+        roost::ok(&[&["rmi"], &template.id()[..]].concat());
+        let error = roost::fails(&[&["create"], &template.id()[..]].concat());
+        assert!(error.contains("no template"), "{error}");
+        assert!(!on_disk().is_empty(), "its files are needed");
+        kill_9("roost-agent");
+        wait_for_agent();
+        first.resume();
+        goes_on(&first);
+        goes_on(&second);
+        drop(first);
+        assert!(!on_disk().is_empty(), "its files are needed");
+        drop(second);
+        eventually("its files to go", || on_disk().is_empty().then_some(()));
+    });
+}
+
+#[test]
+fn a_paused_sandbox_becomes_a_template_and_stays_paused() {
+    in_rig(|| {
+        let source = Sandbox::create(&["--memory", "192"]);
+        source.sh(CANARIES);
+        source.pause();
+        let template = Template::of("snapshot", &source.id, 2);
+        assert!(find_paused(&source.id).is_some());
+        fsck(&rootfs());
+        source.resume();
+        goes_on(&source);
+        drop(source);
+        let (clone, metadata) = template.create(&[]);
+        assert_eq!(metadata["restored"], "true", "{metadata}");
+        goes_on(&clone);
+        // As any other: it can be paused and resumed itself.
+        clone.pause();
+        clone.resume();
+        goes_on(&clone);
+        drop(clone);
+        drop(template);
+        assert_eq!(on_disk(), [""; 0]);
+    });
+}
+
+#[test]
+fn a_flattened_root_filesystem_is_booted_and_whoever_asks_twice_gets_one() {
+    in_rig(|| {
+        let source = Sandbox::create(&["--memory", "192"]);
+        source.sh(CANARIES);
+        let template = Template::named(3);
+        let call = [&["flatten", source.id.as_str()], &template.id()[..]].concat();
+        // One caller goes away, the others are answered with the same.
+        let mut first = roost::start(&call);
+        let others = [0, 1].map(|_| roost::start(&call));
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        first.kill().expect("killed");
+        first.wait().expect("reaped");
+        let answered: Vec<_> = others
+            .into_iter()
+            .map(|other| other.wait_with_output().expect("it ends"))
+            .collect();
+        let made = answered.iter().filter(|output| output.status.success()).count();
+        assert!(made >= 1, "{answered:?}");
+        goes_on(&source);
+        fsck(&rootfs());
+        assert!(!rootfs().with_file_name("snapshot").exists());
+        let (booted, metadata) = template.create(&[]);
+        assert_eq!(metadata["restored"], Value::Null, "{metadata}");
+        assert_eq!(
+            booted.sh("sha256sum < /root/disk | diff - /root/disk.sum && echo same"),
+            "same"
+        );
+        // A paused one has a disk too.
+        source.pause();
+        let other = Template::of("flatten", &source.id, 4);
+        source.resume();
+        goes_on(&source);
+        drop(booted);
+        drop((template, other));
+        eventually("their files to go", || on_disk().is_empty().then_some(()));
+    });
+}
+
+#[test]
+fn no_template_is_made_of_what_is_not_there_nor_in_place_of_the_platforms_own() {
+    in_rig(|| {
+        let template = Template::named(5);
+        let error = roost::fails(&[&["snapshot", "nobody"], &template.id()[..]].concat());
+        assert!(error.contains("no sandbox"), "{error}");
+        let sandbox = Sandbox::create(&["--memory", "128"]);
+        for call in ["snapshot", "flatten"] {
+            let zero = "00000000-0000-0000-0000-000000000000";
+            let error = roost::fails(&[call, &sandbox.id, "--team", zero, "--template", zero]);
+            assert!(error.contains("own image") || error.contains("platform"), "{error}");
+            let error = roost::fails(&[call, &sandbox.id, "--team", TEAM, "--template", "../../etc"]);
+            assert!(error.to_lowercase().contains("uuid"), "{error}");
+        }
+        // What is absent is as good as deleted.
+        roost::ok(&[&["rmi"], &template.id()[..]].concat());
+        assert_eq!(on_disk(), [""; 0]);
+    });
+}
