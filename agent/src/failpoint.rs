@@ -4,7 +4,7 @@
 
 use crate::errors::FileError;
 
-/// Where a test says what it wants: the step's name and `error` or `wait`. Gone once the step is reached; then there is
+/// Where a test says what it wants: the step's name and `wait`, or `error` with a number of the kernel's. Gone once the step is reached; then there is
 /// `failpoint.reached`, and who waits does so until there is `failpoint.go`, and takes `failpoint.reached` away as it goes on.
 #[cfg(feature = "failpoints")]
 const ARMED: &str = "/var/lib/roost/failpoint";
@@ -33,7 +33,13 @@ pub(crate) async fn reach(step: &'static str) -> Result<(), FileError> {
             }
             std::fs::remove_file(armed.with_extension("reached")).map_err(failed)
         }
-        _ => Err(failed(std::io::Error::other("a test wants it to fail"))),
+        _ => {
+            let errno = wish.strip_prefix("error ").and_then(|number| number.parse().ok());
+            Err(failed(match errno {
+                Some(errno @ 1..) => std::io::Error::from_raw_os_error(errno),
+                _ => std::io::Error::other("a test wants it to fail"),
+            }))
+        }
     }
 }
 
