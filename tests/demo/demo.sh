@@ -1,5 +1,5 @@
 #!/bin/bash
-# The demo's part inside the rig: one sandbox from create over pause and resume to destroy, then what roost left in the kernel.
+# The demo's part inside the rig: one sandbox from create over pause, resume and a template to destroy, then what roost left in the kernel.
 # Its status is 0 only when every step worked and every count is 0.
 set -uo pipefail
 failures=0
@@ -74,11 +74,15 @@ census() {
         row "processes of VMs" "^(${vms})" ps -eo comm= &&
         row "sockets and run directories" . find /run/roost/vm -ignore_readdir_race -mindepth 1 &&
         row "cgroups of VMs" . find /sys/fs/cgroup -ignore_readdir_race -type d -path '*roost-vmmshim@*' &&
-        row "sandbox files" . find /var/lib/roost/sandboxes -ignore_readdir_race -mindepth 1
+        row "sandbox files" . find /var/lib/roost/sandboxes -ignore_readdir_race -mindepth 1 &&
+        row "templates" . templates
 }
 # Rules whose table is, or is not, the static one.
 rules() {
     nft --json list ruleset | jq --compact-output ".nftables[].rule | select(. != null and .table $1 \"roost\")"
+}
+templates() {
+    [ ! -d /var/lib/roost/images/teams ] || find /var/lib/roost/images/teams -ignore_readdir_race -mindepth 2 -maxdepth 2
 }
 nothing_left() {
     awk '$NF != 0 { left = 1 } END { exit left }' <<<"$1"
@@ -86,7 +90,7 @@ nothing_left() {
 # The rows of a census that see nothing although there is a sandbox. Rules for sandboxes are in their own namespaces, and
 # without systemd VMs have no cgroups of their own.
 blind_rows() {
-    local none='^nft rules'
+    local none='^nft rules|^templates'
     systemctl --quiet is-active roost-vmmshim.socket || none+='|^cgroups of VMs'
     awk -v none="$none" '$0 !~ none && $NF == 0' <<<"$1"
 }
@@ -94,6 +98,8 @@ give_up() {
     printf '\ndemo: %s\n' "$1"
     exit 1
 }
+
+readonly TEAM=11111111-2222-3333-4444-555555555555 TEMPLATE=00000000-0000-0000-0000-000000000001
 
 STATIC_RULES=0
 before=$(census) || give_up "the census does not work here"
@@ -120,7 +126,13 @@ if [ $? -eq 0 ]; then
     step "what it consists of now: memory and disk" on_disk
     step "resume it" roost resume demo
     step "it went on" roost exec demo -- sh -c 'sleep 0.5; echo "it counts still: $(cat /dev/shm/count)"'
+    step "make a template of its memory and disk, while it runs" roost snapshot demo --team "$TEAM" --template "$TEMPLATE"
     step "destroy it" roost rm demo
+    if step "create a sandbox from the template" roost create --id clone --team "$TEAM" --template "$TEMPLATE"; then
+        step "it went on where the other one was" roost exec clone -- sh -c 'sleep 0.5; echo "it counts still: $(cat /dev/shm/count)"'
+        step "destroy it too" roost rm clone
+    fi
+    step "delete the template" roost rmi --team "$TEAM" --template "$TEMPLATE"
 fi
 step "no sandbox left" roost ls
 
