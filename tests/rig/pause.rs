@@ -351,10 +351,20 @@ fn a_host_is_drained_by_its_unit_and_takes_work_again_when_the_agent_is_started_
         paused.pause();
         let half = roost::start(&["create", "--memory", "256", "--id", "half"]);
         eventually("the create to be accepted", || find("half"));
-        // As at a shutdown: started with the host, stopped first.
+        // As at a shutdown: started with the host, stopped first, and by what goes before it, not by hand.
         systemctl(&["start", "roost-drain.service"]);
-        systemctl(&["stop", "roost-drain.service"]);
+        let by_hand = Command::new("systemctl").args(["stop", "roost-drain.service"]).output();
+        assert!(
+            !by_hand.expect("systemctl runs").status.success(),
+            "stopping a unit empties a host"
+        );
+        assert!(find(&running.id).is_some());
+        let shutdown = "[Unit]\nDefaultDependencies=no\nConflicts=roost-drain.service\nAfter=roost-drain.service\n";
+        std::fs::write("/run/systemd/system/as-shutdown.target", shutdown).expect("written");
+        systemctl(&["daemon-reload"]);
+        systemctl(&["start", "as-shutdown.target"]);
         half.wait_with_output().expect("it ends");
+        systemctl(&["stop", "as-shutdown.target"]);
         assert!(find_paused(&running.id).is_some() && find_paused(&paused.id).is_some());
         assert!(find("half").is_none() && find_paused("half").is_none());
         for refused in [&["create"][..], &["resume", &paused.id]] {
