@@ -1,11 +1,20 @@
-//! Faults that a test injects at a step: the agent fails there, or waits there while something is done to it or to what it talks to.
+//! Faults that a test injects at a step: the agent fails there, waits there while something is done to it or to what it talks to, or
+//! loses the next answer that it is given.
 //!
-//! Compiled into test builds alone (feature `failpoints`); elsewhere a step is passed without a trace.
+//! Compiled into test builds alone (feature `failpoints`); elsewhere a step is passed without a trace, and no answer is lost.
 
 use crate::errors::FileError;
 
-/// Where a test says what it wants: the step's name and `wait`, or `error` with a number of the kernel's. Gone once the step is reached; then there is
-/// `failpoint.reached`, and who waits does so until there is `failpoint.go`, and takes `failpoint.reached` away as it goes on.
+/// Where a test says what it wants: the step's name and a wish. Gone once the step is reached.
+///
+/// | wish | what happens |
+/// |---|---|
+/// | `error N` | the step fails with this errno |
+/// | `wait` | there is `failpoint.reached`, and the agent waits until there is `failpoint.go`; as it goes on it takes `.reached` away |
+/// | `lose` | there is `failpoint.lose`, and whoever is answered next takes it away and believes that the answer never came |
+///
+/// Answers are those of privd, of a shim, of a VMM, and of a guest's envd outside its process service: what was asked has been done
+/// by then, and only the asker does not know.
 #[cfg(feature = "failpoints")]
 const ARMED: &str = "/var/lib/roost/failpoint";
 
@@ -25,22 +34,21 @@ pub(crate) async fn reach(step: &'static str) -> Result<(), FileError> {
     };
     tracing::warn!(step, wish, "a test's fault");
     let failed = |source| FileError::new("passing", Path::new(step), source);
-    std::fs::rename(armed, armed.with_extension("reached")).map_err(failed)?;
-    match wish {
-        "wait" => {
-            while !armed.with_extension("go").exists() {
-                tokio::time::sleep(std::time::Duration::from_millis(10)).await;
-            }
-            std::fs::remove_file(armed.with_extension("reached")).map_err(failed)
-        }
-        _ => {
-            let errno = wish.strip_prefix("error ").and_then(|number| number.parse().ok());
-            Err(failed(match errno {
-                Some(errno @ 1..) => std::io::Error::from_raw_os_error(errno),
-                _ => std::io::Error::other("a test wants it to fail"),
-            }))
-        }
+    if wish == "lose" {
+        return std::fs::rename(armed, armed.with_extension("lose")).map_err(failed);
     }
+    std::fs::rename(armed, armed.with_extension("reached")).map_err(failed)?;
+    if wish == "wait" {
+        while !armed.with_extension("go").exists() {
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+        return std::fs::remove_file(armed.with_extension("reached")).map_err(failed);
+    }
+    let errno = wish.strip_prefix("error ").and_then(|number| number.parse().ok());
+    Err(failed(errno.map_or_else(
+        || std::io::Error::other("a test wants something unknown"),
+        std::io::Error::from_raw_os_error,
+    )))
 }
 
 /// Passes a step.
@@ -57,4 +65,20 @@ pub(crate) async fn pass(step: &'static str) {
     if let Err(error) = reach(step).await {
         tracing::error!(%error, "a step that cannot fail was told to");
     }
+}
+
+/// Whether a test wants the answer that has just come to be lost.
+#[cfg(feature = "failpoints")]
+pub(crate) fn loses(of: &'static str) -> bool {
+    let lost = std::fs::remove_file(std::path::Path::new(ARMED).with_extension("lose")).is_ok();
+    if lost {
+        tracing::warn!(of, "an answer is lost, as a test wants it");
+    }
+    lost
+}
+
+/// Whether an answer is lost.
+#[cfg(not(feature = "failpoints"))]
+pub(crate) fn loses(_of: &'static str) -> bool {
+    false
 }

@@ -21,6 +21,8 @@ use roost_common::guest::{
 use roost_common::ids::SandboxId;
 use tokio::net::TcpStream;
 
+use crate::failpoint;
+
 /// Pause between two attempts to reach an envd that is not up yet.
 const PROBE_PAUSE: Duration = Duration::from_millis(20);
 /// How long one attempt to reach an envd that is not up yet may take to connect: a guest without a network drops the first packet,
@@ -502,6 +504,9 @@ impl Guest {
         let answer = tokio::time::timeout(limit, exchange)
             .await
             .map_err(|error| failed(error.into()))??;
+        if failpoint::loses(path) {
+            return Err(failed("its answer was lost".into()));
+        }
         let (status, body) = (answer.status(), answer.body());
         if status.is_success() {
             Ok(answer)

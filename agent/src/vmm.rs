@@ -11,6 +11,8 @@ use http_body_util::{BodyExt, Full, Limited};
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 
+use crate::failpoint;
+
 /// The call that writes a VM to files.
 pub const SNAPSHOT: &str = "vm.snapshot";
 /// How long one call may take.
@@ -225,9 +227,11 @@ impl Vmm {
         body: Vec<u8>,
         limit: Duration,
     ) -> Result<Bytes, VmmError> {
-        tokio::time::timeout(limit, self.exchange(method, call, body))
-            .await
-            .map_err(|_| VmmError::Timeout { call })?
+        match tokio::time::timeout(limit, self.exchange(method, call, body)).await {
+            Ok(Ok(_)) if failpoint::loses(call) => Err(VmmError::Timeout { call }),
+            Ok(outcome) => outcome,
+            Err(_) => Err(VmmError::Timeout { call }),
+        }
     }
 
     async fn exchange(&self, method: Method, call: &'static str, body: Vec<u8>) -> Result<Bytes, VmmError> {

@@ -81,6 +81,12 @@ impl Census {
                 add("file", format!("{dir}/{name}"));
             }
         }
+        for team in entries("/var/lib/roost/images/teams") {
+            // The team's own directory stays, for its next template.
+            for name in entries(&format!("/var/lib/roost/images/teams/{team}")) {
+                add("template", format!("{team}/{name}"));
+            }
+        }
         for line in fs::read_to_string("/proc/net/unix").expect("/proc/net/unix").lines() {
             if let Some(path) = line
                 .split_whitespace()

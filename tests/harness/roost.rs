@@ -173,6 +173,69 @@ impl Drop for Sandbox {
     }
 }
 
+/// A script that leaves a file in a guest's memory and one on its disk, with their sums on the disk.
+const PLANT: &str = "mkdir -p /dev/shm && head -c 3000000 /dev/urandom > /dev/shm/canary && sha256sum < /dev/shm/canary > /root/memory.sum
+    head -c 3000000 /dev/urandom > /root/disk && sha256sum < /root/disk > /root/disk.sum && sync";
+/// Whether the one on its disk is as it was, what else is on it can be read, and it can be written.
+const DISK_WHOLE: &str = "sha256sum < /root/disk | diff - /root/disk.sum && echo 1 > /root/written && sync \
+    && ! dmesg | grep -i 'ext4.*error'";
+const MEMORY_WHOLE: &str = "sha256sum < /dev/shm/canary | diff - /root/memory.sum";
+
+impl Sandbox {
+    /// Leaves what [`Sandbox::is_whole`] looks for.
+    ///
+    /// # Panics
+    /// When that fails.
+    pub fn plant(&self) {
+        self.sh(PLANT);
+    }
+
+    /// Finds in its memory and on its disk what was [planted](Sandbox::plant).
+    ///
+    /// # Panics
+    /// When it is not there.
+    pub fn is_whole(&self) {
+        self.sh(&format!("{MEMORY_WHOLE} && {DISK_WHOLE}"));
+    }
+
+    /// Finds on its disk what was [planted](Sandbox::plant); its memory has been given up.
+    ///
+    /// # Panics
+    /// When it is not there.
+    pub fn has_whole_disk(&self) {
+        self.sh(DISK_WHOLE);
+    }
+}
+
+/// The team whose templates tests make.
+pub const TEAM: &str = "11111111-2222-3333-4444-555555555555";
+
+/// A template that is deleted with this value, if it is there.
+#[derive(Debug)]
+pub struct Template(String);
+
+impl Template {
+    /// The identity of the n-th one; nothing is made.
+    pub fn named(n: u8) -> Self {
+        Self(format!("00000000-0000-0000-0000-0000000000{n:02x}"))
+    }
+
+    /// Names it to `roost snapshot`, `flatten`, `create` and `rmi`.
+    pub fn arguments(&self) -> [&str; 4] {
+        ["--team", TEAM, "--template", &self.0]
+    }
+}
+
+impl Drop for Template {
+    fn drop(&mut self) {
+        let output = roost(&[&["rmi"], &self.arguments()[..]].concat());
+        // A test that fails anyway says why itself.
+        if !std::thread::panicking() {
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        }
+    }
+}
+
 /// The listing of one sandbox that is alive: anything but paused.
 pub fn find(id: &str) -> Option<Value> {
     find_among("sandboxes", id)

@@ -6,10 +6,12 @@
 mod bad_input;
 mod concurrency;
 mod faults;
+mod full_disk;
 mod isolation;
 mod lifecycle;
 mod matrix;
 mod pause;
 mod privd;
+mod random;
 mod shim;
 mod templates;

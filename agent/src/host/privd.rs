@@ -17,6 +17,8 @@ use tarpc::client::{self, RpcError};
 use tarpc::context::Context;
 use tokio::sync::{Mutex, Semaphore};
 
+use crate::failpoint;
+
 /// How long one call may take: longer than privd waits for a name that is still in use (5 s), and for a busy host.
 const CALL_LIMIT: Duration = Duration::from_secs(60);
 
@@ -104,7 +106,11 @@ impl PrivdClientHandle {
             let privd = self.connected().await?;
             let mut context = tarpc::context::current();
             context.deadline = Instant::now() + CALL_LIMIT;
-            match attempt(privd, context).await {
+            let outcome = match attempt(privd, context).await {
+                Ok(_) if failpoint::loses(verb) => Err(RpcError::Shutdown),
+                outcome => outcome,
+            };
+            match outcome {
                 Ok(outcome) => return outcome.map_err(|source| CallError::Refused { verb, source }),
                 Err(RpcError::Shutdown | RpcError::Channel(_) | RpcError::Send(_)) if !retried => {
                     tracing::warn!(op = verb, "connection to privd lost, calling again");

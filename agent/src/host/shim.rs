@@ -17,6 +17,7 @@ use roost_common::shim::{Exit, FromShim, Launch, Lendable, PROTOCOL, ShimError, 
 
 use super::privd::{Credentials, connect_packets};
 use crate::config::{self, Config};
+use crate::failpoint;
 
 /// How long a new shim may take to say hello: systemd starts a unit for it.
 const HELLO_LIMIT: Duration = Duration::from_secs(60);
@@ -395,6 +396,9 @@ impl ShimLink {
             .await
             .map_err(|_| ShimFault::Timeout("answer"))?
             .map_err(ShimFault::Connection)?;
+        if failpoint::loses("shim") {
+            return Err(ShimFault::Timeout("answer"));
+        }
         match answer {
             FromShim::Refused(error) => Err(ShimFault::Refused(error)),
             FromShim::Exited(exit) => {
