@@ -10,5 +10,6 @@ mod isolation;
 mod lifecycle;
 mod matrix;
 mod pause;
+mod power;
 mod privd;
 mod shim;
