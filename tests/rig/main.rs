@@ -11,6 +11,7 @@ mod isolation;
 mod lifecycle;
 mod matrix;
 mod pause;
+mod power;
 mod privd;
 mod random;
 mod shim;

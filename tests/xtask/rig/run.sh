@@ -54,6 +54,12 @@ fi
 ) &
 watchdog=$!
 
+# In a series of boots the command may have the power cut: it writes a line here, and the xtask kills QEMU when it is told.
+if [ "$RIG_SERIES" = 1 ]; then
+    mkfifo -m 0600 /run/rig-cut
+    (read -r moment </run/rig-cut && say "cut $moment") &
+fi
+
 # Through a pipe: the port itself can be opened only once, and commands re-open /dev/stderr.
 exec {sink}> >(exec cat >"$out")
 cat_pid=$!

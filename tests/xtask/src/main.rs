@@ -20,6 +20,7 @@ mod guest;
 mod host;
 mod kernel;
 mod rig;
+mod series;
 mod setup;
 mod step;
 mod test;
@@ -58,7 +59,7 @@ fn main() -> ExitCode {
         Task::Guest => guest::run().map(|()| 0),
         Task::Rig(options) => rig::run(&options),
         Task::Test(options) => test::run(&options),
-        Task::Faults => test::run(&test::Options::all_of("matrix::")),
+        Task::Faults => test::run(&test::Options::all_faults()),
         Task::Demo(options) => demo::run(&options),
     };
     finish(outcome)

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! vda  host root      cached, behind a throw-away overlay
-//! vdb  /var/lib/roost cached guest image in place, behind a throw-away overlay
+//! vdb  /var/lib/roost cached guest image in place, behind a throw-away overlay; in a series of boots a file of the run's own
 //! vdc  this run       binaries, units, --add files, the command; made anew for each run
 //! rig.out, rig.ctl, rig.log: virtio-serial ports on socket pairs (output, progress, journal)
 //! ```
@@ -43,6 +43,9 @@ const KEPT_OUTPUT: usize = 256 << 10;
 /// How many runs' logs are kept.
 const KEPT_RUNS: usize = 10;
 
+/// What of a run's files goes with it.
+const BULKY: [&str; 3] = ["payload", "payload.ext4", "data.ext4"];
+
 const RUN: &str = include_str!("../rig/run.sh");
 const PREPARE: &str = include_str!("../rig/prepare.sh");
 const UNIT: &str = include_str!("../rig/rig.service");
@@ -71,6 +74,9 @@ pub(crate) struct Options {
     /// With --bare: install this build and the guest image all the same, but start nothing
     #[arg(long, requires = "bare")]
     pub(crate) installed: bool,
+    /// Whether what is written to /var/lib/roost outlives QEMU, and the command may ask for a power cut (see [`crate::series`])
+    #[arg(skip)]
+    pub(crate) series: bool,
     /// The command and its arguments
     #[arg(last = true, required = true, value_name = "COMMAND")]
     pub(crate) command: Vec<String>,
@@ -87,9 +93,18 @@ impl Options {
             direct: false,
             bare: false,
             installed: false,
+            series: false,
             command: words.iter().map(|word| (*word).to_owned()).collect(),
         }
     }
+}
+
+/// How a boot ended.
+pub(crate) enum Boot {
+    /// With its command.
+    Ended(End),
+    /// QEMU was killed because the command asked for it, saying when.
+    Cut(String),
 }
 
 /// How a run ended.
@@ -110,29 +125,13 @@ pub(crate) fn run(options: &Options) -> Result<u8> {
 
 /// [`run`] with binaries that are built already.
 pub(crate) fn run_with(options: &Options, binaries: Option<&Binaries>) -> Result<End> {
-    let lock = cache::lock()?;
-    let kernel = kernel::ensure()?;
-    let host = host::ensure(&kernel)?;
-    let state = match binaries {
-        Some(binaries) => guest::state_disk(&guest::ensure(&kernel, &binaries.envd)?)?,
-        None => guest::empty_state_disk()?,
-    };
-    let run = RunDir::new()?;
-    let payload = run.path.join("payload.ext4");
-    write_payload(&run.path.join("payload"), &payload, options, binaries)?;
-    drop(lock);
-    Machine {
-        options,
-        kernel: kernel.vmlinux(),
-        host,
-        state,
-        payload,
-        run: &run,
+    match Machine::prepare(options, binaries)?.boot()? {
+        Boot::Ended(end) => Ok(end),
+        Boot::Cut(moment) => bail!("the command asked for a power cut ({moment}), and this is no series of boots"),
     }
-    .boot()
 }
 
-/// `target/rig/runs/<pid>`: the logs stay, the rest goes with the value.
+/// `target/rig/runs/<pid>`, or `<pid>-<n>` where one process has several: the logs stay, the rest goes with the value.
 struct RunDir {
     path: PathBuf,
 }
@@ -142,8 +141,12 @@ impl RunDir {
         let runs = cache::dir()?.join("runs");
         fs::create_dir_all(&runs)?;
         tidy(&runs)?;
-        let path = runs.join(std::process::id().to_string());
-        cache::remove(&path)?;
+        let pid = std::process::id();
+        let names = std::iter::once(pid.to_string()).chain((2..).map(|number| format!("{pid}-{number}")));
+        let path = names
+            .map(|name| runs.join(name))
+            .find(|path| !path.exists())
+            .expect("the numbers do not end");
         fs::create_dir(&path).with_context(|| format!("cannot make {}", path.display()))?;
         // For people: the latest run's logs under fixed names.
         for log in ["console.log", "journal.log"] {
@@ -161,7 +164,7 @@ impl RunDir {
 
 impl Drop for RunDir {
     fn drop(&mut self) {
-        for bulky in ["payload", "payload.ext4"] {
+        for bulky in BULKY {
             if let Err(error) = cache::remove(&self.path.join(bulky)) {
                 eprintln!("rig: {error:#}");
             }
@@ -174,11 +177,14 @@ fn tidy(runs: &Path) -> Result<()> {
     let mut finished = Vec::new();
     for entry in fs::read_dir(runs)? {
         let entry = entry?;
-        if Path::new("/proc").join(entry.file_name()).exists() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let pid = name.split('-').next().unwrap_or_default();
+        if Path::new("/proc").join(pid).exists() {
             continue;
         }
-        cache::remove(&entry.path().join("payload"))?;
-        cache::remove(&entry.path().join("payload.ext4"))?;
+        for bulky in BULKY {
+            cache::remove(&entry.path().join(bulky))?;
+        }
         finished.push((entry.metadata()?.modified()?, entry.path()));
     }
     finished.sort();
@@ -285,8 +291,9 @@ fn settings(options: &Options) -> String {
         .chain(options.env.iter().cloned())
         .collect();
     format!(
-        "RIG_MODE={mode}\nRIG_TIMEOUT={}\nRIG_ENV=({})\n",
+        "RIG_MODE={mode}\nRIG_TIMEOUT={}\nRIG_SERIES={}\nRIG_ENV=({})\n",
         options.timeout,
+        u8::from(options.series),
         quoted(&env)
     )
 }
@@ -300,18 +307,72 @@ fn quoted(words: &[String]) -> String {
         .join(" ")
 }
 
-/// All that one boot needs.
-struct Machine<'a> {
-    options: &'a Options,
+/// All that one boot needs, and the next one of the same series.
+pub(crate) struct Machine {
+    options: Options,
     kernel: PathBuf,
     host: host::Host,
-    state: PathBuf,
+    data: Data,
     payload: PathBuf,
-    run: &'a RunDir,
+    run: RunDir,
 }
 
-impl Machine<'_> {
-    fn boot(&self) -> Result<End> {
+/// What is behind /var/lib/roost.
+enum Data {
+    /// A cached file, with an overlay that goes with QEMU.
+    ThrowAway(PathBuf),
+    /// The run's own copy of it: what a boot has written is there in the next one. QEMU heeds flushes, so what the rig believes to be
+    /// on disk is; what its kernel had not written yet is lost with QEMU.
+    Kept(PathBuf),
+}
+
+/// How a command's run came to its end.
+enum Verdict {
+    Exit(u8),
+    Cut(String),
+}
+
+impl Machine {
+    /// Makes what is missing of the rig's parts, and the run's directory.
+    pub(crate) fn prepare(options: &Options, binaries: Option<&Binaries>) -> Result<Self> {
+        let lock = cache::lock()?;
+        let kernel = kernel::ensure()?;
+        let host = host::ensure(&kernel)?;
+        let cached = match binaries {
+            Some(binaries) => guest::state_disk(&guest::ensure(&kernel, &binaries.envd)?)?,
+            None => guest::empty_state_disk()?,
+        };
+        let run = RunDir::new()?;
+        let data = if options.series {
+            let own = run.path.join("data.ext4");
+            let mut copy = Command::new("cp");
+            quiet(copy.args(["--reflink=auto", "--sparse=always"]).arg(&cached).arg(&own))?;
+            Data::Kept(own)
+        } else {
+            Data::ThrowAway(cached)
+        };
+        let payload = run.path.join("payload.ext4");
+        write_payload(&run.path.join("payload"), &payload, options, binaries)?;
+        drop(lock);
+        Ok(Self {
+            options: options.clone(),
+            kernel: kernel.vmlinux(),
+            host,
+            data,
+            payload,
+            run,
+        })
+    }
+
+    /// Gives the console's log of the last boot a name of its own.
+    pub(crate) fn keep_console(&self, name: &str) -> Result<()> {
+        let path = self.run.log("console.log");
+        fs::rename(&path, self.run.log(&format!("{name}-console.log")))
+            .with_context(|| format!("cannot rename {}", path.display()))
+    }
+
+    /// Boots it, and follows its command to the end.
+    pub(crate) fn boot(&self) -> Result<Boot> {
         let start = Instant::now();
         let (out, out_there) = port()?;
         let (ctl, ctl_there) = port()?;
@@ -331,13 +392,16 @@ impl Machine<'_> {
             // The port closes with QEMU; the receiver sees the channel's end.
         });
         let verdict = self.follow(&mut qemu, &news, start);
-        // Throw-away: nobody needs a clean shutdown.
+        // Nobody needs a clean shutdown of what is thrown away; where something is kept this is what is being tested.
         qemu.kill().ok();
         qemu.wait().context("cannot wait for QEMU")?;
         let copied = output.join().map_err(|_| anyhow!("the output thread panicked"))?;
         journal.join().map_err(|_| anyhow!("the journal thread panicked"))?.ok();
         let tail = copied.context("cannot pass on the command's output")?;
-        verdict.map(|status| End { status, tail })
+        Ok(match verdict? {
+            Verdict::Exit(status) => Boot::Ended(End { status, tail }),
+            Verdict::Cut(moment) => Boot::Cut(moment),
+        })
     }
 
     fn spawn(&self, ports: &[(&str, &OwnedFd)]) -> Result<Child> {
@@ -387,15 +451,20 @@ impl Machine<'_> {
                 .arg("-device")
                 .arg(format!("virtserialport,chardev={name},name={name}"));
         }
-        for (name, file) in [
-            ("root", &self.host.root),
-            ("state", &self.state),
-            ("run", &self.payload),
+        let throw_away = "snapshot=on,cache=unsafe,discard=unmap,detect-zeroes=unmap";
+        let (data, how) = match &self.data {
+            Data::ThrowAway(file) => (file, throw_away),
+            Data::Kept(file) => (file, "cache=writeback,discard=unmap"),
+        };
+        for (name, file, how) in [
+            ("root", &self.host.root, throw_away),
+            ("state", data, how),
+            ("run", &self.payload, throw_away),
         ] {
             let file = file.display().to_string().replace(',', ",,");
-            command.arg("-drive").arg(format!(
-                "id={name},file={file},format=raw,if=none,snapshot=on,cache=unsafe,discard=unmap,detect-zeroes=unmap"
-            ));
+            command
+                .arg("-drive")
+                .arg(format!("id={name},file={file},format=raw,if=none,{how}"));
             command.arg("-device").arg(format!("virtio-blk-pci,drive={name}"));
         }
         command
@@ -406,7 +475,7 @@ impl Machine<'_> {
     }
 
     /// Waits for the command's end, the end of QEMU or of our patience.
-    fn follow(&self, qemu: &mut Child, news: &mpsc::Receiver<String>, start: Instant) -> Result<u8> {
+    fn follow(&self, qemu: &mut Child, news: &mpsc::Receiver<String>, start: Instant) -> Result<Verdict> {
         let deadline = start + Duration::from_secs(self.options.timeout);
         let mut up = false;
         loop {
@@ -423,7 +492,7 @@ impl Machine<'_> {
                 }
                 Err(RecvTimeoutError::Timeout) if up => {
                     eprintln!("rig: timed out after {} s", self.options.timeout);
-                    return Ok(STATUS_TIMEOUT);
+                    return Ok(Verdict::Exit(STATUS_TIMEOUT));
                 }
                 Err(RecvTimeoutError::Timeout) => {
                     self.show_console();
@@ -444,7 +513,7 @@ impl Machine<'_> {
                         "rig: timed out after {seconds:.0} s; journal: {}",
                         self.run.log("journal.log").display()
                     );
-                    return Ok(STATUS_TIMEOUT);
+                    return Ok(Verdict::Exit(STATUS_TIMEOUT));
                 }
                 "exit" => {
                     let status: u8 = rest
@@ -454,8 +523,10 @@ impl Machine<'_> {
                     if status != 0 {
                         eprintln!("rig: journal: {}", self.run.log("journal.log").display());
                     }
-                    return Ok(status);
+                    return Ok(Verdict::Exit(status));
                 }
+                // At once: every word here would be time for the rig to go on.
+                "cut" => return Ok(Verdict::Cut(rest.to_owned())),
                 "failed" => bail!("{rest}; journal: {}", self.run.log("journal.log").display()),
                 _ => eprintln!("rig: {line}"),
             }

@@ -12,17 +12,23 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, ensure};
 use clap::Args;
 
-use crate::binaries::{self, cargo};
+use crate::binaries::{self, Binaries, cargo};
 use crate::rig::{self, STATUS_RIG_FAILED};
 use crate::step::{shown, step};
-use crate::{cache, setup};
+use crate::{cache, series, setup};
 
 /// Time for all rig tests, and for those of full size.
 const RIG_SECONDS: u64 = 3000;
 const RIG_SECONDS_ALL: u64 = 4 * 3600;
 
+/// Time for each boot of the power cuts.
+const CUT_SECONDS: u64 = 1200;
+
 /// The modules of the rig's tests that run in a second rig, beside the others.
 const FIRST_HALF: &[&str] = &["bad_input::", "concurrency::", "faults::", "isolation::", "matrix::"];
+
+/// The module of the rig's tests that cuts the power.
+const POWER_TESTS: &str = "power::";
 
 /// What is tested without systemd too.
 const DIRECT_TESTS: &[&str] = &[
@@ -43,6 +49,9 @@ pub(crate) struct Options {
     /// Run everything but the rig's tests
     #[arg(long, conflicts_with = "rig")]
     no_rig: bool,
+    /// Run the power cuts; with --rig the rig's tests before them, else nothing but them
+    #[arg(long, conflicts_with = "no_rig")]
+    power: bool,
     /// Start the rig's daemons without systemd
     #[arg(long)]
     direct: bool,
@@ -55,15 +64,16 @@ pub(crate) struct Options {
 }
 
 impl Options {
-    /// The rig's tests of one module, at full size.
-    pub(crate) fn all_of(module: &str) -> Self {
+    /// The rig's tests of what may happen at any step, at full size: the kill matrix, then the power cuts.
+    pub(crate) fn all_faults() -> Self {
         Self {
             all: true,
             rig: true,
             no_rig: false,
+            power: true,
             direct: false,
             memory: 4096,
-            arguments: vec![module.to_owned()],
+            arguments: vec!["matrix::".to_owned()],
         }
     }
 }
@@ -139,7 +149,7 @@ struct Line {
 pub(crate) fn run(options: &Options) -> Result<u8> {
     setup::run()?;
     let mut summary = Vec::new();
-    if !options.rig {
+    if !options.rig && !options.power {
         for check in CHECKS {
             record(&mut summary, check.title, || {
                 check
@@ -150,9 +160,10 @@ pub(crate) fn run(options: &Options) -> Result<u8> {
         }
     }
     let mut closing = None;
-    if !options.no_rig {
-        let whole = !options.direct && options.arguments.is_empty();
-        // A rig keeps one core busy, so two of them share the tests.
+    let rig_tests = !options.no_rig && (options.rig || !options.power);
+    let whole = rig_tests && !options.direct && options.arguments.is_empty();
+    if rig_tests {
+        // A rig keeps one core busy, so two of them share the tests. The power cuts are part of the other one's.
         let mut first_half = None;
         if whole {
             record(&mut summary, "building for the rig", || {
@@ -183,6 +194,18 @@ pub(crate) fn run(options: &Options) -> Result<u8> {
         if let Some(first_half) = first_half {
             record(&mut summary, "rig tests, other half", || first_half.finish());
         }
+    }
+    if options.power && !whole {
+        record(&mut summary, "power cuts", || {
+            let end = cut_power(options)?;
+            let cuts = closing_lines(&end.tail);
+            // A failure of the tests ahead of this is not to be hidden by it.
+            closing = match (closing.take(), cuts) {
+                (Some(tests), Some(cuts)) => Some(tests + &cuts),
+                (tests, cuts) => cuts.or(tests),
+            };
+            verdict(&end)
+        });
     }
     eprintln!("\nsummary:");
     for line in &summary {
@@ -222,7 +245,7 @@ impl FirstHalf {
         let output = cache::dir()?.join("other-half.log");
         let log = File::create(&output).with_context(|| format!("cannot make {}", output.display()))?;
         let mut command = Command::new(std::env::current_exe().context("this program has no path")?);
-        command.args(["test", "--rig", "--memory", &options.memory.to_string()]);
+        command.args(["test", "--rig", "--power", "--memory", &options.memory.to_string()]);
         if options.all {
             command.arg("--all");
         }
@@ -254,21 +277,35 @@ impl Drop for FirstHalf {
 }
 
 fn run_in_rig(options: &Options) -> Result<rig::End> {
+    let (binaries, mut rig) = tests_in_rig(options, if options.all { RIG_SECONDS_ALL } else { RIG_SECONDS })?;
+    // They make sense in a series of boots alone.
+    rig.command.extend(["--skip".to_owned(), POWER_TESTS.to_owned()]);
+    rig.command.extend(options.arguments.iter().cloned());
+    rig::run_with(&rig, Some(&binaries))
+}
+
+/// Runs the power cuts, in as many boots as it takes; how the last one ended.
+fn cut_power(options: &Options) -> Result<rig::End> {
+    let (binaries, mut rig) = tests_in_rig(options, CUT_SECONDS)?;
+    rig.command.push(POWER_TESTS.to_owned());
+    series::run(&rig, &binaries)
+}
+
+/// Builds what the rig's tests need; a rig that runs them.
+fn tests_in_rig(options: &Options, timeout: u64) -> Result<(Binaries, rig::Options)> {
     let binaries = binaries::build()?;
     let program = step("building the rig's tests", build_tests)?;
-    let mut command = vec!["/usr/lib/roost-tests/rig", "--test-threads=1"];
-    command.extend(options.arguments.iter().map(String::as_str));
     let mut rig = rig::Options {
         add: vec![format!("{}:/usr/lib/roost-tests/rig", program.display())],
-        timeout: if options.all { RIG_SECONDS_ALL } else { RIG_SECONDS },
+        timeout,
         memory: options.memory,
         direct: options.direct,
-        ..rig::Options::command(&command)
+        ..rig::Options::command(&["/usr/lib/roost-tests/rig", "--test-threads=1"])
     };
     if options.all {
         rig.env.push("ROOST_TESTS_ALL=1".to_owned());
     }
-    rig::run_with(&rig, Some(&binaries))
+    Ok((binaries, rig))
 }
 
 /// Whether a run is one in which tests ran and passed.

@@ -1,0 +1,33 @@
+//! A series of boots of the rig over one data disk, with the power cut in between: QEMU is killed at the moment that the command in the
+//! rig asks for it, by a line to `/run/rig-cut`, and the same command starts anew in the next boot.
+//!
+//! Holds: what the command must remember from one boot to the next lies below /var/lib/roost; all else is as in any first boot.
+
+use anyhow::{Result, bail};
+
+use crate::binaries::Binaries;
+use crate::rig::{Boot, End, Machine, Options};
+use crate::step::step;
+
+/// More boots than any command has cuts.
+const MOST_BOOTS: u32 = 100;
+
+/// Boots until the command ends by itself; how it did. `options.timeout` is each boot's.
+///
+/// # Errors
+/// When a boot fails, or there is no end of them.
+pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<End> {
+    let options = Options {
+        series: true,
+        ..options.clone()
+    };
+    let machine = Machine::prepare(&options, Some(binaries))?;
+    for number in 1..=MOST_BOOTS {
+        match step(&format!("boot {number}"), || machine.boot())? {
+            Boot::Ended(end) => return Ok(end),
+            Boot::Cut(moment) => eprintln!("    power cut: {moment}"),
+        }
+        machine.keep_console(&number.to_string())?;
+    }
+    bail!("the command asked for a power cut in each of {MOST_BOOTS} boots");
+}
