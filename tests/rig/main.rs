@@ -12,3 +12,4 @@ mod matrix;
 mod pause;
 mod privd;
 mod shim;
+mod wake;
