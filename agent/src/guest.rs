@@ -267,7 +267,7 @@ impl Guest {
             .map(drop)
     }
 
-    /// Freezes the guest's filesystems; frozen ones stay so.
+    /// Stops the guest's programs and freezes its filesystems; what is frozen stays so.
     ///
     /// # Errors
     /// [`GuestError::Http`], [`GuestError::Refused`]; whether they are frozen is then unknown.
@@ -279,7 +279,8 @@ impl Guest {
         }
     }
 
-    /// Thaws the guest's filesystems; where none is frozen that is no error, nor where envd knows nothing of it.
+    /// Thaws the guest's filesystems and lets its programs go on; where none is frozen that is no error, nor where envd knows nothing
+    /// of it.
     ///
     /// # Errors
     /// [`GuestError::Http`], [`GuestError::Refused`].
