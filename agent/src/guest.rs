@@ -15,8 +15,8 @@ use roost_common::guest::process::{
     self, ProcessClient, ProcessConfig, ProcessSelector, SendSignalRequest, Signal, StartRequest, StartResponse,
 };
 use roost_common::guest::{
-    ACCESS_TOKEN_HEADER, FSFREEZE_PATH, FSTHAW_PATH, HEALTH_PATH, INIT_PATH, InitRequest, KEEPALIVE_HEADER,
-    NONCE_HEADER, PORT, SNAPSHOT_PREPARE_PATH, VERSION_HEADER,
+    ACCESS_TOKEN_HEADER, FSFREEZE_PATH, FSTHAW_PATH, HEALTH_PATH, HELD_HEADER, Held, INIT_PATH, InitRequest,
+    KEEPALIVE_HEADER, NONCE_HEADER, PORT, SNAPSHOT_PREPARE_PATH, VERSION_HEADER,
 };
 use roost_common::ids::SandboxId;
 use tokio::net::TcpStream;
@@ -116,10 +116,12 @@ impl std::fmt::Debug for Token {
     }
 }
 
-/// Whether a guest's filesystems are frozen.
+/// Whether a guest's filesystems are frozen, and its programs have stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Freeze {
+    /// They are, and all programs have stopped: nothing of the guest's runs before it is told who it is.
+    Held,
     /// They are: nothing of the guest's is written until they are thawed.
     Frozen,
     /// This envd knows nothing of it.
@@ -284,19 +286,26 @@ impl Guest {
             .map(drop)
     }
 
-    /// Freezes the guest's filesystems; frozen ones stay so.
+    /// Stops the guest's programs and freezes its filesystems; what is frozen stays so.
     ///
     /// # Errors
     /// [`GuestError::Http`], [`GuestError::Refused`]; whether they are frozen is then unknown.
     pub async fn freeze(&self) -> Result<Freeze, GuestError> {
         match self.call(Method::POST, FSFREEZE_PATH, Vec::new(), FREEZE_LIMIT).await {
-            Ok(_) => Ok(Freeze::Frozen),
+            Ok(answer) => {
+                let word = answer.headers().get(HELD_HEADER).map(http::HeaderValue::as_bytes);
+                Ok(match word.and_then(Held::of_word) {
+                    Some(Held::All) => Freeze::Held,
+                    Some(Held::Some | Held::None) | None => Freeze::Frozen,
+                })
+            }
             Err(GuestError::Refused { status, .. }) if status == StatusCode::NOT_FOUND => Ok(Freeze::Unknown),
             Err(error) => Err(error),
         }
     }
 
-    /// Thaws the guest's filesystems; where none is frozen that is no error, nor where envd knows nothing of it.
+    /// Thaws the guest's filesystems and lets its programs go on; where none is frozen that is no error, nor where envd knows nothing
+    /// of it.
     ///
     /// # Errors
     /// [`GuestError::Http`], [`GuestError::Refused`].

@@ -57,18 +57,56 @@ pub const ENVS_PATH: &str = "/envs";
 /// Answers: 204; 500 not all is written yet. It goes on, and a repeated call waits for the same.
 pub const SNAPSHOT_PREPARE_PATH: &str = "/snapshot/prepare";
 
-/// `POST`, after [`SNAPSHOT_PREPARE_PATH`]: freezes the filesystems that are on disks. Until [`FSTHAW_PATH`] nothing in the
-/// guest writes to them, which holds across a snapshot and a restore; what tries to, waits. Calls that only read, and
-/// `POST /init`, are answered as ever. May be repeated.
+/// `POST`, after [`SNAPSHOT_PREPARE_PATH`]: stops the programs of the guest, then freezes the filesystems that are on disks.
+/// Until [`FSTHAW_PATH`] no program runs and nothing in the guest writes to these, which holds across a snapshot and a
+/// restore: guests that wake from one snapshot draw no random number before `POST /init` has made them differ. Calls that
+/// start a program wait; those that only read, and `POST /init`, are answered as ever. May be repeated.
 ///
-/// Answers: 204; 404 an envd that cannot; 500 a filesystem cannot be frozen: then this call has frozen none.
+/// Answers: 204, with [`HELD_HEADER`]; 404 an envd that cannot; 500 a filesystem cannot be frozen: then this call has frozen
+/// none, and the programs go on.
 pub const FSFREEZE_PATH: &str = "/fsfreeze";
 
-/// `POST`: undoes [`FSFREEZE_PATH`], and then writes the files that `POST /init` could not meanwhile. May be repeated, also
-/// where nothing is frozen.
+/// `POST`: undoes [`FSFREEZE_PATH`]: thaws, then writes the files that `POST /init` could not meanwhile, then lets the
+/// programs go on. May be repeated, also where nothing is frozen.
 ///
-/// Answers: 204; 404 an envd that cannot; 500 a filesystem is still frozen, others may not be.
+/// Answers: 204; 404 an envd that cannot; 500 a filesystem is still frozen, others may not be; the programs go on.
 pub const FSTHAW_PATH: &str = "/fsthaw";
+
+/// The response header of [`FSFREEZE_PATH`] that says which programs were stopped: a word of [`Held`]. An envd that freezes
+/// filesystems alone does not send it.
+pub const HELD_HEADER: &str = "x-roost-held";
+
+/// Which programs of a guest [`FSFREEZE_PATH`] has stopped. A snapshot is whole whatever it says; it is to be woken more than
+/// once only where all were.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Held {
+    /// All but envd.
+    All,
+    /// Not surely all: some wait in the kernel, for a disk or a network, or could not be moved.
+    Some,
+    /// None: the guest's kernel has no cgroup v2, or the machine is not envd's.
+    None,
+}
+
+impl Held {
+    /// The word in the header.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Held::All => "all",
+            Held::Some => "some",
+            Held::None => "none",
+        }
+    }
+
+    /// What a word says; nothing for one that is not known, as where there is none.
+    #[must_use]
+    pub fn of_word(word: &[u8]) -> Option<Self> {
+        [Held::All, Held::Some, Held::None]
+            .into_iter()
+            .find(|held| held.word().as_bytes() == word)
+    }
+}
 
 /// The response header of `POST /init` that repeats [`InitRequest::nonce`]. It is there once clock, entropy and identity
 /// have all been applied and a block of the root disk was read. An envd that knows no nonce does not send it.
@@ -317,6 +355,14 @@ mod tests {
             !shown.contains("token\"") && !shown.contains("C.UTF-8") && !shown.contains("251"),
             "{shown}"
         );
+    }
+
+    #[test]
+    fn what_was_held_survives_its_word() {
+        for held in [Held::All, Held::Some, Held::None] {
+            assert_eq!(Held::of_word(held.word().as_bytes()), Some(held));
+        }
+        assert_eq!(Held::of_word(b"ALL"), None);
     }
 
     #[test]

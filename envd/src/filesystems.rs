@@ -1,17 +1,23 @@
 //! Whether the guest's filesystems are frozen, and the files that envd writes.
 //!
 //! ```text
-//!          freeze                      write while frozen: deferred, the newest counts
-//! Thawed ----------> Frozen { held, deferred }
-//!    ^                  |
-//!    +------------------+  thaw, then the deferred files are written
+//!         programs stopped, then frozen     write while frozen: deferred, the newest counts
+//! Thawed ------------------------------> Frozen { held, deferred }
+//!    ^                                      |
+//!    +--------------------------------------+
+//!       thawed, then the deferred files written, then programs let go on
 //! ```
+//!
+//! Programs are stopped first because one that waits for a frozen filesystem cannot be, and go on last, so that they find
+//! what they are to have: filesystems that take their writes, the resolvers of this host. But both freezing and thawing
+//! write, and a disk may be served by a program of the guest; so either is done with programs held for [`HELD_LIMIT`] only,
+//! and then without.
 //!
 //! Holds: while the guest is frozen, envd itself writes to no filesystem that may be, because it would wait until the thaw
 //! that only it can make. Everything that envd writes to disk therefore goes through [`Filesystems::write`]. State changes
 //! on threads that finish whatever becomes of the caller, so that it says what is so.
 //!
-//! Not here: how freezing works (`freeze`), what the files say (`identity`).
+//! Not here: how freezing works (`freeze`), how programs are held (`hold`), what the files say (`identity`).
 
 use std::collections::BTreeMap;
 use std::io;
@@ -22,6 +28,7 @@ use std::time::Duration;
 
 use nix::sys::statfs::{FsType, TMPFS_MAGIC, statfs};
 use nix::unistd::sync;
+use roost_common::guest::Held;
 use tokio::sync::{Mutex, OwnedMutexGuard};
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
@@ -29,17 +36,24 @@ use tokio::time::timeout;
 use crate::console::{chain, say};
 use crate::freeze::{Attempt, FreezeError, Mounted, thaw_all};
 use crate::guest::Machine;
+use crate::hold::Hold;
 use crate::identity;
 
 /// How long a caller waits for the disk. Longer than a disk that works takes, shorter than the host's patience.
 pub(crate) const LIMIT: Duration = Duration::from_secs(10);
+
+/// How long the disk has for a freeze or a thaw while programs are held.
+const HELD_LIMIT: Duration = Duration::from_secs(5);
 
 /// `RAMFS_MAGIC` of linux/magic.h.
 const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
 
 /// The state, which one call at a time looks at or changes.
 #[derive(Default)]
-pub(crate) struct Filesystems(Arc<Mutex<State>>);
+pub(crate) struct Filesystems {
+    state: Arc<Mutex<State>>,
+    hold: Arc<Hold>,
+}
 
 #[derive(Default)]
 enum State {
@@ -76,27 +90,37 @@ pub(crate) enum WriteError {
 }
 
 impl Filesystems {
-    /// Freezes all filesystems that are on disks. Where the machine is not ours, only envd behaves as if it had.
+    pub(crate) fn new(hold: Arc<Hold>) -> Self {
+        Self {
+            state: Arc::default(),
+            hold,
+        }
+    }
+
+    /// Holds the programs and freezes all filesystems that are on disks; which programs. Where the machine is not ours, only
+    /// envd behaves as if it had.
     ///
     /// # Errors
-    /// None was frozen by this call; those that were before stay so.
-    pub(crate) async fn freeze(&self, machine: Machine) -> Result<(), FreezeError> {
+    /// None was frozen by this call, and the programs go on; those that were frozen or held before stay so.
+    pub(crate) async fn freeze(&self, machine: Machine) -> Result<Held, FreezeError> {
         let state = self.lock().await.ok_or(FreezeError::Late)?;
         // A task of its own: a caller that leaves must not leave it half done, nor the state behind it.
-        tokio::spawn(freeze_in_time(state, machine))
+        tokio::spawn(freeze_in_time(state, machine, Arc::clone(&self.hold)))
             .await
             .expect("freezing does not panic")
     }
 
-    /// Thaws all filesystems that are on disks, ours or not, and writes what was deferred.
+    /// Thaws all filesystems that are on disks, ours or not, writes what was deferred, and lets the programs go on.
     ///
     /// # Errors
-    /// Some are still frozen, and the guest counts as frozen. [`FreezeError::Late`]: it goes on.
+    /// Some are still frozen, and the guest counts as frozen; the programs go on. [`FreezeError::Late`]: so does the thaw.
+    /// [`FreezeError::Release`]: all are thawed, but not all programs go on.
     pub(crate) async fn thaw(&self, machine: Machine, root: PathBuf) -> Result<(), FreezeError> {
         let state = self.lock().await.ok_or(FreezeError::Late)?;
-        let work = spawn_blocking(move || thaw_now(state, machine, &root));
-        let done = timeout(LIMIT, work).await.map_err(|_| FreezeError::Late)?;
-        done.expect("thawing does not panic")
+        // As for freezing.
+        tokio::spawn(thaw_in_time(state, machine, root, Arc::clone(&self.hold)))
+            .await
+            .expect("thawing does not panic")
     }
 
     /// Writes files below `root`, or remembers them until the thaw.
@@ -114,41 +138,77 @@ impl Filesystems {
     }
 
     async fn lock(&self) -> Option<OwnedMutexGuard<State>> {
-        timeout(LIMIT, Arc::clone(&self.0).lock_owned()).await.ok()
+        timeout(LIMIT, Arc::clone(&self.state).lock_owned()).await.ok()
     }
 }
 
-async fn freeze_in_time(mut state: OwnedMutexGuard<State>, machine: Machine) -> Result<(), FreezeError> {
-    let held = match machine {
-        Machine::Own => freeze_own().await?,
-        Machine::Borrowed => Vec::new(),
+async fn freeze_in_time(
+    mut state: OwnedMutexGuard<State>,
+    machine: Machine,
+    hold: Arc<Hold>,
+) -> Result<Held, FreezeError> {
+    let frozen = match machine {
+        Machine::Own => freeze_own(&hold).await,
+        Machine::Borrowed => Ok((hold.hold().await, Vec::new())),
     };
-    match &mut *state {
-        State::Frozen(frozen) => frozen.held.extend(held),
-        State::Thawed => {
+    match (&mut *state, frozen) {
+        (State::Frozen(frozen), Ok((programs, held))) => {
+            frozen.held.extend(held);
+            say!("filesystems frozen, {} programs held", programs.word());
+            Ok(programs)
+        }
+        (State::Thawed, Ok((programs, held))) => {
             *state = State::Frozen(Frozen {
                 held,
                 deferred: Files::default(),
             });
+            say!("filesystems frozen, {} programs held", programs.word());
+            Ok(programs)
+        }
+        // What this call could not add to goes on as it was.
+        (State::Frozen(_), Err(error)) => {
+            hold.hold().await;
+            Err(error)
+        }
+        (State::Thawed, Err(error)) => {
+            release_or_say(&hold).await;
+            Err(error)
         }
     }
-    say!("filesystems frozen");
-    Ok(())
 }
 
-async fn freeze_own() -> Result<Vec<Arc<Mounted>>, FreezeError> {
+/// Programs may be held after an error, or not.
+async fn freeze_own(hold: &Hold) -> Result<(Held, Vec<Arc<Mounted>>), FreezeError> {
+    // Most of it before anything stands still, so that all is so for as short a time as can be.
+    let synced = timeout(LIMIT, spawn_blocking(sync)).await;
+    synced
+        .map_err(|_| FreezeError::Late)?
+        .expect("writing out does not panic");
+    match hold.hold().await {
+        Held::None => Ok((Held::None, freeze_mounted(LIMIT, hold).await?)),
+        held => match freeze_mounted(HELD_LIMIT, hold).await {
+            Err(FreezeError::Late) => {
+                say!("the filesystems cannot be frozen while programs are held, perhaps because one serves them");
+                let mounted = freeze_mounted(LIMIT, hold).await?;
+                Ok((hold.hold().await, mounted))
+            }
+            mounted => Ok((held, mounted?)),
+        },
+    }
+}
+
+/// Freezes what is mounted. Where that takes too long it is given up, and the programs go on: it may be one of them that it
+/// waits for.
+async fn freeze_mounted(limit: Duration, hold: &Hold) -> Result<Vec<Arc<Mounted>>, FreezeError> {
     let attempt = Arc::new(Attempt::new());
     let mut work = spawn_blocking({
         let attempt = Arc::clone(&attempt);
-        move || {
-            // Most of it before the first is frozen, so that each is so for as short a time as can be.
-            sync();
-            attempt.run(Mounted::all()?)
-        }
+        move || attempt.run(Mounted::all()?)
     });
-    if let Ok(done) = timeout(LIMIT, &mut work).await {
+    if let Ok(done) = timeout(limit, &mut work).await {
         return done.expect("freezing does not panic");
     }
+    release_or_say(hold).await;
     // Thaws, which writes: not on this thread.
     let undo = spawn_blocking(move || attempt.give_up());
     // With the state locked, so that no other call meets the rest of this one. Not for ever: a disk may be dead.
@@ -156,9 +216,34 @@ async fn freeze_own() -> Result<Vec<Arc<Mounted>>, FreezeError> {
     Err(FreezeError::Late)
 }
 
-fn thaw_now(mut state: OwnedMutexGuard<State>, machine: Machine, root: &Path) -> Result<(), FreezeError> {
+async fn release_or_say(hold: &Hold) {
+    if let Err(error) = hold.release().await {
+        say!("letting programs go on: {}", chain(&error));
+    }
+}
+
+/// Lets the programs go on whatever becomes of the filesystems.
+async fn thaw_in_time(
+    mut state: OwnedMutexGuard<State>,
+    machine: Machine,
+    root: PathBuf,
+    hold: Arc<Hold>,
+) -> Result<(), FreezeError> {
+    // Hands the state back, so that no freeze comes between this and the release.
+    let mut work = spawn_blocking(move || (thaw_now(&mut state, machine, &root), state));
+    let early = timeout(HELD_LIMIT, &mut work).await;
+    let released = hold.release().await.map_err(FreezeError::Release);
+    let thawed = match early {
+        Ok(done) => done,
+        Err(_) => timeout(LIMIT - HELD_LIMIT, work).await.map_err(|_| FreezeError::Late)?,
+    };
+    let (thawed, _state) = thawed.expect("thawing does not panic");
+    thawed.and(released)
+}
+
+fn thaw_now(state: &mut State, machine: Machine, root: &Path) -> Result<(), FreezeError> {
     if machine == Machine::Own {
-        let held: &[Arc<Mounted>] = match &*state {
+        let held: &[Arc<Mounted>] = match state {
             State::Frozen(frozen) => &frozen.held,
             State::Thawed => &[],
         };
@@ -166,7 +251,7 @@ fn thaw_now(mut state: OwnedMutexGuard<State>, machine: Machine, root: &Path) ->
         let thawed = thaw_all(held.iter().map(|held| &**held));
         thawed.and(thaw_all(Mounted::all()?.iter()))?;
     }
-    if let State::Frozen(frozen) = std::mem::take(&mut *state) {
+    if let State::Frozen(frozen) = std::mem::take(state) {
         say!("filesystems thawed");
         // Not the caller's failure: they are thawed, and a full disk must not make a guest that cannot be woken.
         if let Err(error) = frozen.deferred.write(root) {

@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use nix::sys::stat::{major, minor};
 
+use crate::cgroups::CgroupError;
 use crate::console::{chain, say};
 use crate::mountinfo::{Device, DiskFilesystem, disk_filesystems};
 use crate::sys;
@@ -30,6 +31,8 @@ pub(crate) enum FreezeError {
     Thaw(PathBuf, #[source] io::Error),
     #[error("it took too long")]
     Late,
+    #[error("the programs do not go on")]
+    Release(#[source] CgroupError),
 }
 
 /// A filesystem that can be frozen: the kernel's, or a test's.

@@ -1,15 +1,16 @@
 //! What envd knows about the machine it is in, shared by all calls: settings from `/init`, readiness, whether the machine
-//! is ours to change, whether its filesystems are frozen, and which connections are to end.
+//! is ours to change, whether its programs are held and its filesystems frozen, and which connections are to end.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::{RwLock, RwLockReadGuard};
+use std::sync::{Arc, RwLock, RwLockReadGuard};
 
 use nix::unistd::geteuid;
 use tokio::sync::watch;
 
 use crate::connections::Connections;
 use crate::filesystems::Filesystems;
+use crate::hold::Hold;
 use crate::users::{self, User, UserError};
 
 /// Whether the machine is a sandbox's, with envd as PID 1, or one that envd is a guest of (tests, development).
@@ -54,6 +55,7 @@ pub(crate) struct Guest {
     pub(crate) machine: Machine,
     pub(crate) readiness: watch::Sender<Readiness>,
     pub(crate) disk: watch::Sender<Disk>,
+    pub(crate) hold: Arc<Hold>,
     pub(crate) filesystems: Filesystems,
     pub(crate) connections: Connections,
     settings: RwLock<Settings>,
@@ -69,12 +71,14 @@ impl Guest {
             identity: crate::identity::variables(None, None),
             ..Default::default()
         };
+        let hold = Arc::new(Hold::of(machine));
         Self {
             root,
             machine,
             readiness: watch::Sender::new(readiness),
             disk: watch::Sender::new(disk),
-            filesystems: Filesystems::default(),
+            filesystems: Filesystems::new(Arc::clone(&hold)),
+            hold,
             connections: Connections::default(),
             settings: RwLock::new(settings),
         }

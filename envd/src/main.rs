@@ -9,6 +9,7 @@
 //! | [`http`], [`connections`] | the listener and the routes; which connections are to end |
 //! | [`rest`], [`clock`], [`entropy`], [`identity`], [`metrics`] | the plain HTTP calls and what they do |
 //! | [`snapshot`], [`filesystems`], [`freeze`], [`mountinfo`] | before a snapshot: the disk written, then frozen |
+//! | [`hold`], [`cgroups`] | over a snapshot: the guest's programs stopped |
 //! | [`disk`] | after a restore: proof that the disk answers |
 //! | [`process`] | the Connect service that runs programs |
 //! | [`guest`] | settings and readiness, shared by all calls |
@@ -17,6 +18,7 @@
 //!
 //! Wire facts are in `roost_common::guest`.
 
+mod cgroups;
 mod clock;
 mod connections;
 mod console;
@@ -25,6 +27,7 @@ mod entropy;
 mod filesystems;
 mod freeze;
 mod guest;
+mod hold;
 mod http;
 mod identity;
 mod init;

@@ -9,7 +9,9 @@ use http::header::HeaderValue;
 use http::{HeaderMap, Response, StatusCode, header};
 use http_body_util::{BodyExt as _, Full, LengthLimitError, Limited};
 use hyper::body::Incoming;
-use roost_common::guest::{ACCESS_TOKEN_HEADER, InitRequest, MAX_ENTROPY, MAX_NONCE, NONCE_HEADER, VERSION_HEADER};
+use roost_common::guest::{
+    ACCESS_TOKEN_HEADER, HELD_HEADER, InitRequest, MAX_ENTROPY, MAX_NONCE, NONCE_HEADER, VERSION_HEADER,
+};
 use tokio::sync::Mutex;
 
 use crate::clock::{self, Clock, Decision};
@@ -151,10 +153,13 @@ impl Rest {
         let guest = &self.guest;
         guest.disk_settled().await;
         let frozen = guest.filesystems.freeze(guest.machine).await;
-        frozen.map_err(|error| effect("freezing the filesystems", &error))?;
+        let held = frozen.map_err(|error| effect("freezing the filesystems", &error))?;
         // The snapshot is next: this call's own connection, opened since the preparation, would be in it.
         guest.connections.close();
-        Ok(empty())
+        let mut answer = empty();
+        let held = HeaderValue::from_static(held.word());
+        answer.headers_mut().insert(HELD_HEADER, held);
+        Ok(answer)
     }
 
     /// `POST /fsthaw`.

@@ -8,6 +8,7 @@ use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use common::{Envd, PATIENCE, bash, exists, run};
+use connectrpc::ErrorCode;
 use connectrpc::client::CallOptions;
 use roost_common::guest::process::StartResponse;
 use roost_common::guest::process::process_event::Event;
@@ -437,10 +438,35 @@ async fn a_frozen_guest_answers_and_writes_resolvers_when_it_is_thawed() {
     assert_eq!(envd.http("GET", "/health", &[], "").0, 204);
     assert_eq!(envd.http("GET", "/metrics", &[], "").0, 200);
     assert_eq!(envd.http("POST", "/snapshot/prepare", &[], "").0, 204);
+    assert_eq!(envd.http("POST", "/fsthaw", &[], "").0, 204);
+    assert_eq!(resolvers(), "nameserver 192.0.2.3\n");
     let ran = run(&envd, bash("echo $RESOLVER"), CallOptions::default())
         .await
         .unwrap();
     assert_eq!(ran.out(), "192.0.2.3\n");
-    assert_eq!(envd.http("POST", "/fsthaw", &[], "").0, 204);
-    assert_eq!(resolvers(), "nameserver 192.0.2.3\n");
+}
+
+#[tokio::test]
+async fn nothing_is_started_in_a_frozen_guest_before_it_is_thawed() {
+    let envd = Envd::start();
+    let frozen = envd.raw(b"POST /fsfreeze HTTP/1.1\r\nHost: envd\r\nConnection: close\r\nContent-Length: 0\r\n\r\n");
+    // On a machine that is not envd's no program is stopped, and the answer says so.
+    assert!(frozen.contains("x-roost-held: none"), "{frozen}");
+    let file = envd.root.join("ran");
+    let script = format!("echo $NEW > {}", file.display());
+    let body = r#"{"envVars": {"NEW": "after"}}"#;
+    let impatient = CallOptions::default().with_header("connect-timeout-ms", "100");
+    let error = run(&envd, bash(&script), impatient).await.unwrap_err();
+    assert_eq!(error.code, ErrorCode::DeadlineExceeded, "{error:?}");
+    let started = async {
+        let ran = run(&envd, bash(&script), CallOptions::default()).await.unwrap();
+        assert_eq!(ran.end.exit_code, 0);
+    };
+    let thawed = async {
+        assert_eq!(envd.http("POST", "/init", &[], body).0, 204);
+        assert!(!file.exists() && envd.children().is_empty());
+        assert_eq!(envd.http("POST", "/fsthaw", &[], "").0, 204);
+    };
+    tokio::join!(started, thawed);
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "after\n");
 }

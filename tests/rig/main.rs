@@ -16,3 +16,4 @@ mod privd;
 mod random;
 mod shim;
 mod templates;
+mod wake;

@@ -33,7 +33,7 @@ use crate::failpoint::{pass, reach};
 use crate::host::Host;
 use crate::host::files::written_at;
 use crate::host::privd::CallError;
-use crate::snapshot::{self, SnapshotError};
+use crate::snapshot::{self, Manifest, SnapshotError};
 use crate::templates::{CaptureKind, CaptureWish, Making, TemplateError, TemplateFile};
 use crate::vmm::{Vmm, VmmError};
 
@@ -281,13 +281,21 @@ async fn finish(
     memory: Option<PathBuf>,
     steps: &Steps,
 ) -> Result<Bytes, CaptureError> {
-    let token = memory.is_some().then(|| record.token.clone());
-    let making = blocking(move || match memory {
-        Some(memory) => snapshot::copy_generation(&memory, &making.snapshot()).map(|_| making),
-        None => Ok(making),
+    let id = record.plan.id.clone();
+    let copied = blocking(move || {
+        let Some(memory) = memory else {
+            return Ok((making, false));
+        };
+        if !Manifest::read(&memory)?.about.held {
+            // Two that wake from it would draw the same random numbers before either is told who it is.
+            tracing::warn!(sandbox_id = %id, "not all programs could be stopped, so the template has no memory and is booted");
+            return Ok((making, false));
+        }
+        snapshot::copy_generation(&memory, &making.snapshot()).map(|_| (making, true))
     });
-    let making = making.await?;
-    if token.is_some() {
+    let (making, has_memory) = copied.await?;
+    let token = has_memory.then(|| record.token.clone());
+    if has_memory {
         reach("snapshot.copied").await?;
     }
     let size = blocking(move || making.finish(&TemplateFile::new(wish.name, token))).await?;

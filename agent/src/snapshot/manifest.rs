@@ -47,6 +47,10 @@ pub struct About {
     pub memory_file: MemoryFile,
     /// Whether the guest's filesystems are frozen, so that it wakes without writing.
     pub frozen: bool,
+    /// Whether all of the guest's programs had stopped, so that it may be woken more than once: none of them runs before it has been told
+    /// who it is, and draws the random numbers that its twin draws.
+    #[serde(default)]
+    pub held: bool,
     /// How its memory may be restored at most: where this is [`RestoreMode::Copy`], not on demand.
     pub restore: RestoreMode,
     /// When it was made, in seconds since 1970.
@@ -246,6 +250,7 @@ pub(super) mod tests {
             devices: Devices::RootfsNet0BalloonSerial,
             memory_file: MemoryFile::Raw,
             frozen: true,
+            held: true,
             restore: RestoreMode::OnDemand,
             made_at_unix: 1_700_000_000,
         }

@@ -22,11 +22,13 @@ use roost_common::guest::process::{
     SendSignalRequest, SendSignalResponse, Signal, StartRequest, StartResponse, StreamInputRequest,
     StreamInputResponse, UpdateRequest, UpdateResponse, stream_input_request,
 };
+use tokio::time::Instant;
 
 use super::input::InputError;
 use super::spawn::{Plan, SpawnError, StdinSource};
 use super::{AttachError, Events, Process, Processes};
 use crate::guest::Guest;
+use crate::hold::{Hold, Start};
 use crate::users::UserError;
 
 /// Silence after which a stream says that it lives, where the caller does not say.
@@ -78,8 +80,9 @@ impl Service for ProcessService {
             .into_option()
             .ok_or_else(|| ConnectError::invalid_argument("no process given"))?;
         let user = basic_user(&context)?;
-        let deadline = context.deadline().map(tokio::time::Instant::from_std);
+        let deadline = context.deadline().map(Instant::from_std);
         let (guest, processes) = (Arc::clone(&self.guest), Arc::clone(&self.processes));
+        let start = may_start(&guest.hold, deadline).await?;
         // On a thread of its own, which finishes whatever becomes of this call: a process is either started and
         // accompanied, or not started.
         let started = tokio::task::spawn_blocking(move || {
@@ -98,7 +101,9 @@ impl Service for ProcessService {
                     StdinSource::Empty
                 },
             };
-            processes.start(&plan, config, request.tag, deadline)
+            let events = processes.start(&plan, config, request.tag, deadline);
+            drop(start);
+            events
         });
         let events = started
             .await
@@ -192,6 +197,16 @@ impl ProcessService {
             Selector::Pid(pid) => ConnectError::not_found(format!("there is no process {pid}")),
             Selector::Tag(tag) => ConnectError::not_found(format!("there is no process with tag {tag:?}")),
         })
+    }
+}
+
+/// Waits while a snapshot is taken or the guest wakes from it.
+async fn may_start(hold: &Arc<Hold>, deadline: Option<Instant>) -> Result<Start, ConnectError> {
+    match deadline {
+        Some(deadline) => tokio::time::timeout_at(deadline, hold.start()).await.map_err(|_| {
+            ConnectError::deadline_exceeded("the guest was being snapshotted, and started nothing meanwhile")
+        }),
+        None => Ok(hold.start().await),
     }
 }
 
