@@ -60,6 +60,7 @@ fn whatever_happens_at_any_step_of_anything_nothing_is_lost_and_nothing_stays() 
             }));
             let became = outcome.unwrap_or_else(|panic| {
                 let what = words_of(panic.as_ref());
+                show(&what);
                 failures.push(format!("{:?} {} {fault:?}: {what}", step.operation, step.name));
                 host.start_over();
                 "FAILED"

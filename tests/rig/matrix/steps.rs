@@ -204,7 +204,7 @@ fn sample(cases: &[(Step, Fault)], turn: usize) -> Vec<usize> {
         let of_operation: Vec<usize> = (0..cases.len())
             .filter(|number| cases[*number].0.operation == operation)
             .collect();
-        let wanted = quick[(place * 5 + turn * 7) % quick.len()];
+        let wanted = quick[(place * 7 + turn * 5) % quick.len()];
         let with_fault: Vec<usize> = of_operation
             .iter()
             .copied()
