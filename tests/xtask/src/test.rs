@@ -304,6 +304,7 @@ fn tests_in_rig(options: &Options, timeout: u64) -> Result<(Binaries, rig::Optio
     };
     if options.all {
         rig.env.push("ROOST_TESTS_ALL=1".to_owned());
+        rig.command.push("--include-ignored".to_owned());
     }
     Ok((binaries, rig))
 }
