@@ -10,7 +10,8 @@
 //! | from there on, so also once the pause is acknowledged | paused | paused |
 //! | during a resume, until its memory is offered to a VMM | paused | paused |
 //! | from there until its guest may write | resuming | paused |
-//! | from there on, also before the resume is acknowledged | running | gone, with a tombstone |
+//! | from there until it has thawed | thawing | paused, with its memory where its disk was not written |
+//! | from there on | running | gone, with a tombstone |
 
 use std::fs::{self, File};
 use std::io::Write as _;
@@ -68,8 +69,9 @@ const MOMENTS: &[(Moment, Became, bool)] = &[
     (Moment::Pause("pause.stopped"), Became::Gone, false),
     (Moment::Pause("pause.frozen"), Became::Gone, false),
     (Moment::Pause("pause.prepared"), Became::Gone, false),
-    (Moment::Resume("resume.recorded"), Became::Gone, false),
-    (Moment::Resume("resume.thawed"), Became::Gone, false),
+    // Nobody has been told of this resume, and its guest is frozen: it is as paused as it was. From the thaw on its memory may be of no
+    // use, so what comes after that is no moment here.
+    (Moment::Resume("resume.recorded"), Became::Paused, false),
 ];
 
 /// A file in memory, one on disk, and a program whose count is in memory and, number by number, in a file on disk.
