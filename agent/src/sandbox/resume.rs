@@ -178,7 +178,8 @@ pub async fn resume(
 /// Reads and checks everything that can be before anything is started, and makes room for a new VM.
 fn make_ready(host: &Host, id: &SandboxId, kept: Kept, wish: ResumeWish) -> Result<Ready, ResumeError> {
     // No VM of it runs any more, so what its disk says now is final.
-    if wish.from == From::Memory && settle(host, kept, id).memory == Memory::Spent {
+    let is_whole = || Ok::<_, FileError>(files::written_at(&host.layout.cow(id))? == kept.disk_written_at);
+    if wish.from == From::Memory && (kept.memory == Memory::Spent || !is_whole()?) {
         return Err(ResumeError::Spent);
     }
     let found = Record::read(&host.layout, id)?;
@@ -302,7 +303,12 @@ async fn steps(
         pass("resume.thawed").await;
     }
     record.phase = Phase::Running;
-    write(record.clone()).await?;
+    if let Err(error) = write(record.clone()).await {
+        // It runs, and that is what its caller wants to hear. An agent that starts finds it thawing, and lets it run on; what it had in
+        // memory stays for as long as its record names it.
+        tracing::error!(sandbox_id = %id, error = %Chain(&error), "the record of a resumed sandbox says that it is about to run");
+        return Ok((guest, record, memory));
+    }
     pass("resume.running").await;
     let removed = gate.run({
         let directory = host.layout.generation(&id, kept.generation);
@@ -354,9 +360,9 @@ pub(crate) fn settle(host: &Host, mut kept: Kept, id: &SandboxId) -> Kept {
             tracing::warn!(sandbox_id = %id, "the disk has been written since the sandbox was paused; its memory is of no use any more");
             kept.memory = Memory::Spent;
         }
+        // It may be a moment's failure, and the next resume looks again.
         Err(error) => {
-            tracing::error!(sandbox_id = %id, error = %Chain(&error), "nobody can say whether memory and disk agree");
-            kept.memory = Memory::Spent;
+            tracing::error!(sandbox_id = %id, error = %Chain(&error), "nobody can say now whether memory and disk agree");
         }
     }
     kept

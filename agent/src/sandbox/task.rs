@@ -467,7 +467,11 @@ impl Driver {
                 Ok(()) | Err(_) => Some(Event::ResumeRequested(wish, reply)),
             },
             Command::Capture(wish, reply) => match self.unclaimed.take() {
-                Some((heard, bytes, at)) if heard == wish && at.elapsed() < UNCLAIMED_KEPT => {
+                Some((made, bytes, at))
+                    if made == wish
+                        && at.elapsed() < UNCLAIMED_KEPT
+                        && wish.template.dir(&self.host.layout.images()).exists() =>
+                {
                     answer(vec![reply], &Ok(bytes));
                     None
                 }
