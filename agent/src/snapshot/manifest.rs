@@ -280,6 +280,7 @@ pub(super) mod tests {
                 "devices": "rootfs_net0_balloon_serial",
                 "memory_file": "raw",
                 "frozen": true,
+                "held": true,
                 "restore": "OnDemand",
                 "made_at_unix": 1_700_000_000,
             },
