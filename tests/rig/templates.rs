@@ -107,7 +107,6 @@ fn uuids(sandbox: &Sandbox) -> BTreeSet<String> {
 }
 
 #[test]
-#[ignore = "until it has been seen to pass with programs held: cargo xtask test --all"]
 fn sandboxes_made_of_a_snapshot_go_on_where_it_was_and_are_not_each_other() {
     in_rig(|| {
         let source = Sandbox::create(&["--memory", "192", "--env", "COLOUR=teal"]);
@@ -176,7 +175,6 @@ fn sandboxes_made_of_a_snapshot_go_on_where_it_was_and_are_not_each_other() {
 }
 
 #[test]
-#[ignore = "until it has been seen to pass with programs held: cargo xtask test --all"]
 fn a_paused_sandbox_becomes_a_template_and_stays_paused() {
     in_rig(|| {
         let source = Sandbox::create(&["--memory", "192"]);
