@@ -8,7 +8,6 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -19,7 +18,7 @@ use roost_common::shim::{EXIT_FILE, Exit, MAX_EXIT_FILE, SHIM_SOCKET};
 
 use crate::errors::{Chain, FileError};
 use crate::guest::Guest;
-use crate::host::files::Layout;
+use crate::host::files::{Layout, names};
 use crate::host::shim::{self, ShimFault};
 use crate::host::slots::SlotLease;
 use crate::registry::Registry;
@@ -27,6 +26,7 @@ use crate::sandbox::plan::Plan;
 use crate::sandbox::record::{Kept, Phase, Record, RecordError};
 use crate::sandbox::task::Found;
 use crate::sandbox::{MemoryLoad, PauseEnd, TeardownError, Vm, build, pause, resume};
+use crate::templates::Sweep;
 use crate::tombstone::{self, End, Tombstone};
 
 /// How long a VM that is taken over may take to say that it runs before recovery goes on without it: its last agent may have ended in
@@ -92,7 +92,7 @@ pub async fn recover(registry: &Arc<Registry>) -> Result<(), FileError> {
         tasks.spawn(async move { recover_one(&registry, id, remnant, slot).await });
     }
     tasks.join_all().await;
-    registry.sweep_unfinished_templates().await;
+    registry.sweep_templates(Sweep::DeletedAndUnfinished).await;
     tracing::info!(
         op = "recover",
         sandboxes = count,
@@ -298,12 +298,4 @@ fn read_exit(layout: &Layout, id: &SandboxId) -> Option<Exit> {
     let mut content = Vec::new();
     file.take(MAX_EXIT_FILE as u64 + 1).read_to_end(&mut content).ok()?;
     Exit::from_json(&content).ok()
-}
-
-fn names(dir: &Path) -> Result<Vec<String>, FileError> {
-    let failed = |source| FileError::new("reading", dir, source);
-    std::fs::read_dir(dir)
-        .map_err(failed)?
-        .map(|entry| Ok(entry.map_err(failed)?.file_name().to_string_lossy().into_owned()))
-        .collect()
 }

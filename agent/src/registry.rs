@@ -17,9 +17,7 @@ use crate::sandbox::CreateFailure;
 use crate::sandbox::plan::Plan;
 use crate::sandbox::record::Record;
 use crate::sandbox::task::{self, Found, Handle};
-use crate::templates;
-
-static SWEEP: Mutex<()> = Mutex::new(());
+use crate::templates::{self, Sweep};
 
 /// Why a create was not accepted.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -42,6 +40,8 @@ pub struct Registry {
     draining: AtomicBool,
     /// Whether recovery has left sandboxes alone, which may need any template.
     has_strangers: AtomicBool,
+    /// Held while deleted templates are looked through.
+    sweep: Mutex<()>,
     sandboxes: Mutex<HashMap<SandboxId, Handle>>,
 }
 
@@ -52,6 +52,7 @@ impl Registry {
             host,
             draining: AtomicBool::new(false),
             has_strangers: AtomicBool::new(false),
+            sweep: Mutex::default(),
             sandboxes: Mutex::default(),
         })
     }
@@ -138,25 +139,16 @@ impl Registry {
         // A template that was deleted goes with the last sandbox that needs it.
         if gone.is_some_and(|gone| !gone.plan.template.is_minimal()) {
             let registry = self.clone();
-            tokio::spawn(async move { registry.sweep_templates().await });
+            tokio::spawn(async move { registry.sweep_templates(Sweep::Deleted).await });
         }
     }
 
-    /// Removes what is left of deleted templates that no sandbox needs.
-    pub(crate) async fn sweep_templates(self: &Arc<Self>) {
-        self.sweep(false).await;
-    }
-
-    /// The same when the agent has started: also what of templates was never finished.
-    pub(crate) async fn sweep_unfinished_templates(self: &Arc<Self>) {
-        self.sweep(true).await;
-    }
-
-    async fn sweep(self: &Arc<Self>, is_start: bool) {
+    /// Removes what is left of templates that no sandbox needs.
+    pub(crate) async fn sweep_templates(self: &Arc<Self>, what: Sweep) {
         let registry = self.clone();
         let swept = tokio::task::spawn_blocking(move || {
             // One at a time, and each looks at who there is when its turn has come: a sandbox is here before it opens its template.
-            let _sweeping = SWEEP.lock().expect("no sweep panics");
+            let _sweeping = registry.sweep.lock().expect("no sweep panics");
             if registry.has_strangers.load(Ordering::Acquire) {
                 return Ok(());
             }
@@ -165,7 +157,7 @@ impl Registry {
                 .iter()
                 .map(|handle| templates::named(handle.plan.template))
                 .collect();
-            templates::sweep(&registry.host.layout.images(), &needed, is_start)
+            templates::sweep(&registry.host.layout.images(), &needed, what)
         });
         if let Err(error) = swept.await.expect("file work does not panic") {
             tracing::error!(error = %Chain(&error), "a deleted template stays until the next one is deleted");

@@ -114,13 +114,6 @@ impl Census {
             .any(|line| line.strip_prefix(&wanted).is_some_and(|line| line.contains(text)))
     }
 
-    /// How many lines there are of a kind, with this text.
-    pub fn count_of(&self, kind: &str, text: &str) -> usize {
-        let wanted = format!("{kind}: ");
-        let of_kind = self.0.iter().filter_map(|line| line.strip_prefix(&wanted));
-        of_kind.filter(|line| line.contains(text)).count()
-    }
-
     /// How many lines there are of a kind.
     pub fn count(&self, kind: &str) -> usize {
         self.0

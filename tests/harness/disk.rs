@@ -210,7 +210,10 @@ fn output(program: &str, arguments: &[&str]) -> Output {
 }
 
 /// Standard output of a program that must succeed.
-fn run(program: &str, arguments: &[&str]) -> String {
+///
+/// # Panics
+/// When it fails.
+pub fn run(program: &str, arguments: &[&str]) -> String {
     let output = output(program, arguments);
     assert!(
         output.status.success(),

@@ -317,6 +317,21 @@ pub fn call(procedure: &str, request: &Value) -> Answer {
     curl(&args)
 }
 
+/// The kernel's name of the device that is a sandbox's disk, such as `dm-3`.
+///
+/// # Panics
+/// When the id is none.
+pub fn disk_of(id: &str) -> Option<String> {
+    let name = roost_common::names::disk(&id.parse().expect("a sandbox id"));
+    let blocks = std::fs::read_dir("/sys/block").expect("there is one").flatten();
+    blocks
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .find(|block| {
+            let named = std::fs::read_to_string(format!("/sys/block/{block}/dm/name"));
+            named.is_ok_and(|named| named.trim() == name)
+        })
+}
+
 /// Process ids of a command's name, as the kernel has it (cut to 15 letters).
 pub fn pids(command: &str) -> Vec<i32> {
     let Ok(entries) = std::fs::read_dir("/proc") else {

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::Command;
 
 use roost_tests::census::Census;
-use roost_tests::disk::{FaultyDisk, Filler, Health, preallocate};
+use roost_tests::disk::{FaultyDisk, Filler, Health, preallocate, run};
 use roost_tests::roost::{self, Sandbox, Template, find, find_paused, wait_for_agent};
 use roost_tests::{eventually, in_rig};
 
@@ -65,15 +65,6 @@ impl Drop for DataDirectory {
 
 fn systemctl(verb: &str) {
     run("systemctl", &[verb, "roost-agent.service"]);
-}
-
-fn run(program: &str, arguments: &[&str]) {
-    let output = Command::new(program).args(arguments).output().expect("it runs");
-    assert!(
-        output.status.success(),
-        "{program} {arguments:?}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
 }
 
 /// A small sandbox with canaries that needs no more room for its disk. A guest that wants to write where the host has no room loses its

@@ -475,14 +475,7 @@ fn look_for(sums: &[String], id: &str) {
 
 /// The process of a sandbox's VMM: the one that was given its disk.
 fn vmm_of(id: &str) -> Option<i32> {
-    let name = roost_common::names::disk(&id.parse().expect("a sandbox id"));
-    let blocks = std::fs::read_dir("/sys/block").expect("there is one").flatten();
-    let device = blocks
-        .map(|entry| entry.file_name().to_string_lossy().into_owned())
-        .find(|block| {
-            let named = std::fs::read_to_string(format!("/sys/block/{block}/dm/name"));
-            named.is_ok_and(|named| named.trim() == name)
-        })?;
+    let device = roost::disk_of(id)?;
     let signs = [format!("/dev/{device},"), format!("/sandboxes/{id}/")];
     pids(vmm_command()).into_iter().find(|pid| {
         let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();

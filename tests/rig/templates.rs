@@ -4,47 +4,23 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use roost_tests::roost::{self, Sandbox, find, find_paused, kill_9, wait_for_agent};
+use roost_tests::roost::{self, Sandbox, TEAM, Template, find, find_paused, kill_9, wait_for_agent};
 use roost_tests::{eventually, in_rig};
 use serde_json::Value;
 
-const TEAM: &str = "11111111-2222-3333-4444-555555555555";
-
-/// A template that is deleted with this value.
-struct Template(String);
-
-impl Template {
-    /// The identity of the n-th one; nothing is made.
-    fn named(n: u8) -> Self {
-        Self(format!("00000000-0000-0000-0000-0000000000{n:02x}"))
-    }
-
-    fn id(&self) -> [&str; 4] {
-        ["--team", TEAM, "--template", &self.0]
-    }
-
-    fn of(call: &str, sandbox: &str, n: u8) -> Self {
-        let template = Self::named(n);
-        roost::ok(&[&[call, sandbox], &template.id()[..]].concat());
-        template
-    }
-
-    fn create(&self, args: &[&str]) -> (Sandbox, Value) {
-        let made = roost::ok(&[&["create", "--json"], &self.id()[..], args].concat());
-        let made: Value = serde_json::from_str(&made).expect("JSON");
-        let id = made["sandboxId"].as_str().expect("an id").to_owned();
-        (Sandbox { id }, made["metadata"].clone())
-    }
+/// Makes the n-th template of a sandbox.
+fn template_of(call: &str, sandbox: &str, n: u8) -> Template {
+    let template = Template::named(n);
+    roost::ok(&[&[call, sandbox], &template.arguments()[..]].concat());
+    template
 }
 
-impl Drop for Template {
-    fn drop(&mut self) {
-        let output = roost::roost(&[&["rmi"], &self.id()[..]].concat());
-        // A test that fails anyway says why itself.
-        if !std::thread::panicking() {
-            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        }
-    }
+/// Makes a sandbox of a template; what its create said of it.
+fn create(template: &Template, args: &[&str]) -> (Sandbox, Value) {
+    let made = roost::ok(&[&["create", "--json"], &template.arguments()[..], args].concat());
+    let made: Value = serde_json::from_str(&made).expect("JSON");
+    let id = made["sandboxId"].as_str().expect("an id").to_owned();
+    (Sandbox { id }, made["metadata"].clone())
 }
 
 /// What there is below the team's directory.
@@ -112,17 +88,17 @@ fn sandboxes_made_of_a_snapshot_go_on_where_it_was_and_are_not_each_other() {
         let source = Sandbox::create(&["--memory", "192", "--env", "COLOUR=teal"]);
         source.sh(CANARIES);
         let boot = source.sh("cat /proc/sys/kernel/random/boot_id");
-        let template = Template::of("snapshot", &source.id, 1);
+        let template = template_of("snapshot", &source.id, 1);
         // It runs on, and so does what runs in it.
         assert_eq!(find(&source.id).expect("listed")["status"], "running");
         goes_on(&source);
         fsck(&rootfs());
-        let error = roost::fails(&[&["snapshot", &source.id], &template.id()[..]].concat());
+        let error = roost::fails(&[&["snapshot", &source.id], &template.arguments()[..]].concat());
         assert!(error.contains("already"), "{error}");
 
-        let (first, metadata) = template.create(&[]);
+        let (first, metadata) = create(&template, &[]);
         assert_eq!(metadata["restored"], "true", "{metadata}");
-        let (second, _) = template.create(&["--memory", "192"]);
+        let (second, _) = create(&template, &["--memory", "192"]);
         assert_ne!(first.host_ip(), second.host_ip());
         for clone in [&first, &second] {
             goes_on(clone);
@@ -147,7 +123,7 @@ fn sandboxes_made_of_a_snapshot_go_on_where_it_was_and_are_not_each_other() {
         assert_eq!(second.sh("test -e /root/own && echo there || echo none"), "none");
 
         // Of another size it is booted, from the same disk.
-        let (booted, metadata) = template.create(&["--memory", "256"]);
+        let (booted, metadata) = create(&template, &["--memory", "256"]);
         assert_eq!(metadata["restored"], "false", "{metadata}");
         assert_ne!(booted.sh("cat /proc/sys/kernel/random/boot_id"), boot);
         assert_eq!(
@@ -158,8 +134,8 @@ fn sandboxes_made_of_a_snapshot_go_on_where_it_was_and_are_not_each_other() {
 
         // Deleted while in use: nothing new is made of it, and those there are keep it.
         first.pause();
-        roost::ok(&[&["rmi"], &template.id()[..]].concat());
-        let error = roost::fails(&[&["create"], &template.id()[..]].concat());
+        roost::ok(&[&["rmi"], &template.arguments()[..]].concat());
+        let error = roost::fails(&[&["create"], &template.arguments()[..]].concat());
         assert!(error.contains("no template"), "{error}");
         assert!(!on_disk().is_empty(), "its files are needed");
         kill_9("roost-agent");
@@ -180,13 +156,13 @@ fn a_paused_sandbox_becomes_a_template_and_stays_paused() {
         let source = Sandbox::create(&["--memory", "192"]);
         source.sh(CANARIES);
         source.pause();
-        let template = Template::of("snapshot", &source.id, 2);
+        let template = template_of("snapshot", &source.id, 2);
         assert!(find_paused(&source.id).is_some());
         fsck(&rootfs());
         source.resume();
         goes_on(&source);
         drop(source);
-        let (clone, metadata) = template.create(&[]);
+        let (clone, metadata) = create(&template, &[]);
         assert_eq!(metadata["restored"], "true", "{metadata}");
         goes_on(&clone);
         // As any other: it can be paused and resumed itself.
@@ -205,7 +181,7 @@ fn a_flattened_root_filesystem_is_booted_and_whoever_asks_twice_gets_one() {
         let source = Sandbox::create(&["--memory", "192"]);
         source.sh(CANARIES);
         let template = Template::named(3);
-        let call = [&["flatten", source.id.as_str()], &template.id()[..]].concat();
+        let call = [&["flatten", source.id.as_str()], &template.arguments()[..]].concat();
         // One caller goes away, the others are answered with the same.
         let mut first = roost::start(&call);
         let others = [0, 1].map(|_| roost::start(&call));
@@ -221,7 +197,7 @@ fn a_flattened_root_filesystem_is_booted_and_whoever_asks_twice_gets_one() {
         goes_on(&source);
         fsck(&rootfs());
         assert!(!rootfs().with_file_name("snapshot").exists());
-        let (booted, metadata) = template.create(&[]);
+        let (booted, metadata) = create(&template, &[]);
         assert_eq!(metadata["restored"], Value::Null, "{metadata}");
         assert_eq!(
             booted.sh("sha256sum < /root/disk | diff - /root/disk.sum && echo same"),
@@ -229,7 +205,7 @@ fn a_flattened_root_filesystem_is_booted_and_whoever_asks_twice_gets_one() {
         );
         // A paused one has a disk too.
         source.pause();
-        let other = Template::of("flatten", &source.id, 4);
+        let other = template_of("flatten", &source.id, 4);
         source.resume();
         goes_on(&source);
         drop(booted);
@@ -242,7 +218,7 @@ fn a_flattened_root_filesystem_is_booted_and_whoever_asks_twice_gets_one() {
 fn no_template_is_made_of_what_is_not_there_nor_in_place_of_the_platforms_own() {
     in_rig(|| {
         let template = Template::named(5);
-        let error = roost::fails(&[&["snapshot", "nobody"], &template.id()[..]].concat());
+        let error = roost::fails(&[&["snapshot", "nobody"], &template.arguments()[..]].concat());
         assert!(error.contains("no sandbox"), "{error}");
         let sandbox = Sandbox::create(&["--memory", "128"]);
         for call in ["snapshot", "flatten"] {
@@ -253,7 +229,7 @@ fn no_template_is_made_of_what_is_not_there_nor_in_place_of_the_platforms_own() 
             assert!(error.to_lowercase().contains("uuid"), "{error}");
         }
         // What is absent is as good as deleted.
-        roost::ok(&[&["rmi"], &template.id()[..]].concat());
+        roost::ok(&[&["rmi"], &template.arguments()[..]].concat());
         assert_eq!(on_disk(), [""; 0]);
     });
 }

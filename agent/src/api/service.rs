@@ -19,7 +19,7 @@ use crate::sandbox::plan::{self, Plan, Wish};
 use crate::sandbox::resume::From;
 use crate::sandbox::task::{Handle, View};
 use crate::sandbox::{Began, PauseReason, ResumeWish, Versions};
-use crate::templates::{self, CaptureKind, CaptureWish};
+use crate::templates::{self, CaptureKind, CaptureWish, Sweep};
 use crate::tombstone;
 use roost_hostagent::hostagent::v1::*;
 
@@ -145,20 +145,19 @@ impl Service {
         &self,
         kind: CaptureKind,
         sandbox: &str,
-        name: String,
+        name: &str,
         team: &str,
         template: &str,
-    ) -> Result<(String, i64), ApiError> {
+    ) -> Result<i64, ApiError> {
         let handle = self.find(sandbox)?;
         let wish = CaptureWish {
             kind,
             template: plan::template(team, template)?,
-            name: plan::name(name)?,
+            name: plan::name(name.to_owned())?,
         };
-        let name = wish.name.clone();
         let _in_use = handle.begin_use();
         let size = handle.capture(wish).await.map_err(ApiError::Capture)?;
-        Ok((name, i64::try_from(size.0).unwrap_or(i64::MAX)))
+        Ok(i64::try_from(size.0).unwrap_or(i64::MAX))
     }
 
     async fn delete(&self, request: DeleteSnapshotRequest) -> Result<(), ApiError> {
@@ -168,7 +167,7 @@ impl Service {
         let deleted = tokio::task::spawn_blocking(move || templates::delete(&images, template));
         // One that is absent is as good as deleted.
         if deleted.await.expect("file work does not panic")? {
-            registry.sweep_templates().await;
+            registry.sweep_templates(Sweep::Deleted).await;
         }
         Ok(())
     }
@@ -375,11 +374,10 @@ impl HostAgentService for Service {
     ) -> ServiceResult<impl Encodable<CreateSnapshotResponse> + Send + use<'a>> {
         let wish = request.to_owned_message();
         let (sandbox, team, template) = (&wish.sandbox_id, &wish.team_id, &wish.template_id);
-        let captured = self.capture(CaptureKind::Snapshot, sandbox, wish.name.clone(), team, template);
-        let (name, size_bytes) = captured.await?;
+        let captured = self.capture(CaptureKind::Snapshot, sandbox, &wish.name, team, template);
         Response::ok(CreateSnapshotResponse {
-            name,
-            size_bytes,
+            size_bytes: captured.await?,
+            name: wish.name,
             ..CreateSnapshotResponse::default()
         })
     }
@@ -391,10 +389,9 @@ impl HostAgentService for Service {
     ) -> ServiceResult<impl Encodable<FlattenRootfsResponse> + Send + use<'a>> {
         let wish = request.to_owned_message();
         let (sandbox, team, template) = (&wish.sandbox_id, &wish.team_id, &wish.template_id);
-        let captured = self.capture(CaptureKind::Rootfs, sandbox, wish.name.clone(), team, template);
-        let (_, size_bytes) = captured.await?;
+        let captured = self.capture(CaptureKind::Rootfs, sandbox, &wish.name, team, template);
         Response::ok(FlattenRootfsResponse {
-            size_bytes,
+            size_bytes: captured.await?,
             ..FlattenRootfsResponse::default()
         })
     }

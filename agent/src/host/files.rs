@@ -154,6 +154,18 @@ pub fn write_durably(path: &Path, content: &[u8]) -> Result<(), FileError> {
     sync_dir(path.parent().unwrap_or(Path::new("/")))
 }
 
+/// The names in a directory.
+///
+/// # Errors
+/// [`FileError`] naming it.
+pub fn names(dir: &Path) -> Result<Vec<String>, FileError> {
+    let failed = |source| FileError::new("reading", dir, source);
+    fs::read_dir(dir)
+        .map_err(failed)?
+        .map(|entry| Ok(entry.map_err(failed)?.file_name().to_string_lossy().into_owned()))
+        .collect()
+}
+
 /// Brings a directory's entries to disk.
 ///
 /// # Errors

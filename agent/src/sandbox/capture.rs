@@ -21,21 +21,18 @@ use std::time::{Duration, Instant};
 use roost_common::ids::SandboxId;
 use roost_common::ipc::PassedFd;
 use roost_common::privd::OpenDisk;
-use roost_common::shim::API_SOCKET;
 use roost_common::units::Bytes;
 
-use super::parts::{MemoryLoad, Vm, millis};
-use super::pause::{self, PauseError, blocking, fault_of, unless_ended};
-use super::record::{Kept, Memory, Record, RecordError};
+use super::parts::{Vm, millis};
+use super::pause::{self, PauseError, StopSteps, WriteSteps, blocking, unless_ended};
+use super::record::{Kept, Record, RecordError};
 use super::{BuildError, CaptureEnd, Ending};
 use crate::errors::{Chain, FileError};
 use crate::failpoint::{pass, reach};
 use crate::host::Host;
-use crate::host::files::written_at;
 use crate::host::privd::CallError;
 use crate::snapshot::{self, Manifest, SnapshotError};
 use crate::templates::{CaptureKind, CaptureWish, Making, TemplateError, TemplateFile};
-use crate::vmm::{Vmm, VmmError};
 
 /// How long a guest may stand still for its disk to be read: control planes end a call after ten minutes.
 const FLATTEN_LIMIT: Duration = Duration::from_secs(540);
@@ -72,40 +69,39 @@ pub enum CaptureError {
     VmmEnded,
 }
 
-impl From<VmmError> for CaptureError {
-    fn from(error: VmmError) -> Self {
-        Self::Pause(error.into())
-    }
-}
-
 /// The names of the steps, by what is made.
 struct Steps {
-    prepared: &'static str,
-    frozen: &'static str,
-    stopped: &'static str,
-    synced: &'static str,
+    stop: StopSteps,
     flattened: &'static str,
     thawed: &'static str,
     finished: &'static str,
 }
 
 const SNAPSHOT_STEPS: Steps = Steps {
-    prepared: "snapshot.prepared",
-    frozen: "snapshot.frozen",
-    stopped: "snapshot.stopped",
-    synced: "snapshot.synced",
+    stop: StopSteps {
+        prepared: "snapshot.prepared",
+        frozen: "snapshot.frozen",
+        stopped: "snapshot.stopped",
+        synced: "snapshot.synced",
+    },
     flattened: "snapshot.flattened",
     thawed: "snapshot.thawed",
     finished: "snapshot.finished",
 };
 const ROOTFS_STEPS: Steps = Steps {
-    prepared: "flatten.prepared",
-    frozen: "flatten.frozen",
-    stopped: "flatten.stopped",
-    synced: "flatten.synced",
+    stop: StopSteps {
+        prepared: "flatten.prepared",
+        frozen: "flatten.frozen",
+        stopped: "flatten.stopped",
+        synced: "flatten.synced",
+    },
     flattened: "flatten.flattened",
     thawed: "flatten.thawed",
     finished: "flatten.finished",
+};
+const WRITE: WriteSteps = WriteSteps {
+    written: "snapshot.written",
+    sealed: "snapshot.sealed",
 };
 
 fn steps_of(kind: CaptureKind) -> &'static Steps {
@@ -133,8 +129,7 @@ pub(crate) async fn capture(host: Arc<Host>, mut vm: Vm, wish: CaptureWish) -> C
     let Vm {
         shim, guest, record, ..
     } = &mut vm;
-    let api = Vmm::new(&host.layout.vm_run(&id).join(API_SOCKET));
-    if let Some(ending) = pause::run_on(&api, shim, guest, &id).await {
+    if let Some(ending) = pause::run_on(&pause::api(&host, &id), shim, guest, &id).await {
         drop_making(making).await;
         return CaptureEnd::Ended(vm, ending);
     }
@@ -210,53 +205,17 @@ async fn stand_still(
     making: &Making,
     ended: &mut Option<Ending>,
 ) -> Result<Option<u32>, CaptureError> {
-    let Vm {
-        shim,
-        guest,
-        memory,
-        record,
-    } = vm;
-    let id = &record.plan.id;
     let steps = steps_of(wish.kind);
-    let api = Vmm::new(&host.layout.vm_run(id).join(API_SOCKET));
-    if wish.kind == CaptureKind::Snapshot && *memory == MemoryLoad::UnderWay {
-        unless_ended(shim, ended, api.loaded()).await??;
-        *memory = MemoryLoad::Complete;
+    if wish.kind == CaptureKind::Snapshot {
+        pause::load_memory(host, vm, ended).await?;
     }
-    if let Err(error) = unless_ended(shim, ended, guest.prepare()).await? {
-        tracing::info!(sandbox_id = %id, error = %Chain(&error), "the guest did not make ready for a snapshot");
-    }
-    reach(steps.prepared).await?;
-    let freeze = unless_ended(shim, ended, guest.freeze())
-        .await?
-        .map_err(PauseError::Freeze)?;
-    reach(steps.frozen).await?;
-    unless_ended(shim, ended, api.pause()).await??;
-    reach(steps.stopped).await?;
-    let disk = shim.lend_disk().await.map_err(|fault| fault_of(fault, ended))?;
-    let synced = disk
-        .try_clone()
-        .map_err(|source| FileError::new("copying the descriptor of", &host.layout.cow(id), source))?;
-    pause::sync_disk(host, id, synced).await?;
-    reach(steps.synced).await?;
+    let stopped = pause::stop_guest(host, vm, &steps.stop, ended).await?;
     let generation = match wish.kind {
         CaptureKind::Rootfs => None,
-        CaptureKind::Snapshot => {
-            let attempt = blocking({
-                let (host, id, uid) = (host.clone(), id.clone(), shim.uid());
-                move || pause::make_attempt(&host, &id, uid)
-            })
-            .await?;
-            unless_ended(shim, ended, api.snapshot(&host.layout.generation(id, attempt))).await??;
-            reach("snapshot.written").await?;
-            shim.publish(attempt).await.map_err(|fault| fault_of(fault, ended))?;
-            pause::seal(host, record, freeze, attempt, attempt + 1).await?;
-            reach("snapshot.sealed").await?;
-            Some(attempt + 1)
-        }
+        CaptureKind::Snapshot => Some(pause::write_memory(host, vm, stopped.freeze, &WRITE, ended).await?),
     };
-    let copied = flatten(disk, record, making);
-    unless_ended(shim, ended, copied).await??;
+    let copied = flatten(stopped.disk, &vm.record, making);
+    unless_ended(&mut vm.shim, ended, copied).await??;
     reach(steps.flattened).await?;
     Ok(generation)
 }
@@ -338,8 +297,7 @@ async fn copy_kept(
     flatten(device, &record, making).await?;
     reach(steps_of(wish.kind).flattened).await?;
     // Reading changes nothing. Had something been written all the same, its memory would be of no use, and so would the template's.
-    let unchanged = written_at(&host.layout.cow(id))? == kept.disk_written_at;
-    let memory = (wish.kind == CaptureKind::Snapshot && kept.memory == Memory::Whole && unchanged)
+    let memory = (wish.kind == CaptureKind::Snapshot && kept.is_whole(&host.layout, id)?)
         .then(|| host.layout.generation(id, kept.generation));
     Ok((record, memory))
 }

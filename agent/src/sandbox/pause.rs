@@ -34,9 +34,9 @@ use crate::snapshot::{self, About, Cpu, Devices, MemoryFile, SnapshotError};
 use crate::vmm::{self, State, Vmm, VmmError};
 
 /// How long the disk may take to write out what the VMM has written.
-pub(super) const SYNC_LIMIT: Duration = Duration::from_secs(120);
+const SYNC_LIMIT: Duration = Duration::from_secs(120);
 /// How long a snapshot may take to be taken over: its memory is written out here.
-pub(super) const SEAL_LIMIT: Duration = Duration::from_secs(240);
+const SEAL_LIMIT: Duration = Duration::from_secs(240);
 /// How long a VMM may take to let its guest's processors run on: longer than the snapshot takes that it may still be writing.
 const RUN_ON_LIMIT: Duration = Duration::from_secs(300);
 /// How long a guest whose processors run may take to thaw.
@@ -49,6 +49,17 @@ const UNASKED_ATTEMPTS: u32 = 3;
 const UNASKED_PAUSE: Duration = Duration::from_secs(5);
 /// How often a VMM that is to end is told so.
 const KILL_ATTEMPTS: u32 = 3;
+
+const STOP: StopSteps = StopSteps {
+    prepared: "pause.prepared",
+    frozen: "pause.frozen",
+    stopped: "pause.stopped",
+    synced: "pause.synced",
+};
+const WRITE: WriteSteps = WriteSteps {
+    written: "pause.written",
+    sealed: "pause.sealed",
+};
 
 /// Why a sandbox could not be paused.
 #[derive(Debug, thiserror::Error)]
@@ -149,8 +160,7 @@ pub(crate) async fn run_on_after_interruption(host: Arc<Host>, mut vm: Vm) -> Pa
         shim, guest, record, ..
     } = &mut vm;
     let id = record.plan.id.clone();
-    let api = Vmm::new(&host.layout.vm_run(&id).join(API_SOCKET));
-    let ending = run_on(&api, shim, guest, &id).await;
+    let ending = run_on(&api(&host, &id), shim, guest, &id).await;
     match (ending, record.phase) {
         // Nobody had been told that it runs again, so it is as paused as it was, as far as its disk allows.
         (Some(_), Phase::Thawing(kept)) => {
@@ -187,61 +197,25 @@ async fn steps(
     reason: PauseReason,
     progress: &mut Progress,
 ) -> Result<Kept, PauseError> {
-    let Vm {
-        shim,
-        guest,
-        memory,
-        record,
-    } = vm;
-    let id = &record.plan.id;
-    let api = Vmm::new(&host.layout.vm_run(id).join(API_SOCKET));
-    // Before the guest is stopped for it: a snapshot of memory that is still being loaded would hold holes in its place.
-    if *memory == MemoryLoad::UnderWay {
-        unless_ended(shim, &mut progress.ended, api.loaded()).await??;
-        *memory = MemoryLoad::Complete;
-    }
-    if let Err(error) = unless_ended(shim, &mut progress.ended, guest.prepare()).await? {
-        tracing::info!(sandbox_id = %id, error = %Chain(&error), "the guest did not make ready for a snapshot");
-    }
-    reach("pause.prepared").await?;
-    let freeze = unless_ended(shim, &mut progress.ended, guest.freeze())
-        .await?
-        .map_err(PauseError::Freeze)?;
-    reach("pause.frozen").await?;
-    unless_ended(shim, &mut progress.ended, api.pause()).await??;
-    reach("pause.stopped").await?;
-
-    let disk = shim
-        .lend_disk()
-        .await
-        .map_err(|fault| fault_of(fault, &mut progress.ended))?;
-    let disk_written_at = sync_disk(host, id, disk).await?;
-    reach("pause.synced").await?;
-    let attempt = blocking({
-        let (host, id, uid) = (host.clone(), id.clone(), shim.uid());
-        move || make_attempt(&host, &id, uid)
-    })
-    .await?;
-    let directory = host.layout.generation(id, attempt);
-    unless_ended(shim, &mut progress.ended, api.snapshot(&directory)).await??;
-    reach("pause.written").await?;
-    shim.publish(attempt)
-        .await
-        .map_err(|fault| fault_of(fault, &mut progress.ended))?;
-
+    let ended = &mut progress.ended;
+    load_memory(host, vm, ended).await?;
+    let Stopped {
+        disk: _,
+        written_at: disk_written_at,
+        freeze,
+    } = stop_guest(host, vm, &STOP, ended).await?;
+    let generation = write_memory(host, vm, freeze, &WRITE, ended).await?;
     let kept = Kept {
-        generation: attempt + 1,
+        generation,
         memory: Memory::Whole,
         reason,
         told: false,
         paused_at_unix: unix_now(),
         disk_written_at,
     };
-    seal(host, record, freeze, attempt, kept.generation).await?;
-    reach("pause.sealed").await?;
     progress.recorded = true;
     blocking({
-        let (host, record) = (host.clone(), record.with(Phase::Paused(kept)));
+        let (host, record) = (host.clone(), vm.record.with(Phase::Paused(kept)));
         move || {
             // That the sandbox's directory is there at all has not been on disk so far: a sandbox that only runs does not survive a
             // power cut anyway.
@@ -254,8 +228,109 @@ async fn steps(
     Ok(kept)
 }
 
+/// The names of the steps of [`stop_guest`], for tests.
+pub(super) struct StopSteps {
+    pub(super) prepared: &'static str,
+    pub(super) frozen: &'static str,
+    pub(super) stopped: &'static str,
+    pub(super) synced: &'static str,
+}
+
+/// The names of the steps of [`write_memory`], for tests.
+pub(super) struct WriteSteps {
+    pub(super) written: &'static str,
+    pub(super) sealed: &'static str,
+}
+
+/// A guest that stands still, its disk on the host's.
+pub(super) struct Stopped {
+    /// The disk's device.
+    pub(super) disk: OwnedFd,
+    /// When the exception store was last written, in nanoseconds since 1970.
+    pub(super) written_at: i64,
+    pub(super) freeze: Freeze,
+}
+
+/// Waits until all of a VM's memory is there: a snapshot of memory that is still being loaded would hold holes in its place. Before the
+/// guest is stopped for it.
+pub(super) async fn load_memory(host: &Arc<Host>, vm: &mut Vm, ended: &mut Option<Ending>) -> Result<(), PauseError> {
+    if vm.memory == MemoryLoad::UnderWay {
+        let api = api(host, &vm.record.plan.id);
+        unless_ended(&mut vm.shim, ended, api.loaded()).await??;
+        vm.memory = MemoryLoad::Complete;
+    }
+    Ok(())
+}
+
+/// Brings a guest to a stop: filesystems, then processors, then its disk. Whoever calls this lets it [run on](run_on), or ends it.
+pub(super) async fn stop_guest(
+    host: &Arc<Host>,
+    vm: &mut Vm,
+    steps: &StopSteps,
+    ended: &mut Option<Ending>,
+) -> Result<Stopped, PauseError> {
+    let Vm {
+        shim, guest, record, ..
+    } = vm;
+    let id = &record.plan.id;
+    let api = api(host, id);
+    if let Err(error) = unless_ended(shim, ended, guest.prepare()).await? {
+        tracing::info!(sandbox_id = %id, error = %Chain(&error), "the guest did not make ready for a snapshot");
+    }
+    reach(steps.prepared).await?;
+    let freeze = unless_ended(shim, ended, guest.freeze())
+        .await?
+        .map_err(PauseError::Freeze)?;
+    reach(steps.frozen).await?;
+    unless_ended(shim, ended, api.pause()).await??;
+    reach(steps.stopped).await?;
+    let disk = shim.lend_disk().await.map_err(|fault| fault_of(fault, ended))?;
+    let synced = blocking({
+        let cow = host.layout.cow(id);
+        move || sync(disk, &cow)
+    });
+    let (disk, written_at) = tokio::time::timeout(SYNC_LIMIT, synced)
+        .await
+        .map_err(|_| PauseError::SyncTimeout(SYNC_LIMIT))??;
+    reach(steps.synced).await?;
+    Ok(Stopped {
+        disk,
+        written_at,
+        freeze,
+    })
+}
+
+/// Has the VMM write the memory of a guest that was stopped, and takes that over. The generation that it is.
+pub(super) async fn write_memory(
+    host: &Arc<Host>,
+    vm: &mut Vm,
+    freeze: Freeze,
+    steps: &WriteSteps,
+    ended: &mut Option<Ending>,
+) -> Result<u32, PauseError> {
+    let Vm { shim, record, .. } = vm;
+    let id = &record.plan.id;
+    let attempt = blocking({
+        let (host, id, uid) = (host.clone(), id.clone(), shim.uid());
+        move || make_attempt(&host, &id, uid)
+    })
+    .await?;
+    let directory = host.layout.generation(id, attempt);
+    unless_ended(shim, ended, api(host, id).snapshot(&directory)).await??;
+    reach(steps.written).await?;
+    shim.publish(attempt).await.map_err(|fault| fault_of(fault, ended))?;
+    seal(host, record, freeze, attempt, attempt + 1).await?;
+    reach(steps.sealed).await?;
+    Ok(attempt + 1)
+}
+
+/// The API of a sandbox's VMM.
+pub(super) fn api(host: &Host, id: &SandboxId) -> Vmm {
+    Vmm::new(&host.layout.vm_run(id).join(API_SOCKET))
+}
+
 /// Takes over what the VMM has written as `attempt`, as a generation of ours.
-pub(super) async fn seal(
+async fn seal(
     host: &Arc<Host>,
     record: &Record,
     freeze: Freeze,
@@ -275,18 +350,6 @@ pub(super) async fn seal(
         .await
         .map_err(|_| PauseError::SyncTimeout(SEAL_LIMIT))??;
     Ok(())
-}
-
-/// Brings a stopped guest's disk to its file, and that to the disk. When the file was last written.
-pub(super) async fn sync_disk(host: &Arc<Host>, id: &SandboxId, disk: OwnedFd) -> Result<i64, PauseError> {
-    let synced = blocking({
-        let cow = host.layout.cow(id);
-        move || sync(disk, &cow)
-    });
-    let written_at = tokio::time::timeout(SYNC_LIMIT, synced)
-        .await
-        .map_err(|_| PauseError::SyncTimeout(SYNC_LIMIT))??;
-    Ok(written_at)
 }
 
 /// Tells the control plane of a pause that nobody asked for, once: it goes by the last it has heard, so a second time, after a resume,
@@ -331,17 +394,18 @@ fn about(host: &Host, record: &Record, freeze: Freeze) -> Result<About, Snapshot
     })
 }
 
-/// Syncs a disk through its device and then the file behind it, which its loop wrote. When that was last written.
-fn sync(device: OwnedFd, cow: &std::path::Path) -> Result<i64, FileError> {
+/// Syncs a disk through its device and then the file behind it, which its loop wrote. The device, and when the file was last written.
+fn sync(device: OwnedFd, cow: &std::path::Path) -> Result<(OwnedFd, i64), FileError> {
     let failed = |source| FileError::new("syncing the disk behind", cow, source);
-    File::from(device).sync_all().map_err(failed)?;
+    let device = File::from(device);
+    device.sync_all().map_err(failed)?;
     let file = File::open(cow).map_err(failed)?;
     file.sync_all().map_err(failed)?;
-    files::written_at(cow)
+    Ok((device.into(), files::written_at(cow)?))
 }
 
 /// Makes a directory of the next number that the VMM may write to.
-pub(super) fn make_attempt(host: &Host, id: &SandboxId, uid: u32) -> Result<u32, FileError> {
+fn make_attempt(host: &Host, id: &SandboxId, uid: u32) -> Result<u32, FileError> {
     let attempt = snapshot::next_number(&host.layout.vm(id))?;
     let directory = host.layout.generation(id, attempt);
     files::make_dir(&directory)?;
@@ -397,7 +461,6 @@ async fn undo(host: &Arc<Host>, vm: &mut Vm, progress: Progress) -> Option<Endin
         shim, guest, record, ..
     } = vm;
     let id = &record.plan.id;
-    let api = Vmm::new(&host.layout.vm_run(id).join(API_SOCKET));
     // First of all, so that an agent that starts meanwhile does not take it for paused.
     if progress.recorded {
         let written = blocking({
@@ -408,7 +471,7 @@ async fn undo(host: &Arc<Host>, vm: &mut Vm, progress: Progress) -> Option<Endin
             tracing::error!(sandbox_id = %id, error = %Chain(&error), "the record of a sandbox that runs on may say that it is paused");
         }
     }
-    if let Some(ending) = run_on(&api, shim, guest, id).await {
+    if let Some(ending) = run_on(&api(host, id), shim, guest, id).await {
         return Some(ending);
     }
     let removed = blocking({
@@ -500,7 +563,7 @@ pub(super) async fn unless_ended<T>(
 }
 
 /// A shim's fault, which may be that its VMM has ended.
-pub(super) fn fault_of(fault: ShimFault, ended: &mut Option<Ending>) -> PauseError {
+fn fault_of(fault: ShimFault, ended: &mut Option<Ending>) -> PauseError {
     match fault {
         ShimFault::Ended(exit) => {
             *ended = Some(Ending::Reported(Box::new(exit.0)));

@@ -23,7 +23,7 @@ use super::parts::Versions;
 use super::plan::Plan;
 use crate::errors::FileError;
 use crate::guest::Token;
-use crate::host::files::{Layout, read_small, write_durably};
+use crate::host::files::{Layout, read_small, write_durably, written_at};
 use crate::host::images::Origin;
 use crate::snapshot::Size;
 
@@ -63,6 +63,16 @@ pub struct Kept {
     /// When the exception store was last written, in nanoseconds since 1970. Later than that, somebody wrote to the disk behind the
     /// memory's back.
     pub disk_written_at: i64,
+}
+
+impl Kept {
+    /// Whether its memory still belongs to its disk, as far as the exception store's time of change tells: final once no VM of it runs.
+    ///
+    /// # Errors
+    /// [`FileError`] naming the store; nobody can say then.
+    pub fn is_whole(&self, layout: &Layout, id: &SandboxId) -> Result<bool, FileError> {
+        Ok(self.memory == Memory::Whole && written_at(&layout.cow(id))? == self.disk_written_at)
+    }
 }
 
 /// Whether a memory snapshot can be used.

@@ -178,8 +178,7 @@ pub async fn resume(
 /// Reads and checks everything that can be before anything is started, and makes room for a new VM.
 fn make_ready(host: &Host, id: &SandboxId, kept: Kept, wish: ResumeWish) -> Result<Ready, ResumeError> {
     // No VM of it runs any more, so what its disk says now is final.
-    let is_whole = || Ok::<_, FileError>(files::written_at(&host.layout.cow(id))? == kept.disk_written_at);
-    if wish.from == From::Memory && (kept.memory == Memory::Spent || !is_whole()?) {
+    if wish.from == From::Memory && !kept.is_whole(&host.layout, id)? {
         return Err(ResumeError::Spent);
     }
     let found = Record::read(&host.layout, id)?;
@@ -354,9 +353,10 @@ pub(crate) fn put_back(host: &Host, record: &Record, kept: Kept) -> Kept {
 
 /// What is kept of a sandbox whose VM has ended, or may have: its memory only where its disk is as it was.
 pub(crate) fn settle(host: &Host, mut kept: Kept, id: &SandboxId) -> Kept {
-    match files::written_at(&host.layout.cow(id)) {
-        Ok(written) if written == kept.disk_written_at => {}
-        Ok(_) => {
+    match kept.is_whole(&host.layout, id) {
+        Ok(_) if kept.memory == Memory::Spent => {}
+        Ok(true) => {}
+        Ok(false) => {
             tracing::warn!(sandbox_id = %id, "the disk has been written since the sandbox was paused; its memory is of no use any more");
             kept.memory = Memory::Spent;
         }

@@ -282,7 +282,7 @@ fn check_length(name: &'static str, found: u64, expected: RangeInclusive<u64>) -
 }
 
 /// What a file takes on disk.
-fn allocated(metadata: &std::fs::Metadata) -> Bytes {
+pub(crate) fn allocated(metadata: &std::fs::Metadata) -> Bytes {
     // The unit of `st_blocks`, whatever the filesystem's block is.
     Bytes(metadata.blocks() * 512)
 }

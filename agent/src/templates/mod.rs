@@ -18,7 +18,6 @@ mod tests;
 use std::collections::BTreeSet;
 use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use roost_common::units::Bytes;
@@ -28,10 +27,10 @@ use uuid::Uuid;
 
 use crate::errors::{Chain, FileError};
 use crate::guest::Token;
-use crate::host::files::{self, make_dir, read_small, sync_dir, write_durably};
+use crate::host::files::{self, make_dir, names, read_small, sync_dir, write_durably};
 use crate::host::images::{ROOTFS, TemplateRef, base36};
 use crate::sandbox::build::random_hex;
-use crate::snapshot::{Manifest, Size, SnapshotError};
+use crate::snapshot::{self, Manifest, Size, SnapshotError};
 
 /// A template's memory, where it has some.
 const SNAPSHOT: &str = "snapshot";
@@ -220,8 +219,7 @@ fn allocated(dir: &Path) -> Result<Bytes, FileError> {
         sum += if metadata.is_dir() {
             allocated(&entry.path())?.0
         } else {
-            // The unit of `st_blocks`, whatever the filesystem's block is.
-            metadata.blocks() * 512
+            snapshot::allocated(&metadata).0
         };
     }
     Ok(Bytes(sum))
@@ -310,18 +308,27 @@ pub fn named(template: TemplateRef) -> Named {
     (base36(template.team.as_u128()), base36(template.template.as_u128()))
 }
 
-/// Removes what is left of deleted templates, but for those that are needed; at a start also of those that were never finished.
+/// What of templates is swept away.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sweep {
+    /// Those that were deleted.
+    Deleted,
+    /// And, when the agent has just started, those that were never finished.
+    DeletedAndUnfinished,
+}
+
+/// Removes what is left of templates, but for those deleted ones that are needed.
 ///
 /// # Errors
 /// [`FileError`] naming what could not be read or removed.
-pub fn sweep(images: &Path, needed: &BTreeSet<Named>, is_start: bool) -> Result<(), FileError> {
+pub fn sweep(images: &Path, needed: &BTreeSet<Named>, what: Sweep) -> Result<(), FileError> {
     let teams = images.join("teams");
-    for team in names(&teams)? {
+    for team in names_if_any(&teams)? {
         let dir = teams.join(&team);
-        for name in names(&dir)? {
+        for name in names_if_any(&dir)? {
             let deleted = template_in(DELETED, &name);
             let is_needed = deleted.is_some_and(|template| needed.contains(&(team.clone(), template.to_owned())));
-            let was_making = is_start && template_in(MAKING, &name).is_some();
+            let was_making = what == Sweep::DeletedAndUnfinished && template_in(MAKING, &name).is_some();
             if was_making || (deleted.is_some() && !is_needed) {
                 files::remove_tree(&dir.join(name))?;
             }
@@ -336,15 +343,16 @@ fn template_in<'a>(prefix: &str, name: &'a str) -> Option<&'a str> {
 }
 
 /// The names in a directory; none where it is not there, or is none.
-fn names(dir: &Path) -> Result<Vec<String>, FileError> {
-    let failed = |source| FileError::new("listing", dir, source);
-    let entries = match fs::read_dir(dir) {
-        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
-            return Ok(Vec::new());
+fn names_if_any(dir: &Path) -> Result<Vec<String>, FileError> {
+    match names(dir) {
+        Err(error)
+            if matches!(
+                error.source.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+            ) =>
+        {
+            Ok(Vec::new())
         }
-        outcome => outcome.map_err(failed)?,
-    };
-    entries
-        .map(|entry| Ok(entry.map_err(failed)?.file_name().to_string_lossy().into_owned()))
-        .collect()
+        outcome => outcome,
+    }
 }

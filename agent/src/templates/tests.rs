@@ -84,9 +84,9 @@ fn a_deleted_template_is_found_by_its_sandboxes_alone_and_goes_with_the_last() {
     assert_eq!(open(Some(other)).expect("found").origin, other);
 
     let needed = BTreeSet::from([named(which(1))]);
-    sweep(images, &needed, false).expect("swept");
+    sweep(images, &needed, Sweep::Deleted).expect("swept");
     assert_eq!(left(images).len(), 2);
-    sweep(images, &BTreeSet::new(), false).expect("swept");
+    sweep(images, &BTreeSet::new(), Sweep::Deleted).expect("swept");
     assert_eq!(left(images), ["1"]);
     assert!(matches!(open(Some(origin)), Err(ImageError::Replaced { .. })));
 }
@@ -101,12 +101,12 @@ fn a_start_removes_what_was_being_made_and_leaves_what_it_does_not_know() {
         fs::write(images.join("teams/7").join(name), "").expect("written");
     }
     fs::write(images.join("teams/readme"), "").expect("written");
-    sweep(images, &BTreeSet::new(), false).expect("swept");
+    sweep(images, &BTreeSet::new(), Sweep::Deleted).expect("swept");
     assert_eq!(left(images).len(), 5, "{:?}", left(images));
-    sweep(images, &BTreeSet::new(), true).expect("swept");
+    sweep(images, &BTreeSet::new(), Sweep::DeletedAndUnfinished).expect("swept");
     assert_eq!(left(images), [".deleted-", ".making", "1", "notes"]);
     drop(making);
-    sweep(&images.join("absent"), &BTreeSet::new(), true).expect("nothing to sweep");
+    sweep(&images.join("absent"), &BTreeSet::new(), Sweep::DeletedAndUnfinished).expect("nothing to sweep");
 }
 
 #[test]

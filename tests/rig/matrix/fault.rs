@@ -11,7 +11,7 @@ use nix::time::{ClockId, clock_gettime, clock_settime};
 use nix::unistd::Pid;
 use roost_common::names;
 use roost_tests::disk::Filler;
-use roost_tests::roost::{kill_9_pid, pids, vmm_command};
+use roost_tests::roost::{disk_of, kill_9_pid, pids, vmm_command};
 
 /// Something that happens while the agent is at a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -212,14 +212,7 @@ fn use_up_descriptors() -> Box<dyn FnOnce()> {
 /// Holds the sandbox's disk open, or takes its name where there is none yet.
 fn occupy_disk(id: &str) -> Box<dyn FnOnce()> {
     let name = names::disk(&id.parse().expect("a sandbox id"));
-    let blocks = std::fs::read_dir("/sys/block").expect("there is one").flatten();
-    let device = blocks
-        .map(|entry| entry.file_name().to_string_lossy().into_owned())
-        .find(|block| {
-            let named = std::fs::read_to_string(format!("/sys/block/{block}/dm/name"));
-            named.is_ok_and(|named| named.trim() == name)
-        });
-    if let Some(device) = device {
+    if let Some(device) = disk_of(id) {
         let held = File::open(format!("/dev/{device}")).expect("opened");
         return Box::new(move || drop(held));
     }

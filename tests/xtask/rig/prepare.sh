@@ -7,7 +7,7 @@ daemons_failed() {
 }
 
 # A fault that a test had set when the power was cut is not meant for this boot.
-rm -f /var/lib/roost/failpoint{,.reached,.go}
+rm -f /var/lib/roost/failpoint{,.reached,.go,.lose}
 chown -R roost:roost-vm /var/lib/roost/kernels
 chown -R roost:roost /var/lib/roost/images
 
