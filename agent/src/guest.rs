@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
@@ -30,6 +31,9 @@ const PROBE_PAUSE: Duration = Duration::from_millis(20);
 const PROBE_LIMIT: Duration = Duration::from_millis(250);
 /// How long it may take to connect to one that has been reached: the first packets may be lost on a busy host.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+/// How long it may take to connect for a command, whose caller waits as long as that takes: the kernel sends a first packet again
+/// after 1, 3, 7 and 15 seconds, and a guest that has much to do may lose some.
+const COMMAND_CONNECT_LIMIT: Duration = Duration::from_secs(20);
 /// How long envd may take to answer a connection that stands.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 /// How long envd may take to make ready for a snapshot, which is best effort: it writes out what is dirty.
@@ -76,6 +80,9 @@ pub enum GuestError {
         /// The beginning of the body, escaped.
         body: String,
     },
+    /// Its process service cannot be reached, or the connection broke.
+    #[error("the guest's envd cannot be reached")]
+    Unreachable(#[source] Arc<dyn std::error::Error + Send + Sync>),
     /// A call of its process service failed: also what the caller got wrong, such as a missing program.
     #[error("the guest refused the command: {message}")]
     Process {
@@ -187,9 +194,12 @@ impl Guest {
         let config = ClientConfig::new(base)
             .with_default_max_message_size(MAX_MESSAGE)
             .with_default_header(ACCESS_TOKEN_HEADER, token.0.as_str());
+        let transport = HttpClient::builder()
+            .tcp_connect_timeout(COMMAND_CONNECT_LIMIT)
+            .plaintext();
         Self {
             address,
-            process: ProcessClient::new(HttpClient::plaintext(), config),
+            process: ProcessClient::new(transport, config),
             token,
         }
     }
@@ -540,6 +550,10 @@ fn pid_selector(pid: u32) -> process::process_selector::Selector {
 
 /// A guest's error: a guest wrote the message, so it is escaped and cut short.
 fn refused(error: ConnectError) -> GuestError {
+    // Only our side of the connection gives an error a source.
+    if let Some(source) = error.source_arc() {
+        return GuestError::Unreachable(source);
+    }
     let message: String = error
         .message
         .unwrap_or_default()
@@ -620,6 +634,19 @@ mod tests {
         let guest = hostile(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n").await;
         let outcome = guest.wait_until_up(Duration::from_millis(200)).await;
         assert!(matches!(outcome, Err(GuestError::NotUp(_))));
+    }
+
+    #[tokio::test]
+    async fn a_command_for_a_guest_that_cannot_be_reached_says_why() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
+        let address = listener.local_addr().expect("an address");
+        drop(listener);
+        let guest = Guest::at(address, Token::random());
+        let outcome = guest.exec("x".into(), Vec::new(), Duration::from_secs(5), 1000).await;
+        let error = outcome.expect_err("nobody listens");
+        assert!(matches!(error, GuestError::Unreachable(_)), "{error:?}");
+        let said = crate::errors::Chain(&error).to_string();
+        assert!(said.to_lowercase().contains("refused"), "{said}");
     }
 
     #[tokio::test]

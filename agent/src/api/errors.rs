@@ -198,6 +198,7 @@ fn guest_code(error: &GuestError) -> ErrorCode {
         GuestError::TimedOut(_) => ErrorCode::DeadlineExceeded,
         GuestError::TooMuchOutput(_) => ErrorCode::ResourceExhausted,
         GuestError::NotUp(_)
+        | GuestError::Unreachable(_)
         | GuestError::Http { .. }
         | GuestError::Refused { .. }
         | GuestError::BadStream(_)
