@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use roost_common::ids::SandboxId;
-use roost_common::shim::{Exit, WaitStatus};
+use roost_common::shim::{Exit, RESET_EVENT, WaitStatus};
 use serde::{Deserialize, Serialize};
 
 use crate::errors::{Chain, FileError};
@@ -20,7 +20,13 @@ const VERSION: u32 = 1;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Reason {
-    /// The VMM ended by itself: the guest powered off or crashed, or the VMM did.
+    /// The guest's kernel panicked and reset its machine, which ends it.
+    GuestPanic,
+    /// The guest reset its machine, as by `reboot`, which ends it: it would come back without its identity.
+    GuestReset,
+    /// The guest powered off.
+    GuestPoweredOff,
+    /// The VMM ended by itself, with an error.
     VmmExited,
     /// A signal ended the VMM.
     VmmKilled,
@@ -41,6 +47,9 @@ impl Reason {
     /// As it is written in files and messages.
     pub fn name(self) -> &'static str {
         match self {
+            Self::GuestPanic => "guest_panic",
+            Self::GuestReset => "guest_reset",
+            Self::GuestPoweredOff => "guest_powered_off",
             Self::VmmExited => "vmm_exited",
             Self::VmmKilled => "vmm_killed",
             Self::OutOfMemory => "out_of_memory",
@@ -83,12 +92,7 @@ impl Tombstone {
             End::ShimLost | End::VmmLost | End::NotPaused | End::Stopped => None,
         };
         let reason = match end {
-            End::Vmm(exit) if exit.oom_kills > 0 => Reason::OutOfMemory,
-            End::Vmm(Exit {
-                wait: WaitStatus::Signaled(_),
-                ..
-            }) => Reason::VmmKilled,
-            End::Vmm(_) => Reason::VmmExited,
+            End::Vmm(exit) => reason_of(exit),
             End::ShimLost => Reason::ShimLost,
             End::VmmLost => Reason::VmmLost,
             End::NotPaused => Reason::NotPaused,
@@ -124,8 +128,10 @@ impl Tombstone {
     /// What a control plane is told: that a sandbox was stopped by us, or ended by itself.
     pub fn event(&self) -> Option<Event> {
         let kind = match self.reason {
-            Reason::NotPaused => EventKind::Stopped,
-            Reason::Stopped
+            Reason::NotPaused | Reason::GuestPoweredOff => EventKind::Stopped,
+            Reason::GuestPanic
+            | Reason::GuestReset
+            | Reason::Stopped
             | Reason::VmmExited
             | Reason::VmmKilled
             | Reason::OutOfMemory
@@ -142,6 +148,9 @@ impl Tombstone {
     /// One clause for an error message.
     pub fn summary(&self) -> String {
         match (self.reason, self.exit_code, self.signal) {
+            (Reason::GuestPanic, _, _) => "its guest's kernel panicked".into(),
+            (Reason::GuestReset, _, _) => "its guest rebooted, which ends a sandbox".into(),
+            (Reason::GuestPoweredOff, _, _) => "its guest powered off".into(),
             (Reason::VmmExited, Some(code), _) => format!("its VMM ended with exit code {code}"),
             (Reason::VmmKilled, _, Some(signal)) => format!("its VMM was ended by signal {signal}"),
             (Reason::VmmExited | Reason::VmmKilled, _, _) => "its VMM ended".into(),
@@ -171,6 +180,29 @@ pub enum End<'a> {
     NotPaused,
     /// Its VMM did not let it run on.
     Stopped,
+}
+
+/// What a Linux kernel prints first when it panics (`kernel/panic.c`), at a level that `quiet` does not hide.
+const PANIC: &[u8] = b"Kernel panic - not syncing";
+
+/// Why a VMM ended. The tails are read for it, which a guest or a VMM that it took over wrote: either can at most misname its own end.
+/// A panic counts only with the reset that it leads to, so that a line on the console does not hide who killed the VMM.
+fn reason_of(exit: &Exit) -> Reason {
+    let contains = |tail: &[u8], what: &[u8]| tail.windows(what.len()).any(|window| window == what);
+    match exit.wait {
+        _ if exit.oom_kills > 0 => Reason::OutOfMemory,
+        _ if contains(&exit.log, RESET_EVENT.as_bytes()) => {
+            if contains(&exit.console, PANIC) {
+                Reason::GuestPanic
+            } else {
+                Reason::GuestReset
+            }
+        }
+        WaitStatus::Signaled(_) => Reason::VmmKilled,
+        // Nobody but its guest tells a VMM of ours to end: we kill.
+        WaitStatus::Exited(0) => Reason::GuestPoweredOff,
+        WaitStatus::Exited(_) => Reason::VmmExited,
+    }
 }
 
 /// Writes a tombstone and removes those that are older than a day.
@@ -262,11 +294,26 @@ mod tests {
     fn the_reason_says_what_ended_it() {
         let id: SandboxId = "x".parse().expect("an id");
         for (wait, oom, reason) in [
-            (WaitStatus::Exited(0), 0, Reason::VmmExited),
+            (WaitStatus::Exited(0), 0, Reason::GuestPoweredOff),
+            (WaitStatus::Exited(1), 0, Reason::VmmExited),
             (WaitStatus::Signaled(9), 0, Reason::VmmKilled),
             (WaitStatus::Signaled(9), 1, Reason::OutOfMemory),
         ] {
             assert_eq!(Tombstone::new(&id, 0, End::Vmm(&exit(wait, oom))).reason, reason);
+        }
+        let panic: &[u8] = b"[   9.5] Kernel panic - not syncing: Fatal exception\n";
+        let reset = format!("{{ {RESET_EVENT} }}").into_bytes();
+        for (console, log, reason) in [
+            (panic, &reset[..], Reason::GuestPanic),
+            (b"reboot: Restarting system", &reset[..], Reason::GuestReset),
+            (panic, b"", Reason::VmmKilled),
+        ] {
+            let exit = Exit {
+                console: console.to_vec(),
+                log: log.to_vec(),
+                ..exit(WaitStatus::Signaled(9), 0)
+            };
+            assert_eq!(Tombstone::new(&id, 0, End::Vmm(&exit)).reason, reason);
         }
     }
 
@@ -290,6 +337,9 @@ mod tests {
     #[test]
     fn a_reason_has_one_name() {
         for reason in [
+            Reason::GuestPanic,
+            Reason::GuestReset,
+            Reason::GuestPoweredOff,
             Reason::VmmExited,
             Reason::VmmKilled,
             Reason::OutOfMemory,

@@ -42,6 +42,10 @@ pub const LOG_FILE: &str = "vmm.log";
 /// The guest kernel's command line: the console the shim records, the disk, the address that every guest has.
 pub const KERNEL_COMMAND_LINE: &str = "console=ttyS0 root=/dev/vda rw ip=169.254.0.21::169.254.0.22:255.255.255.252::eth0:off \
                                        reboot=k panic=-1 quiet";
+/// What the VMM's event monitor says when the guest resets its machine: it asked for a reboot, or its kernel panicked (`panic=-1`) or
+/// faulted three times over. cloud-hypervisor then boots the guest anew in place (`vm_reboot` in `vmm/src/lib.rs`, v53), as a machine
+/// without an identity that nobody asked for. So a shim that reads this kills the VMM, and the end of [`Exit::log`] says why.
+pub const RESET_EVENT: &str = "\"event\": \"rebooting\"";
 /// The disk's id in the VMM. A restore finds the state of a device by the id that it was booted with.
 pub const DISK_ID: &str = "rootfs";
 /// The network device's id in the VMM.

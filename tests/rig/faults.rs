@@ -47,7 +47,7 @@ fn a_guest_that_powers_off_is_a_sandbox_gone_with_its_console() {
         let id = sandbox.forget();
         eventually("the sandbox to be gone", || find(&id).is_none().then_some(()));
         let tombstone = tombstone(&id);
-        assert_eq!(tombstone["reason"], "vmm_exited", "{tombstone}");
+        assert_eq!(tombstone["reason"], "guest_powered_off", "{tombstone}");
         assert!(
             tombstone["console_tail"]
                 .as_str()

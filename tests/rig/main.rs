@@ -9,6 +9,7 @@ mod faults;
 mod full_disk;
 mod isolation;
 mod lifecycle;
+mod limits;
 mod matrix;
 mod pause;
 mod power;

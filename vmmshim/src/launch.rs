@@ -105,7 +105,7 @@ pub(crate) fn launch(options: &Options, request: Launch) -> Result<Vm, ShimError
         outputs: [
             Output::new(serial_out, vm::CONSOLE),
             Output::new(messages_out, vm::LOG),
-            Output::new(events_out, vm::LOG),
+            Output::events(events_out),
         ],
         rings: [console, log],
     })

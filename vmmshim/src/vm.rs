@@ -1,4 +1,5 @@
-//! A VMM that runs, what it runs on, and what can be asked about it. The shim copies what it writes and parses none of it.
+//! A VMM that runs, what it runs on, and what can be asked about it. The shim copies what it writes and parses none of it; in its events
+//! it looks for one string, that of a guest's reset.
 
 use std::fs::{self, File, Permissions};
 use std::io::{self, ErrorKind, Read};
@@ -11,7 +12,9 @@ use nix::dir::Dir;
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
 use nix::unistd::getuid;
-use roost_common::shim::{EXIT_FILE, Exit, LaunchStep, Lendable, MAX_TAIL, ShimError, Started, Status, VmSpec};
+use roost_common::shim::{
+    EXIT_FILE, Exit, LaunchStep, Lendable, MAX_TAIL, RESET_EVENT, ShimError, Started, Status, VmSpec,
+};
 
 use crate::confine::{Process, failure, sys};
 use crate::ring::Ring;
@@ -31,11 +34,45 @@ pub(crate) struct Output {
     /// `None` from its end of file on.
     pub(crate) pipe: Option<File>,
     ring: usize,
+    /// Only for the event monitor's: a guest can write on the console whatever it likes.
+    resets: Option<Resets>,
 }
 
 impl Output {
     pub(crate) fn new(pipe: File, ring: usize) -> Self {
-        Self { pipe: Some(pipe), ring }
+        Self {
+            pipe: Some(pipe),
+            ring,
+            resets: None,
+        }
+    }
+
+    /// The event monitor's.
+    pub(crate) fn events(pipe: File) -> Self {
+        Self {
+            resets: Some(Resets::default()),
+            ..Self::new(pipe, LOG)
+        }
+    }
+}
+
+/// Looks for [`RESET_EVENT`] in a stream that comes in pieces. No parser: a VMM that a guest has taken over can only bring about its
+/// own end by it.
+#[derive(Default)]
+struct Resets {
+    /// The end of what came before, shorter than what is looked for.
+    before: Vec<u8>,
+}
+
+impl Resets {
+    /// Whether what is looked for ends in this piece.
+    fn found_in(&mut self, piece: &[u8]) -> bool {
+        let wanted = RESET_EVENT.as_bytes();
+        self.before.extend_from_slice(piece);
+        let found = self.before.windows(wanted.len()).any(|window| window == wanted);
+        let done = self.before.len().saturating_sub(wanted.len() - 1);
+        self.before.drain(..done);
+        found
     }
 }
 
@@ -80,7 +117,8 @@ impl Vm {
             .map_err(|error| failure(LaunchStep::LendDescriptor, &error))
     }
 
-    /// Copies what one output has for us, at most `buffer` at a time. `false` when there is nothing more for now.
+    /// Copies what one output has for us, at most `buffer` at a time. `false` when there is nothing more for now. A guest that resets
+    /// its machine is not booted anew: its VMM is killed here, before the VMM gets to it or soon after.
     pub(crate) fn copy(&mut self, index: usize, buffer: &mut [u8]) -> bool {
         let output = &mut self.outputs[index];
         let Some(pipe) = &mut output.pipe else { return false };
@@ -89,6 +127,17 @@ impl Vm {
             Ok(length) => {
                 // A full file system costs output, never the draining of the pipe: the VMM would stop on it.
                 self.rings[output.ring].append(&buffer[..length]).ok();
+                let reset = output
+                    .resets
+                    .as_mut()
+                    .is_some_and(|resets| resets.found_in(&buffer[..length]));
+                if reset {
+                    crate::log!(
+                        "sandbox_id={}: the guest was reset, the VMM is killed",
+                        self.spec.sandbox
+                    );
+                    self.kill();
+                }
                 return true;
             }
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
@@ -192,4 +241,25 @@ fn oom_kills(cgroup: &str) -> u64 {
         .lines()
         .find_map(|line| line.strip_prefix("oom_kill ")?.parse().ok())
         .unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reset_is_found_however_the_events_are_cut_and_once() {
+        let events = format!("{{\n  \"source\": \"vm\",\n  {RESET_EVENT},\n  \"properties\": null\n}}\n\n");
+        for size in 1..=events.len() {
+            let mut resets = Resets::default();
+            let found = events
+                .as_bytes()
+                .chunks(size)
+                .filter(|piece| resets.found_in(piece))
+                .count();
+            assert_eq!(found, 1, "pieces of {size}");
+            assert!(!resets.found_in(b"\"event\": \"rebooted\""));
+        }
+        assert!(!Resets::default().found_in(b"rebooting"));
+    }
 }

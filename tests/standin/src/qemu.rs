@@ -43,12 +43,12 @@ pub(crate) struct Qemu {
 }
 
 impl Qemu {
-    /// Starts QEMU. The child is returned apart: somebody else waits for it. `on_event` hears the names of QMP's events.
+    /// Starts QEMU. The child is returned apart: somebody else waits for it. `on_event` hears QMP's events.
     pub(crate) fn spawn(
         config: &VmConfig,
         tap: RawFd,
         entry: Entry,
-        on_event: impl Fn(&str) + Send + 'static,
+        on_event: impl Fn(&str, &Value) + Send + 'static,
     ) -> Result<(Self, Child)> {
         let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)?;
         fcntl(&theirs, FcntlArg::F_SETFD(FdFlag::empty()))?;
@@ -68,7 +68,7 @@ impl Qemu {
                     continue;
                 };
                 match message.get("event").and_then(Value::as_str) {
-                    Some(event) => on_event(event),
+                    Some(event) => on_event(event, &message["data"]),
                     None => {
                         if sender.send(message).is_err() {
                             break;

@@ -379,8 +379,12 @@ impl Driver {
         let tap = config.net.iter().find_map(|net| net.fds.as_ref()?.first().copied());
         let tap = tap.ok_or_else(|| anyhow!("the network device has no descriptor"))?;
         let events = Arc::clone(&vmm.events);
-        let (qemu, mut child) = Qemu::spawn(&config, tap, entry, move |event| {
+        let (qemu, mut child) = Qemu::spawn(&config, tap, entry, move |event, data| {
             if event == "RESET" {
+                // As the real one, which boots a guest anew in place; not for a reset of ours, nor for the one of a restore.
+                if data["guest"] == true {
+                    events.send("vm", "rebooting");
+                }
                 events.send("vm", "rebooted");
             }
         })?;
