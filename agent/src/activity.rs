@@ -1,7 +1,7 @@
 //! When a sandbox is idle: what counts as use, and whether its guest is at work although nobody calls.
 //!
 //! Plain functions with the time as an argument; [`read_cgroup`] alone touches files. Not here: timers and what happens at the
-//! deadline (the sandbox's task), and what a guest's network counters are (the caller knows).
+//! deadline (the sandbox's task), and where samples come from ([`crate::host::counters`]).
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -15,7 +15,7 @@ use crate::config::Config;
 /// Largest `cpu.stat` or `io.stat` that is read. Each is a few lines: `io.stat` has one for each device that the VM has used.
 const MAX_STAT: u64 = 64 << 10;
 /// Samples that are looked at.
-const WINDOW: u32 = 5;
+pub const WINDOW: u32 = 5;
 /// As many of them above a floor are a busy guest. Three in five, because what an idle guest does by itself comes in single bursts:
 /// ext4 commits its journal every 5 s, timers of the system wake now and then. Work goes on for longer.
 const BUSY: u32 = 3;
@@ -146,17 +146,6 @@ impl Pulse {
         self.recent = ((self.recent << 1) | u8::from(above)) & ((1 << WINDOW) - 1);
         self.recent.count_ones() >= BUSY
     }
-}
-
-/// Watches a VM's cgroup for as long as it takes to say whether its guest is at work. One that cannot be read says nothing.
-pub async fn at_work(cgroup: &Path, floors: &Floors) -> bool {
-    let mut pulse = Pulse::default();
-    let mut busy = false;
-    for _ in 0..=WINDOW {
-        busy = pulse.take(Instant::now(), read_cgroup(cgroup).ok(), floors);
-        tokio::time::sleep(Duration::from_secs(1)).await;
-    }
-    busy
 }
 
 fn is_above(before: &Sample, after: &Sample, time: Duration, floors: &Floors) -> bool {

@@ -12,6 +12,8 @@ use serde::Deserialize;
 pub const DEFAULT_FILE: &str = "/etc/roost/agent.toml";
 /// Highest floor of a busy guest's network and disk, in bytes a second: above it, none would ever count as busy.
 const MAX_BUSY_RATE: u64 = 1 << 30;
+/// Most that may be kept free, in MiB: a TiB, above which a typo is likelier than a disk.
+const MAX_RESERVE_MB: u32 = 1 << 20;
 
 /// Why there is no configuration.
 #[derive(Debug, thiserror::Error)]
@@ -78,6 +80,9 @@ pub struct Config {
     pub default_disk_mb: Option<u32>,
     /// Largest disk that a caller may ask for, in MiB.
     pub max_disk_mb: u32,
+    /// MiB of the data directory's filesystem that stay free besides what is kept for the memory of running sandboxes, at most 1048576:
+    /// below both together creates and resumes are refused, below half of it guests that write are held.
+    pub disk_reserve_mb: u32,
     /// Largest memory that a caller may ask for, in MiB.
     pub max_memory_mb: u32,
     /// Most vCPUs that a caller may ask for.
@@ -137,6 +142,7 @@ impl Default for Config {
             max_sandboxes: 4096,
             default_disk_mb: None,
             max_disk_mb: 1 << 20,
+            disk_reserve_mb: 256,
             max_memory_mb: 1 << 20,
             max_vcpus: 32,
             max_exec_output: 16 << 20,
@@ -195,6 +201,9 @@ impl Config {
             if disk.is_some_and(|disk| disk == 0 || Mebibytes(disk).sectors() > MAX_DISK) {
                 return out_of_range(key, disk.unwrap_or_default().to_string(), "1 to 2097152");
             }
+        }
+        if config.disk_reserve_mb > MAX_RESERVE_MB {
+            return out_of_range("disk_reserve_mb", config.disk_reserve_mb.to_string(), "0 to 1048576");
         }
         if !(10..=3600).contains(&config.boot_timeout_sec) {
             return out_of_range("boot_timeout_sec", config.boot_timeout_sec.to_string(), "10 to 3600");
@@ -270,6 +279,7 @@ mod tests {
             ("max_memory_mb = 63", "max_memory_mb"),
             ("max_disk_mb = 2097153", "max_disk_mb"),
             ("default_disk_mb = 0", "default_disk_mb"),
+            ("disk_reserve_mb = 1048577", "disk_reserve_mb"),
             ("boot_timeout_sec = 9", "boot_timeout_sec"),
             ("boot_timeout_sec = 3601", "boot_timeout_sec"),
             ("restore_memory = \"lazy\"", "restore_memory"),

@@ -32,3 +32,4 @@ pub mod templates;
 pub mod tls;
 pub mod tombstone;
 pub mod vmm;
+pub mod watermark;

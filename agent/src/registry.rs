@@ -18,6 +18,7 @@ use crate::sandbox::plan::Plan;
 use crate::sandbox::record::Record;
 use crate::sandbox::task::{self, Found, Handle};
 use crate::templates::{self, Sweep};
+use crate::watermark::Shortage;
 
 /// Why a create was not accepted.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -28,6 +29,13 @@ pub enum Refusal {
     /// The host is being emptied.
     #[error("this host is being drained and takes no new work")]
     Draining,
+    /// What is left of the host's disk is kept for what runs.
+    #[error(
+        "this host's disk has no room: {} MiB are free, of which {} MiB are kept so that what runs can be paused; free some, or destroy sandboxes",
+        .0.free >> 20,
+        .0.reserve >> 20
+    )]
+    NoRoom(Shortage),
     /// The host has as many as it may.
     #[error("this host has {0} sandboxes, as many as it may")]
     Full(usize),
@@ -42,6 +50,7 @@ pub struct Registry {
     has_strangers: AtomicBool,
     /// Held while deleted templates are looked through.
     sweep: Mutex<()>,
+    shortage: Mutex<Option<Shortage>>,
     sandboxes: Mutex<HashMap<SandboxId, Handle>>,
 }
 
@@ -53,6 +62,7 @@ impl Registry {
             draining: AtomicBool::new(false),
             has_strangers: AtomicBool::new(false),
             sweep: Mutex::default(),
+            shortage: Mutex::default(),
             sandboxes: Mutex::default(),
         })
     }
@@ -91,12 +101,37 @@ impl Registry {
     /// Whether new work is taken: creates and resumes.
     ///
     /// # Errors
-    /// [`Refusal::Draining`].
+    /// [`Refusal::Draining`] or [`Refusal::NoRoom`].
     pub fn takes_work(&self) -> Result<(), Refusal> {
         if self.draining.load(Ordering::Acquire) {
-            Err(Refusal::Draining)
-        } else {
-            Ok(())
+            return Err(Refusal::Draining);
+        }
+        self.has_room()
+    }
+
+    /// Whether there is room on the disk for more than what runs may need.
+    ///
+    /// # Errors
+    /// [`Refusal::NoRoom`].
+    pub fn has_room(&self) -> Result<(), Refusal> {
+        match *self.shortage.lock().expect("nothing panics while it holds this") {
+            Some(shortage) => Err(Refusal::NoRoom(shortage)),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether the disk has room for new work, as was seen last.
+    pub(crate) fn room_is(&self, shortage: Option<Shortage>) {
+        let before = std::mem::replace(
+            &mut *self.shortage.lock().expect("nothing panics while it holds this"),
+            shortage,
+        );
+        match (before, shortage) {
+            (None, Some(Shortage { free, reserve })) => {
+                tracing::warn!(free, reserve, "the disk has no room: new work is refused");
+            }
+            (Some(_), None) => tracing::info!("the disk has room again"),
+            (None, None) | (Some(_), Some(_)) => {}
         }
     }
 

@@ -41,6 +41,8 @@ pub enum Reason {
     NotPaused,
     /// Its VMM had stopped it for a snapshot that failed, and would not let it run on.
     Stopped,
+    /// Its disk could not be written any more: the host's filesystem was full, or failed.
+    DiskLost,
 }
 
 impl Reason {
@@ -57,6 +59,7 @@ impl Reason {
             Self::VmmLost => "vmm_lost",
             Self::NotPaused => "not_paused",
             Self::Stopped => "stopped",
+            Self::DiskLost => "disk_lost",
         }
     }
 }
@@ -89,7 +92,7 @@ impl Tombstone {
     pub fn new(id: &SandboxId, created_at_unix: i64, end: End<'_>) -> Self {
         let exit = match end {
             End::Vmm(exit) => Some(exit),
-            End::ShimLost | End::VmmLost | End::NotPaused | End::Stopped => None,
+            End::ShimLost | End::VmmLost | End::NotPaused | End::Stopped | End::DiskLost => None,
         };
         let reason = match end {
             End::Vmm(exit) => reason_of(exit),
@@ -97,6 +100,7 @@ impl Tombstone {
             End::VmmLost => Reason::VmmLost,
             End::NotPaused => Reason::NotPaused,
             End::Stopped => Reason::Stopped,
+            End::DiskLost => Reason::DiskLost,
         };
         let lines = |tail: Option<&[u8]>| match tail {
             Some(tail) => tail
@@ -136,7 +140,8 @@ impl Tombstone {
             | Reason::VmmKilled
             | Reason::OutOfMemory
             | Reason::ShimLost
-            | Reason::VmmLost => EventKind::Error,
+            | Reason::VmmLost
+            | Reason::DiskLost => EventKind::Error,
         };
         let id = self.sandbox_id.parse().ok()?;
         Some(Event {
@@ -163,6 +168,9 @@ impl Tombstone {
             (Reason::Stopped, _, _) => {
                 "its VMM had stopped it for a snapshot that failed, and did not let it run on".into()
             }
+            (Reason::DiskLost, _, _) => {
+                "its disk could not be written any more, as when the host's is full, and is lost".into()
+            }
         }
     }
 }
@@ -180,6 +188,8 @@ pub enum End<'a> {
     NotPaused,
     /// Its VMM did not let it run on.
     Stopped,
+    /// Its disk can be used no more.
+    DiskLost,
 }
 
 /// What a Linux kernel prints first when it panics (`kernel/panic.c`), at a level that `quiet` does not hide.
@@ -346,6 +356,7 @@ mod tests {
             Reason::ShimLost,
             Reason::VmmLost,
             Reason::NotPaused,
+            Reason::DiskLost,
         ] {
             assert_eq!(serde_json::to_value(reason).expect("a string"), reason.name());
         }

@@ -73,6 +73,12 @@ pub enum ApiError {
         /// What it is doing.
         state: &'static str,
     },
+    /// The sandbox runs, but its guest is held.
+    #[error("sandbox {id} is held: this host's disk is nearly full; it runs on once there is room again")]
+    Held {
+        /// The id.
+        id: SandboxId,
+    },
     /// A field of an exec.
     #[error("{0}")]
     BadCommand(&'static str),
@@ -87,10 +93,10 @@ pub enum ApiError {
 impl ApiError {
     fn code(&self) -> ErrorCode {
         match self {
-            Self::Recovering => ErrorCode::Unavailable,
+            Self::Recovering | Self::Held { .. } => ErrorCode::Unavailable,
             Self::BadId(_) | Self::Wish(_) | Self::BadCommand(_) => ErrorCode::InvalidArgument,
             Self::Refusal(Refusal::Exists(_)) => ErrorCode::AlreadyExists,
-            Self::Refusal(Refusal::Full(_) | Refusal::Draining) => ErrorCode::Unavailable,
+            Self::Refusal(Refusal::Full(_) | Refusal::Draining | Refusal::NoRoom(_)) => ErrorCode::Unavailable,
             Self::Create(CreateFailure::Destroyed) => ErrorCode::Aborted,
             Self::Create(CreateFailure::Failed(error)) => build_code(error),
             Self::Destroy(_) => ErrorCode::Internal,
@@ -98,7 +104,7 @@ impl ApiError {
                 ErrorCode::FailedPrecondition
             }
             Self::Pause(PauseFailure::Failed(_)) => ErrorCode::Internal,
-            Self::Resume(ResumeFailure::Host(_)) => ErrorCode::Unavailable,
+            Self::Resume(ResumeFailure::Host(_)) | Self::Capture(CaptureFailure::Host(_)) => ErrorCode::Unavailable,
             Self::Resume(ResumeFailure::Failed(error)) => resume_code(error),
             Self::Capture(CaptureFailure::Refused(_)) => ErrorCode::FailedPrecondition,
             Self::Capture(CaptureFailure::Failed(error)) => match error.as_ref() {

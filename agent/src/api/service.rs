@@ -68,10 +68,13 @@ impl Service {
         })
     }
 
-    /// The guest of a running sandbox.
+    /// The guest of a running sandbox. One that is held would leave its caller without an answer.
     fn running(&self, id: &str) -> Result<(Handle, Arc<Guest>), ApiError> {
         let handle = self.find(id)?;
         match handle.view() {
+            View::Running(..) if handle.hold_state().is_held() => Err(ApiError::Held {
+                id: handle.plan.id.clone(),
+            }),
             View::Running(guest, _) => Ok((handle, guest)),
             other => Err(ApiError::NotRunning {
                 id: handle.plan.id.clone(),

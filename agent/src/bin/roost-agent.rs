@@ -12,7 +12,7 @@ use roost_agent::host::Host;
 use roost_agent::outbox::{self, Outbox};
 use roost_agent::registry::Registry;
 use roost_agent::serve::{Access, serve};
-use roost_agent::{recover, tls};
+use roost_agent::{recover, tls, watermark};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -89,6 +89,7 @@ async fn run(config: Config, access: Access) -> anyhow::Result<()> {
         let service = service.clone();
         async move {
             recover::recover(&registry).await.context("cannot recover")?;
+            watermark::start(registry).await;
             service.recovered();
             notify_ready();
             tracing::info!(%listen, "serving");

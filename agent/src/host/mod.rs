@@ -4,6 +4,7 @@
 //! configuration. Dropping the struct frees the first; the second is removed by who made it, or by recovery.
 
 pub mod acl;
+pub mod counters;
 pub mod files;
 pub mod images;
 pub mod kernels;

@@ -11,8 +11,12 @@ use std::time::{Duration, Instant};
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt};
 use nix::sys::time::TimeVal;
+use roost_common::ipc::PassedFd;
 use roost_common::ipc::rpc::MAX_IN_FLIGHT;
-use roost_common::privd::{Disk, Network, OpenDisk, OpenNetwork, PrivdClient, PrivdClientTransport, PrivdError};
+use roost_common::privd::{
+    Disk, InventoryCursor, InventoryRow, Network, OpenDisk, OpenNetwork, PrivdClient, PrivdClientTransport, PrivdError,
+    ReadCounters,
+};
 use tarpc::client::{self, RpcError};
 use tarpc::context::Context;
 use tokio::sync::{Mutex, Semaphore};
@@ -94,6 +98,38 @@ impl PrivdClientHandle {
             async move { privd.open_network(context, request).await }
         })
         .await
+    }
+
+    /// Bytes from and to the network behind a tap, whatever became of them; see
+    /// [`roost_common::privd::Privd::network_counters`].
+    ///
+    /// # Errors
+    /// Any [`CallError`].
+    pub async fn network_bytes(&self, tap: PassedFd) -> Result<u64, CallError> {
+        let counters = self.call("network_counters", move |privd, context| {
+            let request = ReadCounters { tap: tap.clone() };
+            async move { privd.network_counters(context, request).await }
+        });
+        let rules = counters.await?.rules;
+        Ok(rules.iter().map(|rule| rule.bytes).fold(0, u64::saturating_add))
+    }
+
+    /// All kernel objects of ours; see [`roost_common::privd::Privd::inventory`]. What is made or removed meanwhile may be missing, or
+    /// there twice.
+    ///
+    /// # Errors
+    /// Any [`CallError`].
+    pub async fn inventory(&self) -> Result<Vec<InventoryRow>, CallError> {
+        let (mut rows, mut next) = (Vec::new(), Some(InventoryCursor::default()));
+        while let Some(cursor) = next {
+            let page = self.call("inventory", move |privd, context| async move {
+                privd.inventory(context, cursor).await
+            });
+            let page = page.await?;
+            rows.extend(page.rows);
+            next = page.next;
+        }
+        Ok(rows)
     }
 
     async fn call<T, F>(&self, verb: &'static str, attempt: impl Fn(PrivdClient, Context) -> F) -> Result<T, CallError>

@@ -12,7 +12,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt};
-use roost_common::ipc::{self, IpcError, PacketSocket};
+use roost_common::ipc::{self, IpcError, PacketSocket, PassedFd};
 use roost_common::shim::{Exit, FromShim, Launch, Lendable, PROTOCOL, ShimError, Started, Status, ToShim, VmSpec};
 
 use super::privd::{Credentials, connect_packets};
@@ -175,6 +175,18 @@ pub async fn adopt(socket: &Path) -> Result<Option<(ShimLink, VmSpec)>, ShimFaul
         // Its VMM has ended and it is about to: a shim listens only once it has launched.
         FromShim::Status(Status::Idle) => Ok(None),
         _ => Err(ShimFault::Protocol("it did not answer a question for its status")),
+    }
+}
+
+/// A copy of a descriptor that the shim at a socket holds, over a connection that is there for this alone.
+///
+/// # Errors
+/// Any [`ShimFault`].
+pub async fn lend_at(socket: &Path, what: Lendable) -> Result<PassedFd, ShimFault> {
+    let mut link = connect(socket).await?;
+    match link.ask(&ToShim::Lend(what)).await? {
+        FromShim::Lent(descriptor) => Ok(descriptor),
+        _ => Err(ShimFault::Protocol("it did not lend what it was asked for")),
     }
 }
 

@@ -31,6 +31,7 @@
 
 pub mod build;
 pub mod capture;
+pub mod hold;
 mod parts;
 pub mod pause;
 pub mod plan;
@@ -111,6 +112,9 @@ pub enum CaptureFailure {
     /// It is doing something else.
     #[error("the sandbox is {0}, neither running nor paused")]
     Refused(&'static str),
+    /// The host has no room for it.
+    #[error(transparent)]
+    Host(#[from] crate::registry::Refusal),
 }
 
 /// A build that failed.
@@ -177,6 +181,8 @@ pub enum Ending {
     NotPaused(Arc<PauseError>),
     /// Its VMM would not let the guest run on.
     Stopped(Arc<PauseError>),
+    /// Its disk can be used no more; the VMM is still there.
+    DiskLost,
 }
 
 /// How a pause ended.

@@ -323,7 +323,7 @@ async fn steps(
 fn ended(end: Ending) -> ResumeError {
     match end {
         Ending::Reported(exit) => ResumeError::VmmEnded(ExitSummary(*exit)),
-        Ending::ShimLost | Ending::NotPaused(_) | Ending::Stopped(_) => ResumeError::ShimLost,
+        Ending::ShimLost | Ending::NotPaused(_) | Ending::Stopped(_) | Ending::DiskLost => ResumeError::ShimLost,
     }
 }
 

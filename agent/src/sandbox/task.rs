@@ -14,6 +14,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::build;
+use super::hold::Hold;
 use super::parts::{Versions, Vm};
 use super::plan::Plan;
 use super::record::Record;
@@ -22,11 +23,11 @@ use super::{
     PauseFailure, PauseReason, ResumeEnd, ResumeFailure, ResumeWish, Sandbox, TeardownError, capture, pause, resume,
     unix_now,
 };
-use crate::activity::{self, Activity, Floors, Moment};
+use crate::activity::{Activity, Moment};
 use crate::errors::Chain;
 use crate::guest::Guest;
-use crate::host::Host;
 use crate::host::slots::SlotLease;
+use crate::host::{Host, counters};
 use crate::registry::Registry;
 use crate::tombstone::{self, End, Tombstone};
 
@@ -77,6 +78,11 @@ enum Command {
     Pause(PauseReason, super::PauseReply),
     Resume(ResumeWish, super::ResumeReply),
     Capture(CaptureWish, super::CaptureReply),
+    /// Stop the guest's processors, until [`Command::Release`].
+    Hold(oneshot::Sender<()>),
+    Release(oneshot::Sender<()>),
+    /// The disk can be used no more.
+    DiskLost,
 }
 
 /// A sandbox as everyone but its task has it.
@@ -89,6 +95,7 @@ pub struct Handle {
     /// When it was made, in seconds since 1970.
     pub created_at_unix: i64,
     usage: Arc<Usage>,
+    hold: Arc<Hold>,
     commands: mpsc::Sender<Command>,
     view: watch::Receiver<View>,
 }
@@ -131,18 +138,14 @@ impl Drop for InUse {
 }
 
 /// Waits until nobody has used the sandbox for as long as it may go unused, and its guest does nothing by itself either.
-async fn idle(usage: &Usage, cgroup: Option<&Path>, floors: &Floors) {
+async fn idle<F: Future<Output = bool>>(usage: &Usage, at_work: impl Fn() -> F) {
     loop {
         let deadline = usage.activity().deadline();
         let Some(deadline) = deadline else {
             return std::future::pending().await;
         };
         tokio::time::sleep_until(deadline).await;
-        let in_use = usage.calls.load(Ordering::Acquire) > 0
-            || match cgroup {
-                Some(cgroup) => activity::at_work(cgroup, floors).await,
-                None => false,
-            };
+        let in_use = usage.calls.load(Ordering::Acquire) > 0 || at_work().await;
         if in_use {
             usage.touch();
         } else if usage.activity().is_idle(Instant::now()) {
@@ -233,6 +236,28 @@ impl Handle {
         self.ask(|reply| Command::Resume(wish, reply)).await.unwrap_or(gone)
     }
 
+    /// Whether its guest is held for want of room on the disk, and where its VM runs.
+    pub fn hold_state(&self) -> &Hold {
+        &self.hold
+    }
+
+    /// Holds the guest, where it runs.
+    pub async fn hold(&self) {
+        // A task that has ended has nothing to hold.
+        self.ask(Command::Hold).await.unwrap_or_default();
+    }
+
+    /// Lets a guest that is held run again.
+    pub async fn release(&self) {
+        self.ask(Command::Release).await.unwrap_or_default();
+    }
+
+    /// Its disk can be used no more: it is ended where it runs, and why is written down.
+    pub async fn disk_is_lost(&self) {
+        // A task that has ended needs no disk.
+        drop(self.commands.send(Command::DiskLost).await);
+    }
+
     /// The task's answer; `None` when it has ended.
     async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Option<T> {
         let (reply, answer) = oneshot::channel();
@@ -303,6 +328,7 @@ fn driver(
     let (view, seen) = watch::channel(first);
     let handle = Handle {
         usage: Arc::new(Usage::new(plan.timeout_sec)),
+        hold: Arc::default(),
         plan: Arc::new(plan),
         slot: Arc::new(slot),
         created_at_unix,
@@ -386,8 +412,11 @@ impl Driver {
 
     /// Waits for the next thing to happen; `None` where it is none of the sandbox's.
     async fn next(&mut self, sandbox: &mut Sandbox<Vm>) -> Option<Event<Vm>> {
-        let (usage, floors) = (self.handle.usage.clone(), Floors::new(&self.host.config));
-        let is_paused = matches!(sandbox, Sandbox::Paused(_));
+        let (host, usage) = (self.host.clone(), self.handle.usage.clone());
+        let (is_running, is_paused) = (
+            matches!(sandbox, Sandbox::Running(_)),
+            matches!(sandbox, Sandbox::Paused(_)),
+        );
         let work = async {
             match &mut self.work {
                 Work::None => std::future::pending().await,
@@ -405,11 +434,12 @@ impl Driver {
                     Event::CallerGone
                 }
                 Sandbox::Running(state) => {
-                    let cgroup = state.vm.shim.cgroup().map(Path::to_owned);
+                    let (id, cgroup) = (&state.vm.record.plan.id, state.vm.shim.cgroup().map(Path::to_owned));
+                    let at_work = || counters::at_work(host.clone(), id.clone(), cgroup.clone());
                     tokio::select! {
                         biased;
                         end = state.vm.shim.ended() => Event::VmmEnded(pause::ending(end)),
-                        () = idle(&usage, cgroup.as_deref(), &floors) => Event::IdleDeadline,
+                        () = idle(&usage, at_work) => Event::IdleDeadline,
                     }
                 }
                 remains if remains.is_stuck() => {
@@ -430,7 +460,8 @@ impl Driver {
             event = state => event,
             event = work => event,
             command = self.inbox.recv() => {
-                return self.admit(command.expect("the driver's own handle keeps the channel open"), is_paused);
+                let command = command.expect("the driver's own handle keeps the channel open");
+                return self.admit(command, is_running, is_paused).await;
             }
         };
         match &event {
@@ -454,7 +485,7 @@ impl Driver {
     }
 
     /// What a command is to the sandbox; `None` where it has been answered here.
-    fn admit(&mut self, command: Command, is_paused: bool) -> Option<Event<Vm>> {
+    async fn admit(&mut self, command: Command, is_running: bool, is_paused: bool) -> Option<Event<Vm>> {
         match command {
             Command::Destroy(reply) => Some(Event::DestroyRequested(reply)),
             Command::Pause(reason, reply) => Some(Event::PauseRequested(reason, reply)),
@@ -477,9 +508,33 @@ impl Driver {
                 }
                 other => {
                     self.unclaimed = other;
-                    Some(Event::CaptureRequested(wish, reply))
+                    match self.registry.has_room() {
+                        // A capture under way is joined.
+                        Err(refusal) if is_running || is_paused => {
+                            answer(vec![reply], &Err(refusal.into()));
+                            None
+                        }
+                        Ok(()) | Err(_) => Some(Event::CaptureRequested(wish, reply)),
+                    }
                 }
             },
+            // Its VMM is still there, but what follows is the same: it is taken down, and why is written down. What is being done with
+            // one that does not run ends by the disk itself.
+            Command::DiskLost => is_running.then_some(Event::VmmEnded(Ending::DiskLost)),
+            Command::Hold(reply) => {
+                if is_running {
+                    self.handle.hold.hold(&self.host, &self.handle.plan.id).await;
+                }
+                answer(vec![reply], &());
+                None
+            }
+            Command::Release(reply) => {
+                if is_running {
+                    self.handle.hold.release(&self.host, &self.handle.plan.id).await;
+                }
+                answer(vec![reply], &());
+                None
+            }
         }
     }
 
@@ -494,7 +549,12 @@ impl Driver {
                 }
             }
             Action::Pause(vm, reason) => {
-                self.work = Work::Pause(tokio::spawn(pause::pause(self.host.clone(), vm, reason)));
+                let (host, hold, id) = (self.host.clone(), self.handle.hold.clone(), id.clone());
+                self.work = Work::Pause(tokio::spawn(async move {
+                    // A pause begins with the guest's own part in it, which one that is held could not do.
+                    hold.release(&host, &id).await;
+                    pause::pause(host, vm, reason).await
+                }));
             }
             Action::Resume(kept, wish) => self.start_resume(kept, wish),
             Action::CancelResume => {
@@ -503,7 +563,11 @@ impl Driver {
                 }
             }
             Action::Capture(vm, wish) => {
-                self.work = Work::Capture(tokio::spawn(capture::capture(self.host.clone(), vm, wish)));
+                let (host, hold, id) = (self.host.clone(), self.handle.hold.clone(), id.clone());
+                self.work = Work::Capture(tokio::spawn(async move {
+                    hold.release(&host, &id).await;
+                    capture::capture(host, vm, wish).await
+                }));
             }
             Action::CaptureKept(kept, wish) => {
                 let (host, id) = (self.host.clone(), id.clone());
@@ -557,6 +621,7 @@ impl Driver {
             let end = match &ending {
                 Ending::Reported(exit) => End::Vmm(exit),
                 Ending::ShimLost => End::ShimLost,
+                Ending::DiskLost => End::DiskLost,
                 Ending::NotPaused(error) => {
                     tracing::error!(sandbox_id = %handle.plan.id, error = %Chain(error.as_ref()), "idle and not to be paused");
                     End::NotPaused
@@ -599,6 +664,16 @@ impl Driver {
     }
 
     fn show(&self, sandbox: &Sandbox<Vm>) {
+        match sandbox {
+            Sandbox::Running(state) => self.handle.hold.runs_in(state.vm.shim.cgroup()),
+            // Its VM is still there, and is released as the first step.
+            Sandbox::Pausing(_) | Sandbox::Capturing(_) => {}
+            Sandbox::Creating(_)
+            | Sandbox::Paused(_)
+            | Sandbox::Resuming(_)
+            | Sandbox::Destroying(_)
+            | Sandbox::Gone => self.handle.hold.forget(),
+        }
         if let Some(view) = view_of(sandbox) {
             self.view.send_replace(view);
         }
@@ -651,19 +726,13 @@ fn view_of(sandbox: &Sandbox<Vm>) -> Option<View> {
 mod tests {
     use super::*;
 
-    const FLOORS: Floors = Floors {
-        cpu_percent: 5,
-        network_bytes: 1,
-        disk_bytes: 1,
-    };
-
     #[tokio::test(start_paused = true)]
     async fn a_sandbox_is_idle_once_nobody_uses_it_any_more() {
         let usage = Arc::new(Usage::new(60));
         let began = Instant::now();
         let watcher = tokio::spawn({
             let usage = usage.clone();
-            async move { idle(&usage, None, &FLOORS).await }
+            async move { idle(&usage, || std::future::ready(false)).await }
         });
         usage.calls.fetch_add(1, Ordering::AcqRel);
         let call = InUse(usage.clone());
@@ -681,7 +750,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_sandbox_without_a_limit_is_never_idle() {
         let usage = Usage::new(0);
-        let outcome = tokio::time::timeout(Duration::from_secs(1 << 30), idle(&usage, None, &FLOORS)).await;
+        let outcome =
+            tokio::time::timeout(Duration::from_secs(1 << 30), idle(&usage, || std::future::ready(false))).await;
         assert!(outcome.is_err());
     }
 }

@@ -111,7 +111,7 @@ fn words(next: &Next<Owned>) -> String {
         Action::AnswerCaptures(_, replies, Err(CaptureFailure::Failed(_))) => {
             format!(" capture-failed:{}", replies.len())
         }
-        Action::AnswerCaptures(_, replies, Err(CaptureFailure::Refused(_))) => {
+        Action::AnswerCaptures(_, replies, Err(CaptureFailure::Refused(_) | CaptureFailure::Host(_))) => {
             format!(" capture-refused:{}", replies.len())
         }
         Action::Resume(..) => " resume".to_owned(),

@@ -1,0 +1,93 @@
+//! Holding a running guest: its processors stand still, and nothing of it is written, until there is room on the host's disk again.
+//!
+//! Not a state of the sandbox. It runs as far as anybody is concerned who lists it, pauses it or destroys it; only its guest does not
+//! answer. What is held is released before a pause, which talks to the guest. An agent that ends forgets it: the next one lets
+//! every VM run that it takes over ([`crate::recover`]), and holds it again where there is still no room.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard};
+
+use roost_common::ids::SandboxId;
+use roost_common::shim::API_SOCKET;
+
+use crate::errors::Chain;
+use crate::host::Host;
+use crate::vmm::{State, Vmm, VmmError};
+
+/// What a sandbox's task and those who look at it share.
+#[derive(Debug, Default)]
+pub struct Hold {
+    held: AtomicBool,
+    cgroup: Mutex<Option<PathBuf>>,
+}
+
+impl Hold {
+    /// Whether the guest's processors are stopped for want of room.
+    pub fn is_held(&self) -> bool {
+        self.held.load(Ordering::Acquire)
+    }
+
+    /// The cgroup of the VM that runs, where it has one of its own.
+    pub fn cgroup(&self) -> Option<PathBuf> {
+        self.lock().clone()
+    }
+
+    /// A VM runs, in this cgroup where it has one of its own.
+    pub(super) fn runs_in(&self, cgroup: Option<&Path>) {
+        *self.lock() = cgroup.map(Path::to_owned);
+    }
+
+    /// Forgets that it was held: its VM has gone.
+    pub(super) fn forget(&self) {
+        self.held.store(false, Ordering::Release);
+        *self.lock() = None;
+    }
+
+    /// Stops the guest's processors.
+    pub(super) async fn hold(&self, host: &Host, id: &SandboxId) {
+        if self.is_held() {
+            return;
+        }
+        // Before the call, so that nobody waits for an answer of a guest that is about to stand still.
+        self.held.store(true, Ordering::Release);
+        if let Err(error) = api(host, id).pause().await {
+            tracing::error!(sandbox_id = %id, error = %Chain(&error), "not held");
+            self.undo(host, id, &error).await;
+        }
+    }
+
+    /// Lets them run again.
+    pub(super) async fn release(&self, host: &Host, id: &SandboxId) {
+        if !self.is_held() {
+            return;
+        }
+        let api = api(host, id);
+        let outcome = match api.state().await {
+            // A pause that failed has let it run.
+            Ok(State::Running) => Ok(()),
+            Ok(State::Created | State::Paused | State::Shutdown) | Err(_) => api.resume().await,
+        };
+        match outcome {
+            Ok(()) => self.held.store(false, Ordering::Release),
+            Err(error) => tracing::error!(sandbox_id = %id, error = %Chain(&error), "not released"),
+        }
+    }
+
+    /// A call that was not answered in time may have been followed all the same; one that was refused was not.
+    async fn undo(&self, host: &Host, id: &SandboxId, error: &VmmError) {
+        match error {
+            VmmError::Refused { .. } | VmmError::Connect { .. } => self.held.store(false, Ordering::Release),
+            VmmError::Timeout { .. } | VmmError::Http { .. } => self.release(host, id).await,
+        }
+    }
+
+    /// Held for moments.
+    fn lock(&self) -> MutexGuard<'_, Option<PathBuf>> {
+        self.cgroup.lock().expect("nothing panics while it holds this")
+    }
+}
+
+fn api(host: &Host, id: &SandboxId) -> Vmm {
+    Vmm::new(&host.layout.vm_run(id).join(API_SOCKET))
+}
