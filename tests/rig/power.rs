@@ -167,9 +167,9 @@ fn every_acknowledged_pause_outlives_a_power_cut_at_any_moment() {
         say("NOTE: power cuts are tested by `cargo xtask test --power`, which boots the rig again after each\n");
         return;
     }
-    let all = std::env::var_os("ROOST_TESTS_ALL").is_some();
-    let moments: Vec<_> = MOMENTS.iter().filter(|(_, _, few)| all || *few).collect();
+    let moments = chosen();
     wait_for_agent();
+    assert!(!moments.is_empty(), "no moment is called that");
     let mut diary = Diary::read();
     if diary.cuts == 0 {
         let census = Census::take();
@@ -190,6 +190,21 @@ fn every_acknowledged_pause_outlives_a_power_cut_at_any_moment() {
         Some((moment, ..)) => reach(&mut diary, *moment),
         None => end(&diary),
     }
+}
+
+/// The moments of this run: those that were asked for by a part of their name, or all, or few.
+fn chosen() -> Vec<&'static (Moment, Became, bool)> {
+    let all = std::env::var_os("ROOST_TESTS_ALL").is_some();
+    let asked = std::env::var("ROOST_TESTS_MOMENTS").unwrap_or_default();
+    let asked: Vec<&str> = asked.split_whitespace().collect();
+    let wanted = |moment: &Moment, few: bool| {
+        let name = format!("{moment:?}");
+        match asked.is_empty() {
+            true => all || few,
+            false => asked.iter().any(|part| name.contains(part)),
+        }
+    };
+    MOMENTS.iter().filter(|(moment, _, few)| wanted(moment, *few)).collect()
 }
 
 /// Brings the sandbox to a moment, and has the power cut.

@@ -4,7 +4,7 @@ use std::env;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 
@@ -47,33 +47,57 @@ pub(crate) struct Binaries {
     dir: PathBuf,
     /// The guest's init and agent, static.
     pub(crate) envd: PathBuf,
+    /// The rig's test program.
+    pub(crate) tests: PathBuf,
     vmm: Vmm,
 }
 
 /// Builds everything that a rig needs.
 pub(crate) fn build() -> Result<Binaries> {
     let vmm = Vmm::choose()?;
-    step("building the daemons", || {
-        // Rig builds may read a confinement profile from a file, and fail where a test wants it; packaged ones do neither.
-        let packages = ["roost-privd", "roost-vmmshim", "roost-agent", "standin-vmm"];
-        let mut command = cargo();
-        command.args([
-            "build",
-            "--bins",
-            "--features",
-            "roost-vmmshim/foreign-profiles,roost-agent/failpoints",
-        ]);
-        packages.iter().for_each(|package| {
-            command.args(["--package", package]);
-        });
-        shown(&mut command)
-    })?;
+    let tests = step("building the daemons and the rig's tests", build_programs)?;
     let envd = build_envd()?;
     Ok(Binaries {
         dir: cache::target().join("debug"),
         envd,
+        tests,
         vmm,
     })
+}
+
+/// Builds what is installed, and the test program; where cargo says that is.
+///
+/// One call for the whole workspace and with tests in it: so every crate that we use has the features that `cargo test --workspace` has
+/// compiled it with, and is not compiled once more. Not all binaries: this program must not be replaced while it runs.
+fn build_programs() -> Result<PathBuf> {
+    let mut command = cargo();
+    // Rig builds may read a confinement profile from a file, and fail where a test wants it; packaged ones do neither.
+    command.args([
+        "build",
+        "--workspace",
+        "--features",
+        "roost-vmmshim/foreign-profiles,roost-agent/failpoints",
+        "--test",
+        "rig",
+        "--message-format=json-render-diagnostics",
+    ]);
+    PROGRAMS.iter().for_each(|program| {
+        command.args(["--bin", program]);
+    });
+    let output = command
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()
+        .context("cannot run cargo")?;
+    ensure!(output.status.success(), "cargo build: {}", output.status);
+    let lines = output.stdout.split(|byte| *byte == b'\n');
+    let messages = lines.filter_map(|line| serde_json::from_slice::<serde_json::Value>(line).ok());
+    let mut executables = messages.filter_map(|message| {
+        let ours = message.pointer("/target/name")? == "rig" && message.pointer("/profile/test")? == true;
+        ours.then(|| message.get("executable")?.as_str().map(PathBuf::from))
+            .flatten()
+    });
+    executables.next_back().context("cargo built no rig tests")
 }
 
 /// Builds the guest's envd: static, so into a folder of its own beside the host's build.

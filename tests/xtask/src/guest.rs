@@ -128,12 +128,13 @@ fn initramfs(kernel: &Kernel, envd: &Path) -> Result<PathBuf> {
     })
 }
 
-fn rootfs(envd: &Path) -> Result<PathBuf> {
+/// The template without envd, made when missing.
+pub(crate) fn template() -> Result<PathBuf> {
     let mut key = TEMPLATE.key().text(PREPARE);
     for word in MKE2FS {
         key = key.text(word);
     }
-    let base = cache::artefact("template", key, |path| {
+    cache::artefact("template", key, |path| {
         let tar = path.with_extension("tar");
         TEMPLATE.make_tar(&tar)?;
         Image {
@@ -143,7 +144,11 @@ fn rootfs(envd: &Path) -> Result<PathBuf> {
         }
         .make(&tar, path)?;
         cache::remove(&tar)
-    })?;
+    })
+}
+
+fn rootfs(envd: &Path) -> Result<PathBuf> {
+    let base = template()?;
     let base_name = base
         .file_name()
         .expect("an artefact has a name")

@@ -10,6 +10,7 @@ use anyhow::{Context, Result};
 use crate::cache::{self, Key};
 use crate::cpio::Archive;
 use crate::debian::{Image, Recipe, Size};
+use crate::guest;
 use crate::kernel::{self, Kernel};
 
 const RECIPE: Recipe<'_> = Recipe {
@@ -89,6 +90,13 @@ pub(crate) struct Host {
     pub(crate) root: PathBuf,
     /// Its initramfs.
     pub(crate) initramfs: PathBuf,
+}
+
+/// `cargo xtask images`: what needs a network and long, and nothing of this build.
+pub(crate) fn run() -> Result<()> {
+    let _lock = cache::lock()?;
+    ensure(&kernel::ensure()?)?;
+    guest::template().map(drop)
 }
 
 /// The host's files, made when missing.

@@ -43,6 +43,9 @@ enum Task {
     Setup,
     /// Make the guest's kernel, initramfs and the minimal template
     Guest,
+    /// Make the Debian images alone, which `test` does beside its first checks
+    #[command(hide = true)]
+    Images,
     /// Boot a throw-away Debian host with this build in it and run a command there as root
     Rig(rig::Options),
     /// Everything that CI checks
@@ -57,6 +60,7 @@ fn main() -> ExitCode {
     let outcome = match Cli::parse().task {
         Task::Setup => setup::run().map(|()| 0),
         Task::Guest => guest::run().map(|()| 0),
+        Task::Images => host::run().map(|()| 0),
         Task::Rig(options) => rig::run(&options),
         Task::Test(options) => test::run(&options),
         Task::Faults => test::run(&test::Options::all_faults()),

@@ -1,7 +1,7 @@
 //! `cargo xtask test`: everything that CI checks, each part with its time; the end-to-end tests in the rig come last.
 //!
 //! Holds: a part that fails or cannot run fails the whole, and later parts run all the same, so that one run tells all. The
-//! last line is libtest's own.
+//! last lines are libtest's own, of every rig.
 
 use std::fs::File;
 use std::io::Write;
@@ -58,7 +58,7 @@ pub(crate) struct Options {
     /// The rig's memory
     #[arg(long, value_name = "MB", default_value_t = 4096)]
     memory: u64,
-    /// Arguments for the rig's test program, such as a part of a test's name
+    /// Arguments for the rig's test program, such as a part of a test's name; with --power alone parts of moments' names
     #[arg(last = true, value_name = "ARGUMENTS")]
     arguments: Vec<String>,
 }
@@ -84,6 +84,8 @@ struct Check {
     calls: &'static [&'static [&'static str]],
 }
 
+/// Each for the whole workspace, and less of it by targets and not by packages: fewer packages have fewer features of what they use,
+/// which would all be compiled once more.
 const CHECKS: &[Check] = &[
     Check {
         title: "formatting",
@@ -94,23 +96,14 @@ const CHECKS: &[Check] = &[
         calls: &[
             &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"],
             // Not among all targets: a plain `cargo test` leaves the rig's tests alone.
+            &["clippy", "--workspace", "--test", "rig", "--", "-D", "warnings"],
             &[
                 "clippy",
-                "--package",
-                "roost-tests",
-                "--test",
-                "rig",
-                "--",
-                "-D",
-                "warnings",
-            ],
-            &[
-                "clippy",
-                "--package",
-                "roost-vmmshim",
-                "--all-targets",
+                "--workspace",
+                "--bins",
+                "--tests",
                 "--features",
-                "foreign-profiles",
+                "roost-vmmshim/foreign-profiles,roost-agent/failpoints",
                 "--",
                 "-D",
                 "warnings",
@@ -122,7 +115,20 @@ const CHECKS: &[Check] = &[
         calls: &[
             &["test", "--workspace"],
             // What launches something: a build that takes the probe's profile.
-            &["test", "--package", "roost-vmmshim", "--features", "foreign-profiles"],
+            &[
+                "test",
+                "--workspace",
+                "--features",
+                "roost-vmmshim/foreign-profiles",
+                "--bin",
+                "roost-vmmshim",
+                "--test",
+                "idle",
+                "--test",
+                "launch",
+                "--test",
+                "release",
+            ],
         ],
     },
     Check {
@@ -149,7 +155,13 @@ struct Line {
 pub(crate) fn run(options: &Options) -> Result<u8> {
     setup::run()?;
     let mut summary = Vec::new();
-    if !options.rig && !options.power {
+    let checks = !options.rig && !options.power;
+    let mut images = if checks && !options.no_rig {
+        Some(Beside::images()?)
+    } else {
+        None
+    };
+    if checks {
         for check in CHECKS {
             record(&mut summary, check.title, || {
                 check
@@ -159,17 +171,19 @@ pub(crate) fn run(options: &Options) -> Result<u8> {
             });
         }
     }
-    let mut closing = None;
+    let mut closing = Vec::new();
     let rig_tests = !options.no_rig && (options.rig || !options.power);
     let whole = rig_tests && !options.direct && options.arguments.is_empty();
     if rig_tests {
+        if let Some(images) = images.take() {
+            record(&mut summary, "Debian images", || images.finish()?.1);
+        }
         // A rig keeps one core busy, so two of them share the tests. The power cuts are part of the other one's.
         let mut first_half = None;
         if whole {
             record(&mut summary, "building for the rig", || {
                 binaries::build()?;
-                build_tests()?;
-                first_half = Some(FirstHalf::start(options)?);
+                first_half = Some(Beside::first_half(options)?);
                 Ok(())
             });
         }
@@ -179,7 +193,7 @@ pub(crate) fn run(options: &Options) -> Result<u8> {
                 options.arguments = FIRST_HALF.iter().map(|module| format!("--skip={module}")).collect();
             }
             let end = run_in_rig(&options)?;
-            closing = closing_lines(&end.tail);
+            closing.extend(closing_lines(&end.tail));
             verdict(&end)
         });
         if whole {
@@ -192,18 +206,17 @@ pub(crate) fn run(options: &Options) -> Result<u8> {
             record(&mut summary, "rig tests, direct", || verdict(&run_in_rig(&direct)?));
         }
         if let Some(first_half) = first_half {
-            record(&mut summary, "rig tests, other half", || first_half.finish());
+            record(&mut summary, "rig tests, other half", || {
+                let (output, verdict) = first_half.finish()?;
+                closing.extend(summed_up(&output));
+                verdict
+            });
         }
     }
     if options.power && !whole {
         record(&mut summary, "power cuts", || {
             let end = cut_power(options)?;
-            let cuts = closing_lines(&end.tail);
-            // A failure of the tests ahead of this is not to be hidden by it.
-            closing = match (closing.take(), cuts) {
-                (Some(tests), Some(cuts)) => Some(tests + &cuts),
-                (tests, cuts) => cuts.or(tests),
-            };
+            closing.extend(closing_lines(&end.tail));
             verdict(&end)
         });
     }
@@ -215,7 +228,7 @@ pub(crate) fn run(options: &Options) -> Result<u8> {
             .map_or("ok".to_owned(), |failure| format!("FAILED: {failure}"));
         eprintln!("  {:<22} {:>7.1} s  {verdict}", line.title, line.took.as_secs_f64());
     }
-    if let Some(closing) = closing {
+    for closing in closing {
         print!("{closing}");
     }
     Ok(u8::from(summary.iter().any(|line| line.failure.is_some())))
@@ -234,23 +247,19 @@ fn record(summary: &mut Vec<Line>, title: &'static str, work: impl FnOnce() -> R
     });
 }
 
-/// Another run of this program, for some of the rig's tests. Its output waits in a file, so that two runs do not mix theirs.
-struct FirstHalf {
+/// Another run of this program, beside this one. Its output waits in a file, so that two runs do not mix theirs.
+struct Beside {
     process: Child,
     output: PathBuf,
 }
 
-impl FirstHalf {
-    fn start(options: &Options) -> Result<Self> {
-        let output = cache::dir()?.join("other-half.log");
+impl Beside {
+    /// Starts it; `name` is its output's.
+    fn start(name: &str, arguments: &[&str]) -> Result<Self> {
+        let output = cache::dir()?.join(format!("{name}.log"));
         let log = File::create(&output).with_context(|| format!("cannot make {}", output.display()))?;
-        let mut command = Command::new(std::env::current_exe().context("this program has no path")?);
-        command.args(["test", "--rig", "--power", "--memory", &options.memory.to_string()]);
-        if options.all {
-            command.arg("--all");
-        }
-        command.arg("--").args(FIRST_HALF);
-        let process = command
+        let process = Command::new(std::env::current_exe().context("this program has no path")?)
+            .args(arguments)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)
@@ -259,17 +268,38 @@ impl FirstHalf {
         Ok(Self { process, output })
     }
 
-    /// Waits for its end, and shows what it wrote.
-    fn finish(mut self) -> Result<()> {
+    /// The Debian images, which wait for the network and for one processor at a time.
+    fn images() -> Result<Self> {
+        Self::start("images", &["images"])
+    }
+
+    /// Some of the rig's tests, and the power cuts.
+    fn first_half(options: &Options) -> Result<Self> {
+        let memory = options.memory.to_string();
+        let mut arguments = vec!["test", "--rig", "--power", "--memory", &memory];
+        if options.all {
+            arguments.push("--all");
+        }
+        arguments.push("--");
+        arguments.extend(FIRST_HALF);
+        Self::start("other-half", &arguments)
+    }
+
+    /// Waits for its end, and shows what it wrote; that, and whether it succeeded.
+    fn finish(mut self) -> Result<(Vec<u8>, Result<()>)> {
         let status = self.process.wait()?;
         let output = std::fs::read(&self.output)?;
         std::io::stdout().write_all(&output)?;
-        ensure!(status.success(), "{status}");
-        Ok(())
+        let verdict = if status.success() {
+            Ok(())
+        } else {
+            Err(anyhow!("{status}"))
+        };
+        Ok((output, verdict))
     }
 }
 
-impl Drop for FirstHalf {
+impl Drop for Beside {
     fn drop(&mut self) {
         // It has ended where it was waited for.
         self.process.kill().ok();
@@ -288,15 +318,18 @@ fn run_in_rig(options: &Options) -> Result<rig::End> {
 fn cut_power(options: &Options) -> Result<rig::End> {
     let (binaries, mut rig) = tests_in_rig(options, CUT_SECONDS)?;
     rig.command.push(POWER_TESTS.to_owned());
+    if !options.rig && !options.arguments.is_empty() {
+        rig.env
+            .push(format!("ROOST_TESTS_MOMENTS={}", options.arguments.join(" ")));
+    }
     series::run(&rig, &binaries)
 }
 
 /// Builds what the rig's tests need; a rig that runs them.
 fn tests_in_rig(options: &Options, timeout: u64) -> Result<(Binaries, rig::Options)> {
     let binaries = binaries::build()?;
-    let program = step("building the rig's tests", build_tests)?;
     let mut rig = rig::Options {
-        add: vec![format!("{}:/usr/lib/roost-tests/rig", program.display())],
+        add: vec![format!("{}:/usr/lib/roost-tests/rig", binaries.tests.display())],
         timeout,
         memory: options.memory,
         direct: options.direct,
@@ -322,27 +355,6 @@ fn verdict(end: &rig::End) -> Result<()> {
     Ok(())
 }
 
-/// Builds the test program and returns where cargo says it is.
-fn build_tests() -> Result<PathBuf> {
-    let output = cargo()
-        .args(["test", "--package", "roost-tests", "--test", "rig", "--no-run"])
-        .arg("--message-format=json-render-diagnostics")
-        .stderr(Stdio::inherit())
-        .output()
-        .context("cannot run cargo")?;
-    ensure!(output.status.success(), "cargo test --no-run: {}", output.status);
-    let lines = output.stdout.split(|byte| *byte == b'\n');
-    let messages = lines.filter_map(|line| serde_json::from_slice::<serde_json::Value>(line).ok());
-    let mut executables = messages.filter_map(|message| {
-        let ours = message.pointer("/target/name")? == "rig" && message.pointer("/profile/test")? == true;
-        ours.then(|| message.get("executable")?.as_str().map(PathBuf::from))
-            .flatten()
-    });
-    executables
-        .next_back()
-        .ok_or_else(|| anyhow!("cargo built no rig tests"))
-}
-
 /// libtest's result, and the failures it lists ahead of it.
 fn closing_lines(tail: &[u8]) -> Option<String> {
     let text = String::from_utf8_lossy(tail);
@@ -354,9 +366,32 @@ fn closing_lines(tail: &[u8]) -> Option<String> {
     Some(text[from..end].trim_end().to_owned() + "\n")
 }
 
+/// The closing lines of all that another run of this program has tested, which stand behind its summary.
+fn summed_up(output: &[u8]) -> Option<String> {
+    let text = String::from_utf8_lossy(output);
+    let summary = text.rfind("\nsummary:\n")?;
+    let rest = &text[summary + 1..];
+    let from = rest
+        .find("\nfailures:\n")
+        .into_iter()
+        .chain(rest.find("\ntest result:"))
+        .min()?;
+    Some(rest[from..].trim_end().to_owned() + "\n")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_another_run_sums_up_is_all_of_its_closing_lines() {
+        let output = "test result: ok. 1 passed\n\nsummary:\n  rig tests   1.0 s  ok\n\nfailures:\n    a\n\ntest result: FAILED\n\ntest result: ok\n";
+        assert_eq!(
+            summed_up(output.as_bytes()).unwrap(),
+            "\nfailures:\n    a\n\ntest result: FAILED\n\ntest result: ok\n"
+        );
+        assert_eq!(summed_up(b"killed\n"), None);
+    }
 
     #[test]
     fn the_closing_lines_are_the_last_list_of_failures_and_the_result() {
