@@ -11,7 +11,7 @@ use serde_json::json;
 /// A program that counts in memory, a file in memory, and a file on disk: all that a pause is to keep.
 const CANARIES: &str = "mkdir -p /dev/shm && head -c 2000000 /dev/urandom > /dev/shm/canary && sha256sum < /dev/shm/canary > /root/memory.sum
     head -c 3000000 /dev/urandom > /root/disk && sha256sum < /root/disk > /root/disk.sum
-    setsid bash -c 'i=0; while sleep 0.1; do i=$((i+1)); echo $i > /dev/shm/count; done' >/dev/null 2>&1 &
+    setsid bash -c 'i=0; exec 9<> <(:); until read -rt 0.2 -u 9; do i=$((i+1)); echo $i > /dev/shm/count; done' >/dev/null 2>&1 &
     echo $! > /dev/shm/counter.pid; until test -s /dev/shm/count; do sleep 0.1; done";
 
 /// Checks the canaries; what the counter says.

@@ -78,7 +78,7 @@ const MOMENTS: &[(Moment, Became, bool)] = &[
 const CANARIES: &str =
     "mkdir -p /dev/shm; head -c 2000000 /dev/urandom > /dev/shm/canary; sha256sum < /dev/shm/canary > /root/memory.sum
     head -c 3000000 /dev/urandom > /root/disk; sha256sum < /root/disk > /root/disk.sum
-    setsid bash -c 'i=0; while sleep 0.2; do i=$((i+1)); echo $i >> /root/count; done' >/dev/null 2>&1 &
+    setsid bash -c 'i=0; exec 9<> <(:); until read -rt 0.2 -u 9; do i=$((i+1)); echo $i >> /root/count; done' >/dev/null 2>&1 &
     until test -s /root/count; do sleep 0.1; done; cat /proc/sys/kernel/random/boot_id";
 /// A file that is written just ahead of a pause, and that nobody in the guest syncs.
 const LATE: &str = "head -c 1000000 /dev/urandom > /root/late; sha256sum < /root/late > /root/late.sum";

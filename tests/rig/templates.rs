@@ -61,10 +61,11 @@ fn fsck(image: &Path) {
     );
 }
 
-/// A program that counts in memory and remembers uuids as it goes, a file in memory, and a file on disk.
+/// A program that counts in memory and remembers uuids as it goes, a file in memory, and a file on disk. It waits without `sleep`: on
+/// emulated processors a few such guests would have no time for anything but its starts.
 const CANARIES: &str = "mkdir -p /dev/shm && head -c 2000000 /dev/urandom > /dev/shm/canary && sha256sum < /dev/shm/canary > /root/memory.sum
     head -c 3000000 /dev/urandom > /root/disk && sha256sum < /root/disk > /root/disk.sum
-    setsid bash -c 'i=0; while sleep 0.05; do i=$((i+1)); echo $i > /dev/shm/count; read u < /proc/sys/kernel/random/uuid; echo $u >> /dev/shm/uuids; done' >/dev/null 2>&1 &
+    setsid bash -c 'i=0; exec 9<> <(:); until read -rt 0.2 -u 9; do i=$((i+1)); echo $i > /dev/shm/count; read u < /proc/sys/kernel/random/uuid; echo $u >> /dev/shm/uuids; done' >/dev/null 2>&1 &
     until test -s /dev/shm/uuids; do sleep 0.1; done; sync";
 const CHECK: &str = "sha256sum < /dev/shm/canary | diff - /root/memory.sum && sha256sum < /root/disk | diff - /root/disk.sum \
     && ! dmesg | grep -i 'ext4.*error' && echo 1 > /root/written && sync && cat /dev/shm/count";

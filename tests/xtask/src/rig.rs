@@ -383,7 +383,7 @@ impl Machine {
             ("rig.log", &log_there),
         ])?;
         drop((out_there, ctl_there, log_there));
-        let output = thread::spawn(move || copy_live(out, std::io::stdout()));
+        let output = thread::spawn(move || copy_live(out, Timed::new(std::io::stdout())));
         let journal = File::create(self.run.log("journal.log")).context("cannot write journal.log")?;
         let journal = thread::spawn(move || copy_live(log, journal));
         let (sender, news) = mpsc::channel();
@@ -424,8 +424,9 @@ impl Machine {
         ]);
         match kvm {
             true => command.args(["-accel", "kvm", "-cpu", "host"]),
-            // One level of page tables less, for the guest's and our speed.
-            false => command.args(["-accel", "tcg,thread=multi", "-cpu", "max,la57=off"]),
+            // One level of page tables less, for the guest's and our speed. A processor that says that it copies strings fast is copied
+            // with byte by byte, which is the slowest that an emulated one can do.
+            false => command.args(["-accel", "tcg,thread=multi", "-cpu", "max,la57=off,erms=off,fsrm=off"]),
         };
         command.args(["-m", &format!("{}M", self.options.memory)]);
         command
@@ -581,6 +582,55 @@ fn wait_until(process: &mut Child, deadline: Instant) -> Result<Option<ExitStatu
     }
 }
 
+/// Passes everything on, and says on standard error which of libtest's tests took long.
+struct Timed<W> {
+    to: W,
+    /// The beginning of the last line.
+    line: Vec<u8>,
+    /// When that began, or the line before it ended.
+    since: Instant,
+}
+
+/// How libtest's line of a test begins.
+const TEST: &[u8] = b"test ";
+/// From this on a test's time is told.
+const LONG: Duration = Duration::from_secs(20);
+
+impl<W: Write> Timed<W> {
+    fn new(to: W) -> Self {
+        Self {
+            to,
+            line: Vec::new(),
+            since: Instant::now(),
+        }
+    }
+}
+
+impl<W: Write> Write for Timed<W> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        // Up to the end of a line at most, so that what is said of it comes behind it.
+        let end = bytes.iter().position(|byte| *byte == b'\n');
+        let length = end.map_or(bytes.len(), |at| at + 1);
+        self.to.write_all(&bytes[..length])?;
+        let wanted = TEST.len().saturating_sub(self.line.len()).min(length);
+        self.line.extend_from_slice(&bytes[..wanted]);
+        if end.is_some() {
+            let took = self.since.elapsed();
+            if took >= LONG && self.line == TEST {
+                self.to.flush()?;
+                eprintln!("rig: that took {:.0} s", took.as_secs_f64());
+            }
+            self.line.clear();
+            self.since = Instant::now();
+        }
+        Ok(length)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.to.flush()
+    }
+}
+
 /// Copies until the other side closes, flushing what has come; returns the last of it.
 fn copy_live(mut from: impl Read, mut to: impl Write) -> std::io::Result<Vec<u8>> {
     let mut chunk = vec![0; 64 << 10];
@@ -611,6 +661,16 @@ mod tests {
         let script = format!("printf '%s\\n' {}", quoted(&words));
         let output = Command::new("sh").args(["-c", &script]).output().unwrap();
         assert_eq!(String::from_utf8(output.stdout).unwrap(), "a b\nit's\n$HOME `x` \\\n\n");
+    }
+
+    #[test]
+    fn what_is_timed_is_passed_on_as_it_is() {
+        let mut to = Vec::new();
+        let mut timed = Timed::new(&mut to);
+        for piece in ["test a ... ", "ok\ntest b", " ... FAILED\n\nend"] {
+            timed.write_all(piece.as_bytes()).unwrap();
+        }
+        assert_eq!(to, b"test a ... ok\ntest b ... FAILED\n\nend");
     }
 
     #[test]
