@@ -246,6 +246,18 @@ pub fn find_paused(id: &str) -> Option<Value> {
     find_among("pausedSandboxes", id)
 }
 
+/// What is on record of a sandbox's end, once it has come.
+///
+/// # Panics
+/// When it does not come.
+pub fn tombstone(id: &str) -> Value {
+    eventually("the sandbox to be gone", || find(id).is_none().then_some(()));
+    eventually("the tombstone", || {
+        let text = std::fs::read(format!("/var/lib/roost/tombstones/{id}.json")).ok()?;
+        serde_json::from_slice(&text).ok()
+    })
+}
+
 fn find_among(list: &str, id: &str) -> Option<Value> {
     let listing: Value = serde_json::from_str(&ok(&["ls", "--json"])).expect("JSON");
     listing[list]

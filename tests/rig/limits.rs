@@ -1,16 +1,29 @@
 //! Where a sandbox's or a host's room ends: guests that end themselves, hosts that fill up, guests that are at work although nobody
 //! calls, and hosts that are given up.
 
-use roost_tests::roost::{self, Sandbox, find};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+use std::time::Duration;
+
+use roost_tests::disk::Filler;
+use roost_tests::roost::{self, Sandbox, find, find_paused, tombstone};
 use roost_tests::{eventually, in_rig};
 
-/// The tombstone of a sandbox, once it has ended.
-fn tombstone(id: &str) -> serde_json::Value {
-    eventually("the sandbox to be gone", || find(id).is_none().then_some(()));
-    eventually("the tombstone", || {
-        let text = std::fs::read(format!("/var/lib/roost/tombstones/{id}.json")).ok()?;
-        serde_json::from_slice(&text).ok()
-    })
+const DATA: &str = "/var/lib/roost";
+const MIB: u64 = 1 << 20;
+
+/// What a sandbox's disk has allocated.
+fn disk(sandbox: &Sandbox) -> u64 {
+    let cow = std::fs::metadata(format!("{DATA}/sandboxes/{}/rootfs.cow", sandbox.id));
+    cow.expect("it is there").blocks() * 512
+}
+
+/// Has a guest write on and on to new places of its disk, at most so many MiB.
+fn write_on(sandbox: &Sandbox, mebibytes: u64) {
+    sandbox.sh(&format!(
+        "setsid bash -c 'for i in {{1..{}}}; do head -c 262144 /dev/urandom > /root/grows.$i; sync; done' >/dev/null 2>&1 &",
+        mebibytes * 4
+    ));
 }
 
 #[test]
@@ -41,5 +54,88 @@ fn a_guest_that_panics_or_reboots_is_a_sandbox_gone_and_says_which() {
             let events = std::fs::read_to_string("/var/lib/roost/outbox/events.log").expect("an outbox");
             assert!(events.contains("sandbox.error") && events.contains(&id), "{events}");
         }
+    });
+}
+
+#[test]
+fn a_host_whose_disk_fills_up_takes_no_work_then_holds_who_fills_it_and_goes_on_with_room() {
+    in_rig(|| {
+        let (running, paused) = (
+            Sandbox::create(&["--memory", "128"]),
+            Sandbox::create(&["--memory", "128"]),
+        );
+        running.plant();
+        paused.plant();
+        paused.pause();
+        let calls = [&["create"][..], &["resume", &paused.id]];
+
+        // Kept are 256 MiB, and what one small guest has of memory, which is at most 128.
+        let filler = Filler::fill_all_but(Path::new(DATA), 200 * MIB);
+        eventually("new work to be refused", || {
+            let output = roost::roost(&["create", "--id", "too-many"]);
+            if output.status.success() {
+                drop(Sandbox { id: "too-many".into() });
+                return None;
+            }
+            Some(())
+        });
+        for call in calls {
+            let error = roost::fails(call);
+            assert!(error.contains("no room") && error.contains("unavailable"), "{error}");
+        }
+        // There is more than half of it: what runs is left alone.
+        running.is_whole();
+        drop(filler);
+
+        let filler = Filler::fill_all_but(Path::new(DATA), 100 * MIB);
+        write_on(&running, 60);
+        eventually("the guest to be held", || {
+            let output = running.exec(&["/bin/true"]);
+            String::from_utf8_lossy(&output.stderr)
+                .contains("is held")
+                .then_some(())
+        });
+        assert_eq!(find(&running.id).expect("listed")["status"], "running");
+        let held_at = disk(&running);
+        std::thread::sleep(Duration::from_secs(5));
+        assert_eq!(disk(&running), held_at, "a guest that is held writes");
+        drop(filler);
+
+        eventually("the guest to run again", || {
+            running.exec(&["/bin/true"]).status.success().then_some(())
+        });
+        running.is_whole();
+        eventually("new work to be taken", || {
+            roost::roost(&["resume", &paused.id]).status.success().then_some(())
+        });
+        paused.is_whole();
+        running.pause();
+        running.resume();
+        running.is_whole();
+    });
+}
+
+#[test]
+fn a_sandbox_whose_disk_found_no_room_has_ended_and_says_so_and_a_paused_one_has_lost_nothing() {
+    in_rig(|| {
+        let (writer, paused) = (
+            Sandbox::create(&["--memory", "128"]),
+            Sandbox::create(&["--memory", "128"]),
+        );
+        paused.plant();
+        paused.pause();
+        write_on(&writer, 60);
+        // Sooner than any look at the room.
+        let filler = Filler::fill(Path::new(DATA));
+        let id = writer.forget();
+        // What its removal gave back has room for this.
+        let tombstone = tombstone(&id);
+        assert_eq!(tombstone["reason"], "disk_lost", "{tombstone}");
+        drop(filler);
+        assert!(find_paused(&paused.id).is_some());
+        eventually("work to be taken", || {
+            roost::roost(&["resume", &paused.id]).status.success().then_some(())
+        });
+        paused.is_whole();
     });
 }

@@ -320,6 +320,10 @@ fn a_sandbox_that_nobody_uses_is_paused_and_one_in_use_is_not() {
     in_rig(|| {
         let idle = Sandbox::create(&["--memory", "256", "--timeout", "60"]);
         let used = Sandbox::create(&["--memory", "256", "--timeout", "60"]);
+        let chatty = Sandbox::create(&["--memory", "128", "--timeout", "60"]);
+        // Some 40 KiB a second, whoever takes them.
+        chatty.sh("setsid bash -c 'exec 9<> <(:) 8>/dev/udp/169.254.0.22/9; printf -v words %8192s; until read -rt 0.2 -u 9; do echo $words >&8; done' \
+                   >/dev/null 2>&1 &");
         let began = Instant::now();
         // One call is use for as long as it takes.
         let call = roost::start(&["exec", "--timeout", "110", &used.id, "--", "sleep", "80"]);
@@ -329,7 +333,9 @@ fn a_sandbox_that_nobody_uses_is_paused_and_one_in_use_is_not() {
             "paused after {:?}",
             began.elapsed()
         );
-        assert_eq!(find(&used.id).expect("listed")["status"], "running");
+        for sandbox in [&used, &chatty] {
+            assert_eq!(find(&sandbox.id).expect("listed")["status"], "running");
+        }
         let output = call.wait_with_output().expect("it ends");
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         let events = std::fs::read_to_string("/var/lib/roost/outbox/events.log").expect("an outbox");
@@ -339,6 +345,11 @@ fn a_sandbox_that_nobody_uses_is_paused_and_one_in_use_is_not() {
         );
         idle.resume();
         assert_eq!(idle.sh("echo back"), "back");
+        assert_eq!(
+            find(&chatty.id).expect("listed")["status"],
+            "running",
+            "its network counts for nothing"
+        );
     });
 }
 
@@ -376,6 +387,34 @@ fn a_host_is_drained_by_its_unit_and_takes_work_again_when_the_agent_is_started_
         running.resume();
         check(&running);
         paused.resume();
+    });
+}
+
+#[test]
+fn a_host_that_is_given_up_pauses_everything_and_its_agent_stays_away_until_it_is_started() {
+    in_rig(|| {
+        let running = Sandbox::create(&["--memory", "128"]);
+        running.sh(CANARIES);
+        let before = Instant::now();
+        let answer = call("Terminate", &json!({}));
+        assert_eq!(answer.status, 200, "{answer:?}");
+        // Answered first, and done then.
+        let answered = before.elapsed();
+        eventually("the agent to end", || pids("roost-agent").is_empty().then_some(()));
+        assert!(answered < before.elapsed(), "{answered:?}");
+        assert!(pids(vmm_command()).is_empty(), "a VM was left without an agent");
+        eventually("the unit to be inactive, and not about to start again", || {
+            let state = Command::new("systemctl")
+                .args(["is-active", "roost-agent.service"])
+                .output()
+                .expect("systemctl runs");
+            (state.stdout == b"inactive\n").then_some(())
+        });
+        systemctl(&["start", "roost-agent.service"]);
+        wait_for_agent();
+        assert!(find_paused(&running.id).is_some());
+        running.resume();
+        check(&running);
     });
 }
 

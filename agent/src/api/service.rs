@@ -12,6 +12,7 @@ use roost_common::ids::SandboxId;
 use roost_common::net::SlotAddresses;
 
 use super::errors::ApiError;
+use crate::drain::drain;
 use crate::guest::Guest;
 use crate::registry::Registry;
 use crate::sandbox::build::fill_random;
@@ -22,6 +23,7 @@ use crate::sandbox::{Began, PauseReason, ResumeWish, Versions};
 use crate::templates::{self, CaptureKind, CaptureWish, Sweep};
 use crate::tombstone;
 use roost_hostagent::hostagent::v1::*;
+use tokio::sync::Notify;
 
 /// Time that an Exec has when its caller sets none.
 const DEFAULT_EXEC_LIMIT: Duration = Duration::from_secs(30);
@@ -33,6 +35,8 @@ const MAX_EXEC_SECONDS: i32 = 24 * 60 * 60;
 pub struct Service {
     registry: Arc<Registry>,
     recovered: AtomicBool,
+    /// Given once a Terminate has brought everything to rest.
+    terminated: Arc<Notify>,
 }
 
 impl Service {
@@ -41,7 +45,13 @@ impl Service {
         Arc::new(Self {
             registry,
             recovered: AtomicBool::new(false),
+            terminated: Arc::default(),
         })
+    }
+
+    /// Waits until a Terminate has brought everything to rest: then the agent is to end.
+    pub async fn terminated(&self) {
+        self.terminated.notified().await;
     }
 
     /// Recovery is complete: calls are served from now on.
@@ -291,6 +301,20 @@ macro_rules! unimplemented_stream {
     };
 }
 
+/// Empties the host, and then has the agent ended. Not where a sandbox could not be paused: it would be left to run with nobody to ask for
+/// it, and go with the host. Whoever calls again tries again.
+async fn end_after_drain(registry: Arc<Registry>, terminated: Arc<Notify>) {
+    let failed = drain(&registry).await.failed;
+    if failed.is_empty() {
+        terminated.notify_one();
+    } else {
+        tracing::error!(
+            sandboxes = failed.len(),
+            "not terminated: these could not be paused; make room and call again, or destroy them"
+        );
+    }
+}
+
 impl HostAgentService for Service {
     async fn create_sandbox<'a>(
         &'a self,
@@ -408,13 +432,23 @@ impl HostAgentService for Service {
         Response::ok(DeleteSnapshotResponse::default())
     }
 
+    async fn terminate<'a>(
+        &'a self,
+        _: RequestContext,
+        _: ServiceRequest<'_, TerminateRequest>,
+    ) -> ServiceResult<impl Encodable<TerminateResponse> + Send + use<'a>> {
+        let registry = self.ready()?.clone();
+        // Not waited for: that is minutes, and whoever gives up a host does not stay to hear of it.
+        tokio::spawn(end_after_drain(registry, self.terminated.clone()));
+        Response::ok(TerminateResponse::default())
+    }
+
     unimplemented_unary! {
         write_file(WriteFileRequest) -> WriteFileResponse;
         read_file(ReadFileRequest) -> ReadFileResponse;
         list_dir(ListDirRequest) -> ListDirResponse;
         make_dir(MakeDirRequest) -> MakeDirResponse;
         remove_path(RemovePathRequest) -> RemovePathResponse;
-        terminate(TerminateRequest) -> TerminateResponse;
         get_sandbox_metrics(GetSandboxMetricsRequest) -> GetSandboxMetricsResponse;
         flush_sandbox_metrics(FlushSandboxMetricsRequest) -> FlushSandboxMetricsResponse;
         pty_send_input(PtySendInputRequest) -> PtySendInputResponse;

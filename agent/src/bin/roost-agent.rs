@@ -57,7 +57,8 @@ fn main() -> anyhow::Result<()> {
     let outcome = runtime.block_on(run(config, access));
     // Not through the runtime's end: that would drop every task, and a dropped sandbox ends its VM. VMs outlive the agent.
     match outcome {
-        Ok(()) => std::process::exit(0),
+        Ok(End::Asked) => std::process::exit(0),
+        Ok(End::Terminated) => std::process::exit(TERMINATED),
         Err(error) => {
             eprintln!("Error: {error:?}");
             std::process::exit(1)
@@ -65,7 +66,18 @@ fn main() -> anyhow::Result<()> {
     }
 }
 
-async fn run(config: Config, access: Access) -> anyhow::Result<()> {
+/// Exit status after a Terminate, which its unit does not start again.
+const TERMINATED: i32 = 3;
+
+/// Why the agent ends.
+enum End {
+    /// A signal asked for it; VMs run on.
+    Asked,
+    /// A control plane has given up this host, and nothing runs any more.
+    Terminated,
+}
+
+async fn run(config: Config, access: Access) -> anyhow::Result<End> {
     let mut terminate = signal(SignalKind::terminate()).context("no signals")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("no signals")?;
     let listen: SocketAddr = config.listen;
@@ -93,14 +105,15 @@ async fn run(config: Config, access: Access) -> anyhow::Result<()> {
             service.recovered();
             notify_ready();
             tracing::info!(%listen, "serving");
-            std::future::pending::<anyhow::Result<()>>().await
+            std::future::pending::<anyhow::Result<End>>().await
         }
     };
     tokio::select! {
         outcome = recovery => outcome,
-        never = serve(listener, access, service) => match never {},
-        _ = terminate.recv() => Ok(()),
-        _ = interrupt.recv() => Ok(()),
+        never = serve(listener, access, service.clone()) => match never {},
+        () = service.terminated() => Ok(End::Terminated),
+        _ = terminate.recv() => Ok(End::Asked),
+        _ = interrupt.recv() => Ok(End::Asked),
     }
 }
 

@@ -343,6 +343,7 @@ fn driver(
         inbox,
         work: Work::None,
         unclaimed: None,
+        unburied: None,
     }
 }
 
@@ -355,6 +356,8 @@ struct Driver {
     work: Work,
     /// The last capture, where nobody was there to hear of it.
     unclaimed: Option<(CaptureWish, Bytes, Instant)>,
+    /// What there was no room to write down, until what the sandbox had is given back.
+    unburied: Option<Tombstone>,
 }
 
 /// The one long step under way.
@@ -393,6 +396,9 @@ impl Driver {
             }
             // Out of the registry before anyone is told, so that the id can be used again by who has been told.
             if matches!(sandbox, Sandbox::Gone) {
+                if let Some(tombstone) = self.unburied.take() {
+                    self.write_down(tombstone).await;
+                }
                 self.registry.forget(&self.handle.plan.id);
             }
             for action in actions {
@@ -583,7 +589,7 @@ impl Driver {
                     tracing::error!(sandbox_id = %id, error = %Chain(&error), "it could not be");
                 }
             }
-            Action::Bury(ending) => self.bury(ending).await,
+            Action::Bury(ending) => self.bury(&ending).await,
             Action::TellAutoPaused => self.tell_auto_paused(sandbox).await,
             Action::AnswerCreate(reply, outcome) => {
                 if let Err(Ok(())) = reply.send(outcome) {
@@ -615,30 +621,38 @@ impl Driver {
         None
     }
 
-    async fn bury(&self, ending: Ending) {
-        let (host, handle) = (self.host.clone(), self.handle.clone());
-        let written = tokio::task::spawn_blocking(move || {
-            let end = match &ending {
-                Ending::Reported(exit) => End::Vmm(exit),
-                Ending::ShimLost => End::ShimLost,
-                Ending::DiskLost => End::DiskLost,
-                Ending::NotPaused(error) => {
-                    tracing::error!(sandbox_id = %handle.plan.id, error = %Chain(error.as_ref()), "idle and not to be paused");
-                    End::NotPaused
-                }
-                Ending::Stopped(_) => End::Stopped,
-            };
-            let tombstone = Tombstone::new(&handle.plan.id, handle.created_at_unix, end);
-            tracing::warn!(sandbox_id = %handle.plan.id, reason = %tombstone.summary(), "sandbox ended");
-            (tombstone::bury(&host.layout, &tombstone), tombstone)
-        });
-        let (written, tombstone) = written.await.expect("file work does not panic");
-        if let Err(error) = written {
-            tracing::error!(sandbox_id = %self.handle.plan.id, error = %Chain(&error), "no tombstone");
-        }
-        if let Some(event) = tombstone.event() {
+    async fn bury(&mut self, ending: &Ending) {
+        let id = &self.handle.plan.id;
+        let end = match ending {
+            Ending::Reported(exit) => End::Vmm(exit),
+            Ending::ShimLost => End::ShimLost,
+            Ending::DiskLost => End::DiskLost,
+            Ending::NotPaused(error) => {
+                tracing::error!(sandbox_id = %id, error = %Chain(error.as_ref()), "idle and not to be paused");
+                End::NotPaused
+            }
+            Ending::Stopped(_) => End::Stopped,
+        };
+        let tombstone = Tombstone::new(id, self.handle.created_at_unix, end);
+        tracing::warn!(sandbox_id = %id, reason = %tombstone.summary(), "sandbox ended");
+        let event = tombstone.event();
+        self.unburied = self.write_down(tombstone).await;
+        if let Some(event) = event {
             self.host.tell(event).await;
         }
+    }
+
+    /// Writes a tombstone; returns one that could not be written.
+    async fn write_down(&self, tombstone: Tombstone) -> Option<Tombstone> {
+        let host = self.host.clone();
+        let written = tokio::task::spawn_blocking(move || match tombstone::bury(&host.layout, &tombstone) {
+            Ok(()) => None,
+            Err(error) => {
+                tracing::error!(sandbox_id = %tombstone.sandbox_id, error = %Chain(&error), "no tombstone");
+                Some(tombstone)
+            }
+        });
+        written.await.expect("file work does not panic")
     }
 
     fn start_build(&mut self) {
