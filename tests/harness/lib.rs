@@ -61,12 +61,14 @@ pub fn in_rig(test: impl FnOnce()) {
 /// # Panics
 /// After [`PATIENCE`], saying what was waited for.
 pub fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + PATIENCE;
+    let began = Instant::now();
     loop {
         if let Some(value) = look() {
             return value;
         }
-        assert!(Instant::now() < deadline, "waited in vain for {what}");
-        std::thread::sleep(Duration::from_millis(20));
+        let waited = began.elapsed();
+        assert!(waited < PATIENCE, "waited in vain for {what}");
+        // The longer it takes the less often: looking takes processor time from what is waited for.
+        std::thread::sleep((Duration::from_millis(20) + waited / 20).min(Duration::from_secs(1)));
     }
 }

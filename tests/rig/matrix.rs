@@ -43,7 +43,6 @@ const KINDS: [&str; 8] = [
 ];
 
 #[test]
-#[ignore = "until its cases have been seen to pass: cargo xtask faults"]
 fn whatever_happens_at_any_step_of_anything_nothing_is_lost_and_nothing_stays() {
     let is_all = std::env::var_os("ROOST_TESTS_ALL").is_some();
     let wish = std::env::var("ROOST_MATRIX").unwrap_or(if is_all { "all" } else { "sample 0" }.to_owned());

@@ -20,7 +20,7 @@ exec 9<>/dev/shm/never
 while true; do
     read -r uptime idle < /proc/uptime; read -r number < /proc/sys/kernel/random/uuid
     echo "$EPOCHREALTIME $uptime $number"
-    read -rt 0.005 -u 9
+    read -rt 0.05 -u 9
 done > /dev/shm/$1
 END
 mkdir -p /sys/fs/cgroup/own/inner
@@ -69,7 +69,6 @@ fn now() -> f64 {
 }
 
 #[test]
-#[ignore = "until it has been seen to pass: cargo xtask test --all"]
 fn no_program_runs_between_the_wake_and_the_host_s_word() {
     in_rig(|| {
         let sandbox = Sandbox::create(&["--memory", "256"]);
@@ -114,7 +113,6 @@ fn no_program_runs_between_the_wake_and_the_host_s_word() {
 }
 
 #[test]
-#[ignore = "until it has been seen to pass: cargo xtask test --all"]
 fn no_two_guests_that_wake_from_one_snapshot_draw_the_same_numbers() {
     const TEMPLATE: &str = "0f0e0d0c-0b0a-4908-8706-050403020100";
     const TEAM: &str = "1f1e1d1c-1b1a-4918-8716-151413121110";
@@ -132,7 +130,7 @@ fn no_two_guests_that_wake_from_one_snapshot_draw_the_same_numbers() {
                 let woken = drawn(clone, drawer).len();
                 eventually("the clone to draw numbers", || {
                     let lines = drawn(clone, drawer);
-                    (lines.len() > woken + 100).then_some(lines)
+                    (lines.len() > woken + 20).then_some(lines)
                 })
             });
             // What both have in common is the file as it was in the snapshot, and then nothing any more.
