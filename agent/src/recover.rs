@@ -255,7 +255,8 @@ async fn clear(
         tracing::warn!(sandbox_id = %id, reason = %tombstone.summary(), "a sandbox of an earlier agent has ended");
         let host = host.clone();
         if let Some(event) = tombstone.event() {
-            host.tell(event).await;
+            // Where it is lost that has been logged.
+            drop(host.tell(event).await);
         }
         let written = tokio::task::spawn_blocking(move || tombstone::bury_once(&host.layout, &tombstone));
         if let Err(error) = written.await.expect("file work does not panic") {

@@ -18,7 +18,7 @@ use crate::sandbox::plan::Plan;
 use crate::sandbox::record::Record;
 use crate::sandbox::task::{self, Found, Handle};
 use crate::templates::{self, Sweep};
-use crate::watermark::Shortage;
+use crate::watermark::Space;
 
 /// Why a create was not accepted.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -31,14 +31,33 @@ pub enum Refusal {
     Draining,
     /// What is left of the host's disk is kept for what runs.
     #[error(
-        "this host's disk has no room: {} MiB are free, of which {} MiB are kept so that what runs can be paused; free some, or destroy sandboxes",
-        .0.free >> 20,
-        .0.reserve >> 20
+        "this host's disk has no room for {} MiB: {} MiB are free, of which {} MiB are kept so that what runs can be paused; free some, \
+         or destroy sandboxes",
+        needed >> 20,
+        room.free >> 20,
+        room.reserve >> 20
     )]
-    NoRoom(Shortage),
+    NoRoom {
+        /// What was seen last.
+        room: Space,
+        /// Bytes that are wanted.
+        needed: u64,
+    },
     /// The host has as many as it may.
     #[error("this host has {0} sandboxes, as many as it may")]
     Full(usize),
+}
+
+/// What is left of the disk for new work.
+#[derive(Debug, Clone, Copy, Default)]
+enum Room {
+    /// Nobody has looked yet.
+    #[default]
+    Unknown,
+    /// Nothing.
+    Short(Space),
+    /// So many bytes, until the next look.
+    Spare { seen: Space, left: u64 },
 }
 
 /// The registry.
@@ -50,7 +69,7 @@ pub struct Registry {
     has_strangers: AtomicBool,
     /// Held while deleted templates are looked through.
     sweep: Mutex<()>,
-    shortage: Mutex<Option<Shortage>>,
+    room: Mutex<Room>,
     sandboxes: Mutex<HashMap<SandboxId, Handle>>,
 }
 
@@ -62,7 +81,7 @@ impl Registry {
             draining: AtomicBool::new(false),
             has_strangers: AtomicBool::new(false),
             sweep: Mutex::default(),
-            shortage: Mutex::default(),
+            room: Mutex::default(),
             sandboxes: Mutex::default(),
         })
     }
@@ -82,7 +101,7 @@ impl Registry {
     ) -> Result<(Handle, oneshot::Receiver<Result<(), CreateFailure>>), Refusal> {
         let max = usize::try_from(self.host.config.max_sandboxes).unwrap_or(usize::MAX);
         let mut sandboxes = self.lock();
-        self.takes_work()?;
+        self.is_open()?;
         if sandboxes.contains_key(&plan.id) {
             return Err(Refusal::Exists(plan.id));
         }
@@ -92,47 +111,81 @@ impl Registry {
             None
         };
         let slot = slot.ok_or(Refusal::Full(sandboxes.len()))?;
+        self.take_room(plan.memory.bytes().0)?;
         let id = plan.id.clone();
         let (handle, outcome) = task::spawn(self.clone(), self.host.clone(), plan, slot);
         sandboxes.insert(id, handle.clone());
         Ok((handle, outcome))
     }
 
-    /// Whether new work is taken: creates and resumes.
+    /// Whether new work is taken.
+    ///
+    /// # Errors
+    /// [`Refusal::Draining`].
+    fn is_open(&self) -> Result<(), Refusal> {
+        if self.draining.load(Ordering::Acquire) {
+            Err(Refusal::Draining)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Whether a sandbox of so much memory may be resumed.
     ///
     /// # Errors
     /// [`Refusal::Draining`] or [`Refusal::NoRoom`].
-    pub fn takes_work(&self) -> Result<(), Refusal> {
-        if self.draining.load(Ordering::Acquire) {
-            return Err(Refusal::Draining);
-        }
-        self.has_room()
+    pub fn takes_work(&self, memory: u64) -> Result<(), Refusal> {
+        self.is_open()?;
+        self.take_room(memory)
     }
 
-    /// Whether there is room on the disk for more than what runs may need.
+    /// Takes so many bytes of what the last look at the disk left to be taken.
     ///
     /// # Errors
     /// [`Refusal::NoRoom`].
-    pub fn has_room(&self) -> Result<(), Refusal> {
-        match *self.shortage.lock().expect("nothing panics while it holds this") {
-            Some(shortage) => Err(Refusal::NoRoom(shortage)),
-            None => Ok(()),
+    pub fn take_room(&self, needed: u64) -> Result<(), Refusal> {
+        let mut room = self.room();
+        let refused = |room| Err(Refusal::NoRoom { room, needed });
+        match *room {
+            Room::Unknown => Ok(()),
+            Room::Short(seen) => refused(seen),
+            Room::Spare { seen, left } if needed > left => refused(seen),
+            Room::Spare { seen, left } => {
+                *room = Room::Spare {
+                    seen,
+                    left: left - needed,
+                };
+                Ok(())
+            }
         }
     }
 
-    /// Whether the disk has room for new work, as was seen last.
-    pub(crate) fn room_is(&self, shortage: Option<Shortage>) {
-        let before = std::mem::replace(
-            &mut *self.shortage.lock().expect("nothing panics while it holds this"),
-            shortage,
-        );
-        match (before, shortage) {
-            (None, Some(Shortage { free, reserve })) => {
-                tracing::warn!(free, reserve, "the disk has no room: new work is refused");
-            }
-            (Some(_), None) => tracing::info!("the disk has room again"),
-            (None, None) | (Some(_), Some(_)) => {}
+    /// What was seen of the disk, and whether that is too little for new work.
+    pub(crate) fn room_is(&self, seen: Space, is_short: bool) {
+        let now = if is_short {
+            Room::Short(seen)
+        } else {
+            let left = seen.free.saturating_sub(seen.reserve);
+            Room::Spare { seen, left }
+        };
+        let before = std::mem::replace(&mut *self.room(), now);
+        let was_short = matches!(before, Room::Short(_));
+        let Space { free, reserve } = seen;
+        if is_short && !was_short {
+            tracing::warn!(free, reserve, "the disk has no room: new work is refused");
+        } else if was_short && !is_short {
+            tracing::info!(free, reserve, "the disk has room again");
         }
+    }
+
+    /// Held for moments.
+    fn room(&self) -> std::sync::MutexGuard<'_, Room> {
+        self.room.lock().expect("nothing panics while it holds this")
+    }
+
+    /// Whether recovery has left sandboxes alone.
+    pub(crate) fn has_strangers(&self) -> bool {
+        self.has_strangers.load(Ordering::Acquire)
     }
 
     /// Takes no new work from now on.
@@ -184,7 +237,7 @@ impl Registry {
         let swept = tokio::task::spawn_blocking(move || {
             // One at a time, and each looks at who there is when its turn has come: a sandbox is here before it opens its template.
             let _sweeping = registry.sweep.lock().expect("no sweep panics");
-            if registry.has_strangers.load(Ordering::Acquire) {
+            if registry.has_strangers() {
                 return Ok(());
             }
             let needed = registry

@@ -55,11 +55,11 @@ pub struct Look {
     pub free: u64,
     /// Bytes that are to stay free whatever runs.
     pub floor: u64,
-    /// The running sandboxes.
+    /// The sandboxes that run, or are about to.
     pub guests: Vec<GuestLook>,
 }
 
-/// What a look at one running sandbox saw.
+/// What a look at one of them saw.
 #[derive(Debug, Clone)]
 pub struct GuestLook {
     /// The sandbox.
@@ -70,11 +70,13 @@ pub struct GuestLook {
     pub disk: u64,
     /// Whether its processors are stopped for want of room.
     pub held: bool,
+    /// Whether they could be: nothing else is being done with it.
+    pub may_be_held: bool,
 }
 
-/// How much room there is where it is too little.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Shortage {
+/// How much room there is, and how much is kept.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Space {
     /// Free bytes.
     pub free: u64,
     /// Bytes that are kept.
@@ -84,8 +86,10 @@ pub struct Shortage {
 /// What follows from a look.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Decision {
-    /// Refuse creates and resumes; why.
-    pub shortage: Option<Shortage>,
+    /// What was seen.
+    pub space: Space,
+    /// Refuse creates and resumes.
+    pub is_short: bool,
     /// Less than half of the reserve is free.
     pub urgent: bool,
     /// Stop this guest. At most one a look: the next one tells whether it was enough.
@@ -102,6 +106,8 @@ pub struct Watermark {
     disks: HashMap<SandboxId, VecDeque<u64>>,
     /// Who is held, longest first.
     held: Vec<SandboxId>,
+    /// Who was to be held and is not, and for how many looks that is left at that.
+    in_vain: HashMap<SandboxId, usize>,
 }
 
 impl Watermark {
@@ -118,14 +124,15 @@ impl Watermark {
         self.short = look.free < enough;
         let urgent = look.free < reserve / 2;
         Decision {
-            shortage: self.short.then_some(Shortage {
+            space: Space {
                 free: look.free,
                 reserve,
-            }),
+            },
+            is_short: self.short,
             urgent,
             hold: if urgent { self.fastest(look) } else { None },
             release: if look.free >= reserve {
-                self.held.first().cloned()
+                self.longest_held()
             } else {
                 None
             },
@@ -136,6 +143,10 @@ impl Watermark {
         let seen = |id: &SandboxId| look.guests.iter().find(|guest| guest.id == *id);
         self.disks.retain(|id, _| seen(id).is_some());
         self.held.retain(|id| seen(id).is_some_and(|guest| guest.held));
+        self.in_vain.retain(|id, looks| {
+            *looks -= 1;
+            *looks > 0 && seen(id).is_some_and(|guest| !guest.held)
+        });
         for guest in &look.guests {
             let sizes = self.disks.entry(guest.id.clone()).or_default();
             if sizes.len() == WINDOW {
@@ -148,18 +159,32 @@ impl Watermark {
         }
     }
 
-    /// The guest that runs and has grown most, where any has: stopping others would win nothing.
-    fn fastest(&self, look: &Look) -> Option<SandboxId> {
+    /// The guest that has been held longest. It is the last one to be asked again, so that one that cannot be released keeps no other
+    /// waiting.
+    fn longest_held(&mut self) -> Option<SandboxId> {
+        let id = self.held.first().cloned()?;
+        self.held.rotate_left(1);
+        Some(id)
+    }
+
+    /// The guest that runs and has grown most, where any has: stopping others would win nothing. One that cannot be held is not asked
+    /// for again at once, so that it keeps no other from it.
+    fn fastest(&mut self, look: &Look) -> Option<SandboxId> {
         let growth = |id: &SandboxId| {
             let sizes = self.disks.get(id)?;
             sizes.back()?.checked_sub(*sizes.front()?)
         };
-        let running = look.guests.iter().filter(|guest| !guest.held);
-        running
+        let candidates = look
+            .guests
+            .iter()
+            .filter(|guest| guest.may_be_held && !guest.held && !self.in_vain.contains_key(&guest.id));
+        let id = candidates
             .filter_map(|guest| Some((growth(&guest.id)?, &guest.id)))
             .filter(|(growth, _)| *growth > 0)
             .max_by_key(|(growth, _)| *growth)
-            .map(|(_, id)| id.clone())
+            .map(|(_, id)| id.clone())?;
+        self.in_vain.insert(id.clone(), WINDOW);
+        Some(id)
     }
 }
 
@@ -185,8 +210,11 @@ async fn look_once(registry: &Arc<Registry>, watermark: &mut Watermark, number: 
     let running: Vec<Handle> = registry
         .list()
         .into_iter()
-        // One that is being paused is about to give back what was kept for it.
-        .filter(|handle| matches!(handle.view(), View::Running(..)))
+        // Also those that are about to run, and those whose pause has not written all yet.
+        .filter(|handle| match handle.view() {
+            View::Creating | View::Running(..) | View::Pausing | View::Resuming => true,
+            View::Paused(_) | View::Destroying | View::Gone => false,
+        })
         .collect();
     let seen = tokio::task::spawn_blocking({
         let (host, running) = (registry.host().clone(), running.clone());
@@ -200,12 +228,13 @@ async fn look_once(registry: &Arc<Registry>, watermark: &mut Watermark, number: 
         }
     };
     let Decision {
-        shortage,
+        space,
+        is_short,
         urgent,
         hold,
         release,
     } = watermark.take(&look);
-    registry.room_is(shortage);
+    registry.room_is(space, is_short);
     let find = |id: Option<SandboxId>| id.and_then(|id| running.iter().find(|handle| handle.plan.id == id));
     if let Some(handle) = find(hold) {
         tracing::warn!(sandbox_id = %handle.plan.id, free = look.free, "held: the disk is nearly full, and this guest's grows fastest");
@@ -215,7 +244,7 @@ async fn look_once(registry: &Arc<Registry>, watermark: &mut Watermark, number: 
         tracing::info!(sandbox_id = %handle.plan.id, free = look.free, "runs again: there is room on the disk");
         drop(tokio::time::timeout(HOLD_LIMIT, handle.release()).await);
     }
-    if (urgent || number.is_multiple_of(TICKS_A_QUESTION)) && !running.is_empty() {
+    if (urgent || number % TICKS_A_QUESTION == 1) && !running.is_empty() {
         find_lost_disks(registry.host(), &running).await;
     }
 }
@@ -241,6 +270,7 @@ fn look_at(layout: &Layout, handle: &Handle) -> GuestLook {
         // One that is not there any more has just been destroyed.
         disk: std::fs::metadata(layout.cow(&id)).map_or(0, |cow| cow.blocks().saturating_mul(512)),
         held: handle.hold_state().is_held(),
+        may_be_held: matches!(handle.view(), View::Running(..)) && !handle.hold_state().is_busy(),
         id,
     }
 }
@@ -264,7 +294,7 @@ async fn find_lost_disks(host: &Host, running: &[Handle]) {
     for id in lost_disks(&rows) {
         if let Some(handle) = running.iter().find(|handle| handle.plan.id.as_str() == id) {
             tracing::error!(sandbox_id = id, "its disk is lost, and it is ended");
-            handle.disk_is_lost().await;
+            handle.disk_is_lost();
         }
     }
 }
@@ -303,6 +333,7 @@ mod tests {
                     memory: 100,
                     disk: *disk,
                     held: name.to_uppercase() == *name,
+                    may_be_held: true,
                 })
                 .collect(),
         }
@@ -323,13 +354,13 @@ mod tests {
             (0, true),
         ] {
             let decision = watermark.take(&look(free, &[("a", 0), ("b", 0)]));
-            let expected = short.then_some(Shortage { free, reserve: 300 });
-            assert_eq!(decision.shortage, expected, "{free} free");
+            assert_eq!(decision.space, Space { free, reserve: 300 });
+            assert_eq!(decision.is_short, short, "{free} free");
             assert_eq!(decision.urgent, free < 150);
         }
         // With nobody running only the floor is kept.
-        assert_eq!(watermark.take(&look(113, &[])).shortage, None);
-        assert!(watermark.take(&look(99, &[])).shortage.is_some());
+        assert!(!watermark.take(&look(113, &[])).is_short);
+        assert!(watermark.take(&look(99, &[])).is_short);
     }
 
     #[test]
@@ -351,6 +382,36 @@ mod tests {
         assert_eq!(take(190, &[("a", 8), ("B", 75), ("c", 500)]), Some(id("a")));
         // Nobody who runs has grown: it is something else that fills the disk.
         assert_eq!(take(180, &[("A", 9), ("B", 75), ("c", 500)]), None);
+    }
+
+    #[test]
+    fn one_that_cannot_be_held_or_released_keeps_no_other_from_it() {
+        let mut watermark = Watermark::default();
+        watermark.take(&look(900, &[("a", 0), ("b", 0)]));
+        let both = [("a", 50), ("b", 5)];
+        assert_eq!(watermark.take(&look(0, &both)).hold, Some(id("a")));
+        // It runs on, and the next one is as good as any.
+        assert_eq!(watermark.take(&look(0, &both)).hold, Some(id("b")));
+        assert_eq!(watermark.take(&look(0, &both)).hold, None);
+        for turn in 1..=WINDOW {
+            let more = [("a", 50 + u64::try_from(turn).expect("small")), ("b", 5)];
+            if let Some(again) = watermark.take(&look(0, &more)).hold {
+                assert_eq!((again, turn >= WINDOW - 2), (id("a"), true), "asked again at once");
+                break;
+            }
+            assert!(turn < WINDOW, "never asked again");
+        }
+        // What is busy is passed over.
+        let mut watermark = Watermark::default();
+        watermark.take(&look(900, &both));
+        let mut busy = look(0, &[("a", 99), ("b", 6)]);
+        busy.guests[0].may_be_held = false;
+        assert_eq!(watermark.take(&busy).hold, Some(id("b")));
+        let mut watermark = Watermark::default();
+        let mut take = |free| watermark.take(&look(free, &[("A", 0), ("B", 0)])).release;
+        assert_eq!(take(300), Some(id("a")));
+        // Not obeyed: the other one is asked before it is asked again.
+        assert_eq!((take(300), take(300)), (Some(id("b")), Some(id("a"))));
     }
 
     #[test]

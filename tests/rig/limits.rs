@@ -5,11 +5,15 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::time::Duration;
 
-use roost_tests::disk::Filler;
-use roost_tests::roost::{self, Sandbox, find, find_paused, tombstone};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use roost_tests::disk::{Filler, run};
+use roost_tests::roost::{self, Sandbox, find, find_paused, pids, tombstone};
 use roost_tests::{eventually, in_rig};
 
 const DATA: &str = "/var/lib/roost";
+/// Longer than the agent takes to look at its disk twice.
+const TWO_LOOKS: Duration = Duration::from_secs(5);
 const MIB: u64 = 1 << 20;
 
 /// What a sandbox's disk has allocated.
@@ -70,15 +74,8 @@ fn a_host_whose_disk_fills_up_takes_no_work_then_holds_who_fills_it_and_goes_on_
         let calls = [&["create"][..], &["resume", &paused.id]];
 
         // Kept are 256 MiB, and what one small guest has of memory, which is at most 128.
-        let filler = Filler::fill_all_but(Path::new(DATA), 200 * MIB);
-        eventually("new work to be refused", || {
-            let output = roost::roost(&["create", "--id", "too-many"]);
-            if output.status.success() {
-                drop(Sandbox { id: "too-many".into() });
-                return None;
-            }
-            Some(())
-        });
+        let filler = Filler::fill_all_but(Path::new(DATA), 225 * MIB);
+        std::thread::sleep(TWO_LOOKS);
         for call in calls {
             let error = roost::fails(call);
             assert!(error.contains("no room") && error.contains("unavailable"), "{error}");
@@ -87,8 +84,8 @@ fn a_host_whose_disk_fills_up_takes_no_work_then_holds_who_fills_it_and_goes_on_
         running.is_whole();
         drop(filler);
 
-        let filler = Filler::fill_all_but(Path::new(DATA), 100 * MIB);
         write_on(&running, 60);
+        let filler = Filler::fill_all_but(Path::new(DATA), 100 * MIB);
         eventually("the guest to be held", || {
             let output = running.exec(&["/bin/true"]);
             String::from_utf8_lossy(&output.stderr)
@@ -96,8 +93,11 @@ fn a_host_whose_disk_fills_up_takes_no_work_then_holds_who_fills_it_and_goes_on_
                 .then_some(())
         });
         assert_eq!(find(&running.id).expect("listed")["status"], "running");
+        // What it wrote before is on its way still.
+        run("sync", &[]);
         let held_at = disk(&running);
-        std::thread::sleep(Duration::from_secs(5));
+        std::thread::sleep(TWO_LOOKS);
+        run("sync", &[]);
         assert_eq!(disk(&running), held_at, "a guest that is held writes");
         drop(filler);
 
@@ -125,8 +125,18 @@ fn a_sandbox_whose_disk_found_no_room_has_ended_and_says_so_and_a_paused_one_has
         paused.plant();
         paused.pause();
         write_on(&writer, 60);
-        // Sooner than any look at the room.
+        // Without anybody to hold it.
+        let [agent] = pids("roost-agent")[..] else {
+            panic!("one agent runs")
+        };
+        let signal = |signal| kill(Pid::from_raw(agent), signal).expect("it runs");
+        signal(Signal::SIGSTOP);
         let filler = Filler::fill(Path::new(DATA));
+        let disk = roost_common::names::disk(&writer.id.parse().expect("an id"));
+        eventually("its disk to be lost", || {
+            run("dmsetup", &["status", &disk]).contains("Invalid").then_some(())
+        });
+        signal(Signal::SIGCONT);
         let id = writer.forget();
         // What its removal gave back has room for this.
         let tombstone = tombstone(&id);

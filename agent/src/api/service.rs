@@ -301,16 +301,20 @@ macro_rules! unimplemented_stream {
     };
 }
 
-/// Empties the host, and then has the agent ended. Not where a sandbox could not be paused: it would be left to run with nobody to ask for
-/// it, and go with the host. Whoever calls again tries again.
+/// Time for the answer of a Terminate to reach its caller, on a host where nothing has to be paused first.
+const ANSWER_GRACE: Duration = Duration::from_secs(1);
+
+/// Empties the host, and then has the agent ended. Not where a sandbox could not be paused, or may run without being known: it would be
+/// left to run with nobody to ask for it, and go with the host. Whoever calls again tries again.
 async fn end_after_drain(registry: Arc<Registry>, terminated: Arc<Notify>) {
-    let failed = drain(&registry).await.failed;
-    if failed.is_empty() {
+    let (drained, ()) = tokio::join!(drain(&registry), tokio::time::sleep(ANSWER_GRACE));
+    let failed = drained.failed.len();
+    if failed == 0 && !registry.has_strangers() {
         terminated.notify_one();
     } else {
         tracing::error!(
-            sandboxes = failed.len(),
-            "not terminated: these could not be paused; make room and call again, or destroy them"
+            failed,
+            "not terminated: sandboxes could not be paused, or were left alone when the agent started; see to them and call again"
         );
     }
 }

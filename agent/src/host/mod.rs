@@ -68,12 +68,16 @@ impl Host {
 
     /// Keeps an event until somebody has taken it. Where it cannot be kept that is logged: a control plane that lists sandboxes
     /// learns of it all the same, only later.
-    pub async fn tell(&self, event: Event) {
-        let Some(outbox) = &self.outbox else { return };
-        let (id, kind) = (event.sandbox_id.clone(), event.event);
-        if let Err(error) = outbox.put(event).await {
-            tracing::error!(sandbox_id = %id, event = ?kind, error = %Chain(&error), "an event is lost");
-        }
+    ///
+    /// # Errors
+    /// The event, where it was not kept.
+    pub async fn tell(&self, event: Event) -> Result<(), Event> {
+        let Some(outbox) = &self.outbox else { return Ok(()) };
+        let put = outbox.put(event.clone()).await;
+        put.map_err(|error| {
+            tracing::error!(sandbox_id = %event.sandbox_id, event = ?event.event, error = %Chain(&error), "an event is not kept");
+            event
+        })
     }
 
     /// Remembers what version the VMM of this host said it is, before it ran any guest.

@@ -585,7 +585,8 @@ impl Pausing {
                 if destroys.is_empty() {
                     let mut actions = vec![answer];
                     if reason != PauseReason::Requested {
-                        actions.push(Action::TellAutoPaused);
+                        // First, for the agent may end once a drain has its answer.
+                        actions.insert(0, Action::TellAutoPaused);
                     }
                     (Sandbox::Paused(Paused { kept }), actions)
                 } else {

@@ -13,7 +13,9 @@
 //! more than an answer.
 
 use std::fs::File;
+use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -359,12 +361,11 @@ pub(crate) async fn tell(host: &Arc<Host>, record: &Record, kept: &mut Kept) {
         return;
     }
     let id = record.plan.id.clone();
-    host.tell(outbox::Event::new(
-        EventKind::AutoPaused,
-        id.clone(),
-        kept.paused_at_unix,
-    ))
-    .await;
+    let event = outbox::Event::new(EventKind::AutoPaused, id.clone(), kept.paused_at_unix);
+    if host.tell(event).await.is_err() {
+        // The next start tells it.
+        return;
+    }
     kept.told = true;
     let written = blocking({
         let (host, record) = (host.clone(), record.with(Phase::Paused(*kept)));
@@ -394,13 +395,22 @@ fn about(host: &Host, record: &Record, freeze: Freeze) -> Result<About, Snapshot
     })
 }
 
-/// Syncs a disk through its device and then the file behind it, which its loop wrote. The device, and when the file was last written.
+/// The piece of a disk that is read to see whether it can be.
+const BLOCK: usize = 4096;
+
+/// Syncs a disk through its device and then the file behind it, which its loop wrote, and sees that it can be read. The device, and when the file was last written.
 fn sync(device: OwnedFd, cow: &std::path::Path) -> Result<(OwnedFd, i64), FileError> {
     let failed = |source| FileError::new("syncing the disk behind", cow, source);
     let device = File::from(device);
     device.sync_all().map_err(failed)?;
     let file = File::open(cow).map_err(failed)?;
     file.sync_all().map_err(failed)?;
+    // A disk that dm-snapshot has given up fails every read, while the error of the write that it was given up for has been told to
+    // somebody else: the VMM writes through the same open file.
+    let reading = |source| FileError::new("reading the disk behind", cow, source);
+    rustix::fs::fadvise(&device, 0, NonZeroU64::new(BLOCK as u64), rustix::fs::Advice::DontNeed)
+        .map_err(|errno| reading(errno.into()))?;
+    device.read_exact_at(&mut [0; BLOCK], 0).map_err(reading)?;
     Ok((device.into(), files::written_at(cow)?))
 }
 

@@ -20,15 +20,19 @@ use super::plan::Plan;
 use super::record::Record;
 use super::{
     Action, BuildFailure, CaptureEnd, CaptureFailure, CaptureWish, CreateFailure, Ending, Event, Kept, PauseEnd,
-    PauseFailure, PauseReason, ResumeEnd, ResumeFailure, ResumeWish, Sandbox, TeardownError, capture, pause, resume,
-    unix_now,
+    PauseError, PauseFailure, PauseReason, ResumeEnd, ResumeFailure, ResumeWish, Sandbox, TeardownError, capture,
+    pause, resume, unix_now,
 };
 use crate::activity::{Activity, Moment};
 use crate::errors::Chain;
 use crate::guest::Guest;
+use crate::host::images::ROOTFS;
 use crate::host::slots::SlotLease;
 use crate::host::{Host, counters};
+use crate::outbox;
 use crate::registry::Registry;
+use crate::snapshot;
+use crate::templates::CaptureKind;
 use crate::tombstone::{self, End, Tombstone};
 
 /// Pause between two attempts to remove what could not be removed.
@@ -243,19 +247,32 @@ impl Handle {
 
     /// Holds the guest, where it runs.
     pub async fn hold(&self) {
-        // A task that has ended has nothing to hold.
-        self.ask(Command::Hold).await.unwrap_or_default();
+        self.ask_once(Command::Hold).await;
     }
 
     /// Lets a guest that is held run again.
     pub async fn release(&self) {
-        self.ask(Command::Release).await.unwrap_or_default();
+        self.ask_once(Command::Release).await;
     }
 
     /// Its disk can be used no more: it is ended where it runs, and why is written down.
-    pub async fn disk_is_lost(&self) {
-        // A task that has ended needs no disk.
-        drop(self.commands.send(Command::DiskLost).await);
+    pub fn disk_is_lost(&self) {
+        // A task that has ended needs no disk, and one that has much to do is told again.
+        drop(self.commands.try_send(Command::DiskLost));
+    }
+
+    /// Asks to hold or release, unless that has been asked and not been done yet: a VMM that does not answer must not fill the queue.
+    async fn ask_once(&self, command: impl FnOnce(oneshot::Sender<()>) -> Command) {
+        if !self.hold.ask() {
+            return;
+        }
+        let (reply, answer) = oneshot::channel();
+        if self.commands.try_send(command(reply)).is_err() {
+            self.hold.answered();
+            return;
+        }
+        // A task that has ended has nothing to hold.
+        drop(answer.await);
     }
 
     /// The task's answer; `None` when it has ended.
@@ -311,6 +328,8 @@ pub fn spawn_found(
     let first = view_of(&sandbox).expect("no sandbox is found in the middle of a capture");
     let mut driver = driver(registry, host, plan, slot, created_at_unix, first);
     driver.work = work;
+    // Also where its VM runs.
+    driver.show(&sandbox);
     let handle = driver.handle.clone();
     tokio::spawn(driver.run(sandbox));
     handle
@@ -344,6 +363,7 @@ fn driver(
         work: Work::None,
         unclaimed: None,
         unburied: None,
+        untold: None,
     }
 }
 
@@ -358,6 +378,7 @@ struct Driver {
     unclaimed: Option<(CaptureWish, Bytes, Instant)>,
     /// What there was no room to write down, until what the sandbox had is given back.
     unburied: Option<Tombstone>,
+    untold: Option<outbox::Event>,
 }
 
 /// The one long step under way.
@@ -398,6 +419,10 @@ impl Driver {
             if matches!(sandbox, Sandbox::Gone) {
                 if let Some(tombstone) = self.unburied.take() {
                     self.write_down(tombstone).await;
+                }
+                if let Some(event) = self.untold.take() {
+                    // Where it is lost now that has been logged.
+                    drop(self.host.tell(event).await);
                 }
                 self.registry.forget(&self.handle.plan.id);
             }
@@ -496,13 +521,16 @@ impl Driver {
             Command::Destroy(reply) => Some(Event::DestroyRequested(reply)),
             Command::Pause(reason, reply) => Some(Event::PauseRequested(reason, reply)),
             // Here and not where the call comes in: a host that is being emptied asks this task too, and must find what it has begun.
-            Command::Resume(wish, reply) => match self.registry.takes_work() {
-                Err(refusal) if is_paused => {
-                    answer(vec![reply], &Err(refusal.into()));
-                    None
+            Command::Resume(wish, reply) if is_paused => {
+                match self.registry.takes_work(self.handle.plan.memory.bytes().0) {
+                    Err(refusal) => {
+                        answer(vec![reply], &Err(refusal.into()));
+                        None
+                    }
+                    Ok(()) => Some(Event::ResumeRequested(wish, reply)),
                 }
-                Ok(()) | Err(_) => Some(Event::ResumeRequested(wish, reply)),
-            },
+            }
+            Command::Resume(wish, reply) => Some(Event::ResumeRequested(wish, reply)),
             Command::Capture(wish, reply) => match self.unclaimed.take() {
                 Some((made, bytes, at))
                     if made == wish
@@ -514,13 +542,18 @@ impl Driver {
                 }
                 other => {
                     self.unclaimed = other;
-                    match self.registry.has_room() {
-                        // A capture under way is joined.
-                        Err(refusal) if is_running || is_paused => {
+                    // One under way is joined.
+                    let room = if is_running || is_paused {
+                        self.registry.take_room(self.size_of_template(wish.kind).await)
+                    } else {
+                        Ok(())
+                    };
+                    match room {
+                        Ok(()) => Some(Event::CaptureRequested(wish, reply)),
+                        Err(refusal) => {
                             answer(vec![reply], &Err(refusal.into()));
                             None
                         }
-                        Ok(()) | Err(_) => Some(Event::CaptureRequested(wish, reply)),
                     }
                 }
             },
@@ -531,13 +564,16 @@ impl Driver {
                 if is_running {
                     self.handle.hold.hold(&self.host, &self.handle.plan.id).await;
                 }
+                self.handle.hold.answered();
                 answer(vec![reply], &());
                 None
             }
             Command::Release(reply) => {
                 if is_running {
-                    self.handle.hold.release(&self.host, &self.handle.plan.id).await;
+                    // Asked again where it failed.
+                    drop(self.handle.hold.release(&self.host, &self.handle.plan.id).await);
                 }
+                self.handle.hold.answered();
                 answer(vec![reply], &());
                 None
             }
@@ -558,8 +594,10 @@ impl Driver {
                 let (host, hold, id) = (self.host.clone(), self.handle.hold.clone(), id.clone());
                 self.work = Work::Pause(tokio::spawn(async move {
                     // A pause begins with the guest's own part in it, which one that is held could not do.
-                    hold.release(&host, &id).await;
-                    pause::pause(host, vm, reason).await
+                    match hold.release(&host, &id).await {
+                        Ok(()) => pause::pause(host, vm, reason).await,
+                        Err(error) => PauseEnd::Running(vm, PauseError::Vmm(error)),
+                    }
                 }));
             }
             Action::Resume(kept, wish) => self.start_resume(kept, wish),
@@ -571,8 +609,10 @@ impl Driver {
             Action::Capture(vm, wish) => {
                 let (host, hold, id) = (self.host.clone(), self.handle.hold.clone(), id.clone());
                 self.work = Work::Capture(tokio::spawn(async move {
-                    hold.release(&host, &id).await;
-                    capture::capture(host, vm, wish).await
+                    match hold.release(&host, &id).await {
+                        Ok(()) => capture::capture(host, vm, wish).await,
+                        Err(error) => CaptureEnd::Running(vm, Err(PauseError::Vmm(error).into())),
+                    }
                 }));
             }
             Action::CaptureKept(kept, wish) => {
@@ -637,8 +677,28 @@ impl Driver {
         tracing::warn!(sandbox_id = %id, reason = %tombstone.summary(), "sandbox ended");
         let event = tombstone.event();
         self.unburied = self.write_down(tombstone).await;
-        if let Some(event) = event {
-            self.host.tell(event).await;
+        self.untold = match event {
+            Some(event) => self.host.tell(event).await.err(),
+            None => None,
+        };
+    }
+
+    /// Bytes that a template of this sandbox takes at most, as far as its files tell.
+    async fn size_of_template(&self, kind: CaptureKind) -> u64 {
+        let (host, plan) = (self.host.clone(), self.handle.plan.clone());
+        let disk = tokio::task::spawn_blocking(move || {
+            let image = plan.template.dir(&host.layout.images()).join(ROOTFS);
+            let files = [image, host.layout.cow(&plan.id)].map(|file| std::fs::metadata(file).ok());
+            files
+                .iter()
+                .flatten()
+                .map(|metadata| snapshot::allocated(metadata).0)
+                .sum::<u64>()
+        });
+        let disk = disk.await.expect("file work does not panic");
+        match kind {
+            CaptureKind::Snapshot => disk + self.handle.plan.memory.bytes().0,
+            CaptureKind::Rootfs => disk,
         }
     }
 
@@ -678,6 +738,9 @@ impl Driver {
     }
 
     fn show(&self, sandbox: &Sandbox<Vm>) {
+        self.handle
+            .hold
+            .is_busy_from_now(matches!(sandbox, Sandbox::Capturing(_)));
         match sandbox {
             Sandbox::Running(state) => self.handle.hold.runs_in(state.vm.shim.cgroup()),
             // Its VM is still there, and is released as the first step.
