@@ -173,6 +173,9 @@ fn a_template_whose_disk_fails_is_an_error_by_name_and_its_sandbox_goes_on() {
             });
             roost::ok(&[&[call, running.id.as_str()], &template.arguments()[..]].concat());
             drop(template);
+            eventually("the template to be gone", || {
+                (!Census::take().lists("template", "/.deleted-")).then_some(())
+            });
         }
         running.pause();
         running.resume();
@@ -239,7 +242,8 @@ fn kill_all_vms() {
         roost::kill_9_pid(pid);
     }
     eventually("their disks to be gone", || {
-        // The failing disk itself is one of device-mapper's.
-        (Census::take().count("dm device") == 1).then_some(())
+        // The failing disk itself is one of each.
+        let census = Census::take();
+        (census.count("dm device") == 1 && census.count("loop") == 1).then_some(())
     });
 }

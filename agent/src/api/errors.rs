@@ -96,7 +96,7 @@ impl ApiError {
             Self::Recovering | Self::Held { .. } => ErrorCode::Unavailable,
             Self::BadId(_) | Self::Wish(_) | Self::BadCommand(_) => ErrorCode::InvalidArgument,
             Self::Refusal(Refusal::Exists(_)) => ErrorCode::AlreadyExists,
-            Self::Refusal(Refusal::Full(_) | Refusal::Draining | Refusal::NoRoom(_)) => ErrorCode::Unavailable,
+            Self::Refusal(Refusal::Full(_) | Refusal::Draining | Refusal::NoRoom { .. }) => ErrorCode::Unavailable,
             Self::Create(CreateFailure::Destroyed) => ErrorCode::Aborted,
             Self::Create(CreateFailure::Failed(error)) => build_code(error),
             Self::Destroy(_) => ErrorCode::Internal,
