@@ -318,12 +318,13 @@ fn an_agent_killed_at_any_moment_of_a_pause_or_resume_loses_nothing() {
 #[test]
 fn a_sandbox_that_nobody_uses_is_paused_and_one_in_use_is_not() {
     in_rig(|| {
-        let idle = Sandbox::create(&["--memory", "256", "--timeout", "60"]);
-        let used = Sandbox::create(&["--memory", "256", "--timeout", "60"]);
         let chatty = Sandbox::create(&["--memory", "128", "--timeout", "60"]);
         // Some 40 KiB a second, whoever takes them.
         chatty.sh("setsid bash -c 'exec 9<> <(:) 8>/dev/udp/169.254.0.22/9; printf -v words %8192s; until read -rt 0.2 -u 9; do echo $words >&8; done' \
                    >/dev/null 2>&1 &");
+        let used = Sandbox::create(&["--memory", "128", "--timeout", "60"]);
+        // The last, so that its time begins with what follows.
+        let idle = Sandbox::create(&["--memory", "128", "--timeout", "60"]);
         let began = Instant::now();
         // One call is use for as long as it takes.
         let call = roost::start(&["exec", "--timeout", "110", &used.id, "--", "sleep", "80"]);
