@@ -19,6 +19,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use roost_common::units::Bytes;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
@@ -193,8 +194,34 @@ impl Drop for Making {
             return;
         }
         if let Err(error) = files::remove_tree(&self.dir) {
-            tracing::error!(error = %Chain(&error), "half a template stays; the next start removes it");
+            tracing::error!(error = %Chain(&error), "half a template could not be removed; that is tried again");
+            remove_later(self.dir.clone());
         }
+    }
+}
+
+/// Pause between two attempts to remove half a template, and how many there are: it may be gibibytes, and what was in the way, such as
+/// a want of descriptors, passes.
+const REMOVAL_PAUSE: Duration = Duration::from_secs(5);
+const REMOVAL_ATTEMPTS: u32 = 120;
+
+/// Removes a directory on a thread of its own, once that is possible.
+fn remove_later(dir: PathBuf) {
+    let attempts = move || {
+        for _ in 0..REMOVAL_ATTEMPTS {
+            std::thread::sleep(REMOVAL_PAUSE);
+            match files::remove_tree(&dir) {
+                Ok(()) => return,
+                Err(error) => tracing::debug!(error = %Chain(&error), "half a template stays"),
+            }
+        }
+        tracing::error!(path = %dir.display(), "half a template stays until the agent is started anew");
+    };
+    let thread = std::thread::Builder::new()
+        .name("template-remains".into())
+        .spawn(attempts);
+    if let Err(error) = thread {
+        tracing::error!(%error, "half a template stays until the agent is started anew");
     }
 }
 

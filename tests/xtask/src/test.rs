@@ -18,14 +18,21 @@ use crate::step::{shown, step};
 use crate::{cache, series, setup};
 
 /// Time for all rig tests, and for those of full size.
-const RIG_SECONDS: u64 = 3000;
-const RIG_SECONDS_ALL: u64 = 4 * 3600;
+const RIG_SECONDS: u64 = 3600;
+const RIG_SECONDS_ALL: u64 = 8 * 3600;
 
 /// Time for each boot of the power cuts.
 const CUT_SECONDS: u64 = 1200;
 
 /// The modules of the rig's tests that run in a second rig, beside the others.
-const FIRST_HALF: &[&str] = &["bad_input::", "concurrency::", "faults::", "isolation::", "matrix::"];
+const FIRST_HALF: &[&str] = &[
+    "bad_input::",
+    "concurrency::",
+    "faults::",
+    "isolation::",
+    "matrix::",
+    "random::",
+];
 
 /// The module of the rig's tests that cuts the power.
 const POWER_TESTS: &str = "power::";
