@@ -56,6 +56,25 @@ impl Filler {
     }
 }
 
+impl Filler {
+    /// Leaves about so many bytes of the room there is, and at no moment less: guests may be writing.
+    ///
+    /// # Panics
+    /// When there is less already.
+    pub fn leave(dir: &Path, left: u64) -> Self {
+        let space = nix::sys::statvfs::statvfs(dir).expect("a filesystem");
+        let free = space.blocks_available() * space.fragment_size();
+        let taken = free.checked_sub(left).expect("there is more room than that");
+        let filler = Self {
+            path: dir.join("filler"),
+        };
+        let file = File::create(&filler.path).expect("made");
+        let taken = taken.try_into().expect("no file is longer");
+        fallocate(&file, FallocateFlags::empty(), 0, taken).expect("room");
+        filler
+    }
+}
+
 impl Drop for Filler {
     fn drop(&mut self) {
         let removed = std::fs::remove_file(&self.path);

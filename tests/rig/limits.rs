@@ -74,7 +74,7 @@ fn a_host_whose_disk_fills_up_takes_no_work_then_holds_who_fills_it_and_goes_on_
         let calls = [&["create"][..], &["resume", &paused.id]];
 
         // Kept are 256 MiB, and what one small guest has of memory, which is at most 128.
-        let filler = Filler::fill_all_but(Path::new(DATA), 225 * MIB);
+        let filler = Filler::leave(Path::new(DATA), 225 * MIB);
         std::thread::sleep(TWO_LOOKS);
         for call in calls {
             let error = roost::fails(call);
@@ -85,7 +85,7 @@ fn a_host_whose_disk_fills_up_takes_no_work_then_holds_who_fills_it_and_goes_on_
         drop(filler);
 
         write_on(&running, 60);
-        let filler = Filler::fill_all_but(Path::new(DATA), 100 * MIB);
+        let filler = Filler::leave(Path::new(DATA), 100 * MIB);
         eventually("the guest to be held", || {
             let output = running.exec(&["/bin/true"]);
             String::from_utf8_lossy(&output.stderr)
