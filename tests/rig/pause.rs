@@ -320,7 +320,7 @@ fn a_sandbox_that_nobody_uses_is_paused_and_one_in_use_is_not() {
     in_rig(|| {
         let chatty = Sandbox::create(&["--memory", "128", "--timeout", "60"]);
         // Some 40 KiB a second, whoever takes them.
-        chatty.sh("setsid bash -c 'exec 9<> <(:) 8>/dev/udp/169.254.0.22/9; printf -v words %8192s; until read -rt 0.2 -u 9; do echo $words >&8; done' \
+        chatty.sh("setsid bash -c 'exec 9<> <(:) 8>/dev/udp/169.254.0.22/9; printf -v words %8192s; until read -rt 0.2 -u 9; do echo \"$words\" >&8; done' \
                    >/dev/null 2>&1 &");
         let used = Sandbox::create(&["--memory", "128", "--timeout", "60"]);
         // The last, so that its time begins with what follows.
