@@ -58,8 +58,20 @@ pub fn fails(args: &[&str]) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-/// Guests that did not boot, in this run.
+/// Guests that the emulation lost, in this run.
 static LOST_GUESTS: AtomicU32 = AtomicU32::new(0);
+
+/// Emulated virtualisation inside emulation loses a guest kernel now and then (seen some three times in 500 boots): it spins before it
+/// has printed anything, or its processor faults three times over. Of a guest that has only just been booted that is no finding of ours,
+/// once in a run; twice it is, and of a guest that was woken it always is.
+///
+/// # Panics
+/// The second time.
+pub fn excuse_a_lost_guest(said: &str) {
+    let earlier = LOST_GUESTS.fetch_add(1, Ordering::SeqCst);
+    eprintln!("NOTE: a guest was lost: {said}");
+    assert_eq!(earlier, 0, "a second guest was lost: {said}");
+}
 
 /// A sandbox that is destroyed with this value.
 #[derive(Debug)]
@@ -76,12 +88,10 @@ impl Sandbox {
     pub fn create(args: &[&str]) -> Self {
         let mut output = roost(&[&["create"], args].concat());
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        if said.contains("the guest did not answer within") {
-            // Emulated virtualisation inside emulation loses a guest kernel now and then (seen once in some 250 boots), before it has
-            // printed anything. Once in a run that is no finding of ours; twice it is.
-            let earlier = LOST_GUESTS.fetch_add(1, Ordering::SeqCst);
-            eprintln!("NOTE: a guest did not boot: {said}");
-            assert_eq!(earlier, 0, "a second guest did not boot: {said}");
+        let has_not_booted = said.contains("the guest did not answer within");
+        let was_reset = said.contains("the VMM ended before its guest was up") && said.contains("rebooting");
+        if has_not_booted || was_reset {
+            excuse_a_lost_guest(&said);
             output = roost(&[&["create"], args].concat());
         }
         assert!(

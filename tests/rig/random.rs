@@ -133,6 +133,8 @@ struct Known {
     state: State,
     /// Lines of `sha256sum` for what is in it.
     sums: Vec<String>,
+    /// Its memory has been on disk: what becomes of its guest is our affair.
+    has_woken: bool,
     /// Its VM may have been lost just after the guest had been let go, so that its memory may be of no use.
     may_be_spent: bool,
 }
@@ -196,6 +198,7 @@ fn whatever_is_done_in_whatever_order_every_sandbox_is_what_it_must_be() {
                     id: format!("random-{n}"),
                     state: State::Gone,
                     sums: Vec::new(),
+                    has_woken: false,
                     may_be_spent: false,
                 })
                 .collect(),
@@ -295,6 +298,10 @@ impl World {
         let is_cut_off = matches!(kill, Some(Kill::Agent | Kill::Restart)) || hit == Some(target);
         for (n, state) in states.iter().copied().enumerate() {
             let known = &mut self.0[n];
+            if n != target && hit != Some(n) && state == State::Gone && known.was_lost() {
+                known.is_gone();
+                continue;
+            }
             if n == target {
                 let may_be = acceptable(before, &outputs, is_cut_off, hit == Some(target));
                 assert!(
@@ -313,9 +320,9 @@ impl World {
                 assert_eq!(state, known.state, "{told}: of {}, which nobody touched", known.id);
             }
             if state == State::Gone {
-                known.sums.clear();
-                known.may_be_spent = false;
+                known.is_gone();
             }
+            known.has_woken |= state == State::Paused;
             known.state = state;
         }
         let known = &mut self.0[target];
@@ -438,10 +445,33 @@ fn or_from_disk(known: &mut Known, output: Output) -> Output {
 
 impl Known {
     /// Where it runs: everything that was written is there.
-    fn look(&self) {
-        if self.state == State::Running {
-            look_for(&self.sums, &self.id);
+    fn look(&mut self) {
+        if self.state != State::Running {
+            return;
         }
+        if let Err(said) = look_for(&self.sums, &self.id) {
+            assert!(self.was_lost(), "{} has lost something: {said}", self.id);
+            self.is_gone();
+        }
+    }
+
+    fn is_gone(&mut self) {
+        self.state = State::Gone;
+        self.sums.clear();
+        self.has_woken = false;
+        self.may_be_spent = false;
+    }
+
+    /// Whether the emulation lost its guest, which it may once in a run, of those that were booted and never paused.
+    fn was_lost(&self) -> bool {
+        let why = roost::roost(&["why", &self.id]);
+        let why = String::from_utf8_lossy(&why.stdout).into_owned();
+        if self.state != State::Running || self.has_woken || !why.contains("guest_reset") {
+            return false;
+        }
+        eventually("it to be gone", || roost::find(&self.id).is_none().then_some(()));
+        roost::excuse_a_lost_guest(&why);
+        true
     }
 
     /// A sandbox that is made of a template of this one has what this one has.
@@ -458,23 +488,28 @@ impl Known {
             .filter(|line| is_restored || !line.contains("/dev/shm/"))
             .cloned()
             .collect();
-        look_for(&sums, &clone.id);
+        if let Err(said) = look_for(&sums, &clone.id) {
+            panic!("a sandbox made of {} has lost something: {said}", self.id);
+        }
     }
 }
 
-fn look_for(sums: &[String], id: &str) {
+/// Finds what was written.
+fn look_for(sums: &[String], id: &str) -> Result<(), String> {
     let script = format!(
         "sha256sum --check --quiet <<'END' && ! dmesg | grep -i 'ext4.*error'\n{}\nEND",
         sums.join("\n")
     );
     let script = if sums.is_empty() { "true" } else { &script };
     let output = roost::roost(&["exec", "--timeout", "400", id, "--", "/bin/bash", "-c", script]);
-    assert!(
-        output.status.success(),
-        "{id} has lost something: {}{}",
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(format!(
+        "{}{}",
         String::from_utf8_lossy(&output.stdout),
         String::from_utf8_lossy(&output.stderr)
-    );
+    ))
 }
 
 /// The process of a sandbox's VMM: the one that was given its disk.

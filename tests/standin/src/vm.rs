@@ -14,6 +14,7 @@ use std::io::Seek;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::process::ExitStatus;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -56,6 +57,8 @@ pub(crate) struct Vmm {
     vm: Mutex<Vm>,
     events: Arc<Events>,
     work: Sender<Work>,
+    /// The next reset is one of ours, not the guest's.
+    resets: Arc<AtomicBool>,
 }
 
 /// How long a guest may run without reading from its disk; one of six that boot at once on a slow machine reaches it in a minute.
@@ -113,6 +116,7 @@ impl Vmm {
             vm: Mutex::new(Vm::Absent),
             events: Arc::new(events),
             work: sender,
+            resets: Arc::default(),
         };
         (
             Arc::new(vmm),
@@ -179,6 +183,7 @@ impl Vmm {
         if !unread || live.state != State::Running {
             return false;
         }
+        self.resets.store(true, Ordering::SeqCst);
         let reset = live.qemu.run("system_reset", json!({}));
         eprintln!("standin-vmm: the guest has read nothing from its disk in {BOOT_PATIENCE:?} and is reset: {reset:?}");
         reset.is_ok()
@@ -378,11 +383,12 @@ impl Driver {
     fn launch(&mut self, vmm: &Vmm, config: Box<VmConfig>, entry: Entry) -> Result<Live> {
         let tap = config.net.iter().find_map(|net| net.fds.as_ref()?.first().copied());
         let tap = tap.ok_or_else(|| anyhow!("the network device has no descriptor"))?;
-        let events = Arc::clone(&vmm.events);
+        let (events, ours) = (Arc::clone(&vmm.events), Arc::clone(&vmm.resets));
         let (qemu, mut child) = Qemu::spawn(&config, tap, entry, move |event, data| {
             if event == "RESET" {
                 // As the real one, which boots a guest anew in place; not for a reset of ours, nor for the one of a restore.
-                if data["guest"] == true {
+                let is_ours = ours.swap(false, Ordering::SeqCst);
+                if data["guest"] == true && !is_ours {
                     events.send("vm", "rebooting");
                 }
                 events.send("vm", "rebooted");
