@@ -558,7 +558,7 @@ impl Driver {
                 }
             },
             // Its VMM is still there, but what follows is the same: it is taken down, and why is written down. What is being done with
-            // one that does not run ends by the disk itself.
+            // one that does not run fails by the disk itself.
             Command::DiskLost => is_running.then_some(Event::VmmEnded(Ending::DiskLost)),
             Command::Hold(reply) => {
                 if is_running {
