@@ -167,7 +167,9 @@ impl Drop for World {
         // A test that fails anyway says why itself.
         if !std::thread::panicking() {
             for output in outputs {
-                assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+                let said = String::from_utf8_lossy(&output.stderr);
+                // Some are gone already.
+                assert!(output.status.success() || said.contains("no sandbox"), "{said}");
             }
         }
     }
