@@ -6,7 +6,7 @@
 //!   |------------------------------------- reserve: the memory of running sandboxes, and `disk_reserve_mb`
 //!   |  creates and resumes are refused
 //!   |------------------------------------- half of it
-//!   |  the guest whose disk grows fastest is held: its processors are stopped, and nothing of it is written
+//!   |  the guest whose disk grows fastest is held: its processors are stopped, and it writes nothing more
 //!   0
 //! ```
 //!
@@ -21,7 +21,6 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::convert::Infallible;
-use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -36,6 +35,7 @@ use crate::host::Host;
 use crate::host::files::Layout;
 use crate::registry::Registry;
 use crate::sandbox::task::{Handle, View};
+use crate::snapshot;
 
 /// Time between two looks at the disk.
 const TICK: Duration = Duration::from_secs(2);
@@ -268,7 +268,7 @@ fn look_at(layout: &Layout, handle: &Handle) -> GuestLook {
         // The VMM's own and what its files have cached count too; more than all of the guest's a pause does not write.
         memory: allocated.map_or(all, |allocated| allocated.min(all)),
         // One that is not there any more has just been destroyed.
-        disk: std::fs::metadata(layout.cow(&id)).map_or(0, |cow| cow.blocks().saturating_mul(512)),
+        disk: std::fs::metadata(layout.cow(&id)).map_or(0, |cow| snapshot::allocated(&cow).0),
         held: handle.hold_state().is_held(),
         may_be_held: matches!(handle.view(), View::Running(..)) && !handle.hold_state().is_busy(),
         id,

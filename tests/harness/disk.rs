@@ -54,9 +54,7 @@ impl Filler {
         run("sync", &[]);
         filler
     }
-}
 
-impl Filler {
     /// Leaves about so many bytes of the room there is, and at no moment less: guests may be writing.
     ///
     /// # Panics

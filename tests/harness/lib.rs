@@ -16,6 +16,11 @@ use census::Census;
 /// Longest time that the kernel, systemd and an emulated machine may take for anything a test waits for.
 pub const PATIENCE: Duration = Duration::from_secs(300);
 
+/// Whether tests are to run at full size, by `cargo xtask test --all`.
+pub fn is_full_size() -> bool {
+    std::env::var_os("ROOST_TESTS_ALL").is_some()
+}
+
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 /// Runs a test, then waits until the host is as it was before.

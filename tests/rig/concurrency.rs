@@ -5,16 +5,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use roost_tests::roost::{self, Sandbox, call, find};
-use roost_tests::{eventually, in_rig};
+use roost_tests::{eventually, in_rig, is_full_size};
 use serde_json::json;
 
 #[test]
 fn many_in_a_row_leave_nothing_not_even_a_descriptor() {
-    let rounds = if std::env::var_os("ROOST_TESTS_ALL").is_some() {
-        20
-    } else {
-        8
-    };
+    let rounds = if is_full_size() { 20 } else { 8 };
     in_rig(|| {
         drop(Sandbox::create(&["--memory", "256"]));
         let descriptors = |command| {

@@ -16,7 +16,7 @@ use std::path::Path;
 use roost_tests::census::Census;
 use roost_tests::disk::preallocate;
 use roost_tests::roost::{self, Sandbox, Template, find, find_paused, wait_for_agent};
-use roost_tests::{eventually, in_rig};
+use roost_tests::{eventually, in_rig, is_full_size};
 
 use fault::Fault;
 use steps::{Operation, Point, Step};
@@ -44,7 +44,7 @@ const KINDS: [&str; 8] = [
 
 #[test]
 fn whatever_happens_at_any_step_of_anything_nothing_is_lost_and_nothing_stays() {
-    let is_all = std::env::var_os("ROOST_TESTS_ALL").is_some();
+    let is_all = is_full_size();
     let wish = std::env::var("ROOST_MATRIX").unwrap_or(if is_all { "all" } else { "sample 0" }.to_owned());
     let cases = steps::cases();
     let chosen = steps::choose(&cases, &wish);

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use roost_tests::census::Census;
 use roost_tests::roost::{self, Sandbox, call, find, find_paused, kill_9, pids, vmm_command, wait_for_agent};
-use roost_tests::{eventually, in_rig};
+use roost_tests::{eventually, in_rig, is_full_size};
 use serde_json::json;
 
 /// A program that counts in memory, a file in memory, and a file on disk: all that a pause is to keep.
@@ -120,11 +120,7 @@ fn a_paused_sandbox_is_on_disk_alone_and_goes_on_where_it_was() {
 
 #[test]
 fn many_pauses_in_a_row_lose_nothing_and_grow_nothing() {
-    let cycles = if std::env::var_os("ROOST_TESTS_ALL").is_some() {
-        10
-    } else {
-        2
-    };
+    let cycles = if is_full_size() { 10 } else { 2 };
     in_rig(|| {
         let sandbox = Sandbox::create(&["--memory", "256"]);
         sandbox.sh(CANARIES);
@@ -279,7 +275,7 @@ fn a_destroy_wins_over_a_pause_and_over_a_resume() {
 
 #[test]
 fn an_agent_killed_at_any_moment_of_a_pause_or_resume_loses_nothing() {
-    let moments: &[u64] = if std::env::var_os("ROOST_TESTS_ALL").is_some() {
+    let moments: &[u64] = if is_full_size() {
         &[0, 100, 200, 400, 700, 1000, 1500, 2000, 3000, 4000]
     } else {
         &[700]

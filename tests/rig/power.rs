@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 
 use roost_tests::census::Census;
 use roost_tests::roost::{self, Sandbox, find, find_paused, wait_for_agent};
-use roost_tests::{PATIENCE, eventually};
+use roost_tests::{PATIENCE, eventually, is_full_size};
 use serde::{Deserialize, Serialize};
 
 /// A line here has the power cut. There only in a series of boots.
@@ -194,7 +194,7 @@ fn every_acknowledged_pause_outlives_a_power_cut_at_any_moment() {
 
 /// The moments of this run: those that were asked for by a part of their name, or all, or few.
 fn chosen() -> Vec<&'static (Moment, Became, bool)> {
-    let all = std::env::var_os("ROOST_TESTS_ALL").is_some();
+    let all = is_full_size();
     let asked = std::env::var("ROOST_TESTS_MOMENTS").unwrap_or_default();
     let asked: Vec<&str> = asked.split_whitespace().collect();
     let wanted = |moment: &Moment, few: bool| {

@@ -1,8 +1,9 @@
 //! Random operations on a few sandboxes, now and then two at a time or with a process killed meanwhile, against a model of what must
 //! come of it.
 //!
-//! The seed is printed first; it is another one in each run at full size, and always the same in an ordinary one. `ROOST_SEED` plays the same turns again: what a turn draws depends on the seed, its number and the state
-//! of its sandbox alone. When in an operation a kill comes is up to the machine. `ROOST_OPERATIONS` says how many there are.
+//! The seed is printed first; it is another one in each run at full size, and always the same in an ordinary one. `ROOST_SEED` plays the
+//! same turns again: what a turn draws depends on the seed, its number and the state of its sandbox alone. When in an operation a kill
+//! comes is up to the machine. `ROOST_OPERATIONS` says how many there are.
 
 use std::io::Write as _;
 use std::process::{Child, Command, Output};
@@ -10,7 +11,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use roost_tests::census::Census;
 use roost_tests::roost::{self, Sandbox, Template, kill_9, kill_9_pid, pids, vmm_command, wait_for_agent};
-use roost_tests::{eventually, in_rig};
+use roost_tests::{eventually, in_rig, is_full_size};
 use serde_json::Value;
 
 const SANDBOXES: usize = 6;
@@ -181,7 +182,7 @@ fn whatever_is_done_in_whatever_order_every_sandbox_is_what_it_must_be() {
         let text = std::env::var(name).ok()?;
         Some(text.parse().unwrap_or_else(|_| panic!("{name}={text:?} is no number")))
     };
-    let is_all = std::env::var_os("ROOST_TESTS_ALL").is_some();
+    let is_all = is_full_size();
     let seed = number("ROOST_SEED").unwrap_or_else(|| {
         // An ordinary run tells of a change and not of luck.
         if !is_all {
@@ -466,9 +467,12 @@ impl Known {
 
     /// Whether the emulation lost its guest, which it may once in a run, of those that were booted and never paused.
     fn was_lost(&self) -> bool {
+        if self.state != State::Running || self.has_woken {
+            return false;
+        }
         let why = roost::roost(&["why", &self.id]);
         let why = String::from_utf8_lossy(&why.stdout).into_owned();
-        if self.state != State::Running || self.has_woken || !why.contains("guest_reset") {
+        if !why.contains("guest_reset") {
             return false;
         }
         eventually("it to be gone", || roost::find(&self.id).is_none().then_some(()));

@@ -10,11 +10,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
 use roost_common::ids::SandboxId;
-use roost_common::shim::API_SOCKET;
 
+use super::pause::api;
 use crate::errors::Chain;
 use crate::host::Host;
-use crate::vmm::{State, Vmm, VmmError};
+use crate::vmm::{State, VmmError};
 
 /// What a sandbox's task and those who look at it share.
 #[derive(Debug, Default)]
@@ -115,8 +115,4 @@ impl Hold {
     fn lock(&self) -> MutexGuard<'_, Option<PathBuf>> {
         self.cgroup.lock().expect("nothing panics while it holds this")
     }
-}
-
-fn api(host: &Host, id: &SandboxId) -> Vmm {
-    Vmm::new(&host.layout.vm_run(id).join(API_SOCKET))
 }

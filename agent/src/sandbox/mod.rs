@@ -583,11 +583,9 @@ impl Pausing {
             PauseEnd::Paused(kept) => {
                 let answer = Action::AnswerPauses(pauses, Ok(()));
                 if destroys.is_empty() {
-                    let mut actions = vec![answer];
-                    if reason != PauseReason::Requested {
-                        // First, for the agent may end once a drain has its answer.
-                        actions.insert(0, Action::TellAutoPaused);
-                    }
+                    // Told first, for the agent may end once a drain has its answer.
+                    let tell = (reason != PauseReason::Requested).then_some(Action::TellAutoPaused);
+                    let actions = tell.into_iter().chain([answer]).collect();
                     (Sandbox::Paused(Paused { kept }), actions)
                 } else {
                     Destroying::begin(destroys, None, vec![answer])

@@ -398,7 +398,8 @@ fn about(host: &Host, record: &Record, freeze: Freeze) -> Result<About, Snapshot
 /// The piece of a disk that is read to see whether it can be.
 const BLOCK: usize = 4096;
 
-/// Syncs a disk through its device and then the file behind it, which its loop wrote, and sees that it can be read. The device, and when the file was last written.
+/// Syncs a disk through its device and then the file behind it, which its loop wrote, and sees that it can be read. The device, and
+/// when the file was last written.
 fn sync(device: OwnedFd, cow: &std::path::Path) -> Result<(OwnedFd, i64), FileError> {
     let failed = |source| FileError::new("syncing the disk behind", cow, source);
     let device = File::from(device);

@@ -354,9 +354,8 @@ pub(crate) fn put_back(host: &Host, record: &Record, kept: Kept) -> Kept {
 /// What is kept of a sandbox whose VM has ended, or may have: its memory only where its disk is as it was.
 pub(crate) fn settle(host: &Host, mut kept: Kept, id: &SandboxId) -> Kept {
     match kept.is_whole(&host.layout, id) {
-        Ok(_) if kept.memory == Memory::Spent => {}
-        Ok(true) => {}
-        Ok(false) => {
+        Ok(is_whole) if is_whole || kept.memory == Memory::Spent => {}
+        Ok(_) => {
             tracing::warn!(sandbox_id = %id, "the disk has been written since the sandbox was paused; its memory is of no use any more");
             kept.memory = Memory::Spent;
         }
