@@ -356,6 +356,7 @@ mod tests {
             Reason::ShimLost,
             Reason::VmmLost,
             Reason::NotPaused,
+            Reason::Stopped,
             Reason::DiskLost,
         ] {
             assert_eq!(serde_json::to_value(reason).expect("a string"), reason.name());
