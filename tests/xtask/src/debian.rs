@@ -1,6 +1,7 @@
 //! Debian trees and disk images without root and without mounting: mmdebstrap, then `mke2fs -d`.
 //!
-//! Packages come from where this machine gets its own: its apt sources for the release, Debian's archive only.
+//! Packages come from where this machine gets its own: its apt sources for the release, or the same mirror of Debian's archive where it
+//! has none for that.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,6 +18,8 @@ pub(crate) const RELEASE: &str = "bookworm";
 
 /// What to put into a tree.
 pub(crate) struct Recipe<'a> {
+    /// Debian's release.
+    pub(crate) release: &'a str,
     /// mmdebstrap's variant.
     pub(crate) variant: &'a str,
     /// Packages on top of the variant.
@@ -28,7 +31,7 @@ pub(crate) struct Recipe<'a> {
 impl Recipe<'_> {
     /// The recipe's content key.
     pub(crate) fn key(&self) -> cache::Key {
-        let mut key = cache::Key::default().text(RELEASE).text(self.variant);
+        let mut key = cache::Key::default().text(self.release).text(self.variant);
         for word in self.packages.iter().chain(self.extra) {
             key = key.text(word);
         }
@@ -53,8 +56,8 @@ impl Recipe<'_> {
             "--dpkgopt=path-exclude=/usr/share/doc/*",
             "--dpkgopt=path-include=/usr/share/doc/*/copyright",
         ]);
-        command.args(self.extra).arg(RELEASE).arg(tar);
-        if let Some(sources) = host_sources()? {
+        command.args(self.extra).arg(self.release).arg(tar);
+        if let Some(sources) = host_sources(self.release)? {
             command.arg(sources);
         }
         shown(&mut command)
@@ -115,10 +118,10 @@ pub(crate) fn as_root(words: &[&str]) -> Command {
     command
 }
 
-/// This machine's sources for the release as a file for mmdebstrap, or nothing where it has none (then mmdebstrap's own
+/// This machine's sources for a release as a file for mmdebstrap, or nothing where it has none of Debian's (then mmdebstrap's own
 /// default is used).
-fn host_sources() -> Result<Option<PathBuf>> {
-    let mut lines = Vec::new();
+fn host_sources(release: &str) -> Result<Option<PathBuf>> {
+    let mut found = Vec::new();
     let mut files = vec![PathBuf::from("/etc/apt/sources.list")];
     if let Ok(entries) = fs::read_dir("/etc/apt/sources.list.d") {
         files.extend(entries.filter_map(|entry| Some(entry.ok()?.path())));
@@ -127,46 +130,62 @@ fn host_sources() -> Result<Option<PathBuf>> {
     for file in files {
         let Ok(text) = fs::read_to_string(&file) else { continue };
         match file.extension().and_then(|extension| extension.to_str()) {
-            Some("list") => lines.extend(from_list(&text)),
-            Some("sources") => lines.extend(from_deb822(&text)),
+            Some("list") => found.extend(from_list(&text)),
+            Some("sources") => found.extend(from_deb822(&text)),
             _ => {}
         }
     }
-    // Security and updates build on the release itself; without it they are of no use.
-    if !lines.iter().any(|line| line.suite == RELEASE) {
+    let lines = lines_for(release, &found);
+    if lines.is_empty() {
         return Ok(None);
     }
-    let text: String = lines.iter().map(|line| format!("{}\n", line.line)).collect();
     let path = cache::dir()?.join("sources.list");
-    fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    fs::write(&path, lines.concat()).with_context(|| format!("cannot write {}", path.display()))?;
     Ok(Some(path))
 }
 
+/// One of Debian's own archives.
 #[derive(Debug, PartialEq)]
 struct Source {
+    uri: String,
     suite: String,
-    line: String,
+    signed_by: Option<String>,
 }
 
-/// One usable source line, when it is Debian's own archive for the release.
+impl Source {
+    fn line(&self, suite: &str) -> String {
+        let options = self
+            .signed_by
+            .as_ref()
+            .map_or(String::new(), |file| format!(" [signed-by={file}]"));
+        format!("deb{options} {} {suite} main\n", self.uri)
+    }
+}
+
+/// Lines of a sources.list for a release, of what this machine has.
+fn lines_for(release: &str, sources: &[Source]) -> Vec<String> {
+    let is_ours = |suite: &str| {
+        let rest = suite.strip_prefix(release);
+        rest.is_some_and(|rest| ["", "-updates", "-security"].contains(&rest))
+    };
+    // Security and updates build on the release itself; without it they are of no use.
+    if sources.iter().any(|source| source.suite == release) {
+        let ours = sources.iter().filter(|source| is_ours(&source.suite));
+        return ours.map(|source| source.line(&source.suite)).collect();
+    }
+    let base = sources.iter().find(|source| !source.suite.contains('-'));
+    base.map(|source| source.line(release)).into_iter().collect()
+}
+
+/// A source, when it is Debian's own archive.
 fn source(uri: &str, suite: &str, components: &[&str], signed_by: Option<&str>) -> Option<Source> {
-    let ours = suite == RELEASE
-        || suite
-            .strip_prefix(RELEASE)
-            .is_some_and(|rest| rest == "-updates" || rest == "-security");
     let path = uri.trim_end_matches('/');
     let debian = path.ends_with("/debian") || path.ends_with("/debian-security");
     let keyring = signed_by.is_none_or(|file| file.contains("debian-archive"));
-    if !(ours && debian && keyring && components.contains(&"main")) {
-        return None;
-    }
-    let options = match signed_by {
-        Some(file) => format!(" [signed-by={file}]"),
-        None => String::new(),
-    };
-    Some(Source {
+    (debian && keyring && components.contains(&"main")).then(|| Source {
+        uri: uri.to_owned(),
         suite: suite.to_owned(),
-        line: format!("deb{options} {uri} {suite} main"),
+        signed_by: signed_by.map(str::to_owned),
     })
 }
 
@@ -216,31 +235,44 @@ fn from_deb822(text: &str) -> Vec<Source> {
 mod tests {
     use super::*;
 
+    const LIST: &str = "\
+        deb http://mirror.example/debian bookworm main contrib\n\
+        # deb http://mirror.example/debian bookworm-updates main\n\
+        deb-src http://mirror.example/debian bookworm main\n\
+        deb [arch=amd64 signed-by=/usr/share/keyrings/other.gpg] https://apt.example/debian bookworm main\n\
+        deb https://apt.example/vendor bookworm main\n\
+        deb http://mirror.example/debian sid main\n\
+        deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://mirror.example/debian-security/ bookworm-security main\n";
+
     #[test]
     fn only_debians_own_archive_of_the_release_is_taken() {
-        let list = "\
-            deb http://mirror.example/debian bookworm main contrib\n\
-            # deb http://mirror.example/debian bookworm-updates main\n\
-            deb-src http://mirror.example/debian bookworm main\n\
-            deb [arch=amd64 signed-by=/usr/share/keyrings/other.gpg] https://apt.example/debian bookworm main\n\
-            deb https://apt.example/vendor bookworm main\n\
-            deb http://mirror.example/debian trixie main\n\
-            deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://mirror.example/debian-security/ bookworm-security main\n";
-        let suites: Vec<String> = from_list(list).into_iter().map(|source| source.suite).collect();
-        assert_eq!(suites, ["bookworm", "bookworm-security"]);
+        assert_eq!(
+            lines_for("bookworm", &from_list(LIST)),
+            [
+                "deb http://mirror.example/debian bookworm main\n",
+                "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://mirror.example/debian-security/ \
+                 bookworm-security main\n",
+            ]
+        );
     }
 
     #[test]
-    fn a_deb822_stanza_yields_a_line_for_each_suite_unless_disabled() {
+    fn another_release_comes_from_the_same_mirror() {
+        let lines = lines_for("trixie", &from_list(LIST));
+        assert_eq!(lines, ["deb http://mirror.example/debian trixie main\n"]);
+        assert_eq!(lines_for("trixie", &[]), [""; 0]);
+    }
+
+    #[test]
+    fn a_deb822_stanza_yields_a_source_for_each_suite_unless_disabled() {
         let stanza = "Types: deb deb-src\nURIs: http://mirror.example/debian\nSuites: bookworm bookworm-updates\n\
             # a comment\nComponents: main\nSigned-By: /usr/share/keyrings/debian-archive-keyring.gpg\n";
-        let lines: Vec<String> = from_deb822(stanza).into_iter().map(|source| source.line).collect();
         let signed = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://mirror.example/debian";
         assert_eq!(
-            lines,
+            lines_for("bookworm", &from_deb822(stanza)),
             [
-                format!("{signed} bookworm main"),
-                format!("{signed} bookworm-updates main")
+                format!("{signed} bookworm main\n"),
+                format!("{signed} bookworm-updates main\n")
             ]
         );
         assert_eq!(from_deb822(&format!("{stanza}Enabled: no\n")), []);

@@ -11,12 +11,13 @@ use anyhow::{Context, Result, ensure};
 
 use crate::cache::{self, Key};
 use crate::cpio::Archive;
-use crate::debian::{Image, Recipe, Size};
+use crate::debian::{Image, RELEASE, Recipe, Size};
 use crate::kernel::{self, Kernel};
 use crate::step::{quiet, step};
 use crate::{binaries, setup};
 
 const TEMPLATE: Recipe<'_> = Recipe {
+    release: RELEASE,
     variant: "minbase",
     packages: &[
         "ca-certificates",

@@ -9,11 +9,13 @@ use anyhow::{Context, Result};
 
 use crate::cache::{self, Key};
 use crate::cpio::Archive;
-use crate::debian::{Image, Recipe, Size};
+use crate::debian::{Image, RELEASE, Recipe, Size};
 use crate::guest;
 use crate::kernel::{self, Kernel};
+use crate::qemu;
 
 const RECIPE: Recipe<'_> = Recipe {
+    release: RELEASE,
     variant: "minbase",
     packages: &[
         "acl",
@@ -95,6 +97,7 @@ pub(crate) struct Host {
 /// `cargo xtask images`: what needs a network and long, and nothing of this build.
 pub(crate) fn run() -> Result<()> {
     let _lock = cache::lock()?;
+    qemu::ensure()?;
     ensure(&kernel::ensure()?)?;
     guest::template().map(drop)
 }

@@ -16,10 +16,11 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 
 use crate::cache;
 use crate::cpio::Archive;
-use crate::debian::Recipe;
+use crate::debian::{RELEASE, Recipe};
 use crate::step::quiet;
 
 const RECIPE: Recipe<'_> = Recipe {
+    release: RELEASE,
     variant: "extract",
     packages: &["linux-image-cloud-amd64"],
     extra: &[],

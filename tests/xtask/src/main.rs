@@ -19,6 +19,7 @@ mod demo;
 mod guest;
 mod host;
 mod kernel;
+mod qemu;
 mod rig;
 mod series;
 mod setup;

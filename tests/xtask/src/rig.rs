@@ -25,6 +25,7 @@ use clap::Args;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
 use crate::binaries::{self, Binaries};
+use crate::qemu::{self, Qemu};
 use crate::step::quiet;
 use crate::{cache, guest, host, kernel, setup};
 
@@ -35,6 +36,8 @@ pub(crate) const STATUS_TIMEOUT: u8 = 124;
 
 /// How long after QEMU's start the host may take to be up; ten seconds on an idle machine.
 const BOOT_LIMIT: Duration = Duration::from_secs(180);
+/// How long a rig that is up may not say that it runs; it says so every five seconds.
+const SILENCE_LIMIT: Duration = Duration::from_secs(120);
 /// `--timeout` and `--memory` where none is given.
 const DEFAULT_SECONDS: u64 = 900;
 const DEFAULT_MEMORY_MB: u64 = 4096;
@@ -324,6 +327,7 @@ fn quoted(words: &[String]) -> String {
 /// All that one boot needs, and the next one of the same series.
 pub(crate) struct Machine {
     options: Options,
+    qemu: Qemu,
     kernel: PathBuf,
     host: host::Host,
     data: Data,
@@ -344,12 +348,15 @@ enum Data {
 enum Verdict {
     Exit(u8),
     Cut(String),
+    /// The rig's kernel runs nothing any more.
+    Silent,
 }
 
 impl Machine {
     /// Makes what is missing of the rig's parts, and the run's directory.
     pub(crate) fn prepare(options: &Options, binaries: Option<&Binaries>) -> Result<Self> {
         let lock = cache::lock()?;
+        let qemu = qemu::ensure()?;
         let kernel = kernel::ensure()?;
         let host = host::ensure(&kernel)?;
         let cached = match binaries {
@@ -370,6 +377,7 @@ impl Machine {
         drop(lock);
         Ok(Self {
             options: options.clone(),
+            qemu,
             kernel: kernel.vmlinux(),
             host,
             data,
@@ -391,12 +399,14 @@ impl Machine {
         let (out, out_there) = port()?;
         let (ctl, ctl_there) = port()?;
         let (log, log_there) = port()?;
-        let mut qemu = self.spawn(&[
+        let (monitor, monitor_there) = port()?;
+        let ports = [
             ("rig.out", &out_there),
             ("rig.ctl", &ctl_there),
             ("rig.log", &log_there),
-        ])?;
-        drop((out_there, ctl_there, log_there));
+        ];
+        let mut qemu = self.spawn(&ports, &monitor_there)?;
+        drop((out_there, ctl_there, log_there, monitor_there));
         let output = thread::spawn(move || copy_live(out, Timed::new(std::io::stdout())));
         let journal = File::create(self.run.log("journal.log")).context("cannot write journal.log")?;
         let journal = thread::spawn(move || copy_live(log, journal));
@@ -406,6 +416,9 @@ impl Machine {
             // The port closes with QEMU; the receiver sees the channel's end.
         });
         let verdict = self.follow(&mut qemu, &news, start);
+        if matches!(verdict, Ok(Verdict::Silent)) {
+            self.ask_for_state(monitor);
+        }
         // Nobody needs a clean shutdown of what is thrown away; where something is kept this is what is being tested.
         qemu.kill().ok();
         qemu.wait().context("cannot wait for QEMU")?;
@@ -418,10 +431,11 @@ impl Machine {
         Ok(match verdict? {
             Verdict::Exit(status) => Boot::Ended(End { status, tail }),
             Verdict::Cut(moment) => Boot::Cut(moment),
+            Verdict::Silent => Boot::Crashed(tail),
         })
     }
 
-    fn spawn(&self, ports: &[(&str, &OwnedFd)]) -> Result<Child> {
+    fn spawn(&self, ports: &[(&str, &OwnedFd)], monitor: &OwnedFd) -> Result<Child> {
         let kvm = match std::env::var("RIG_ACCEL").as_deref() {
             Ok("kvm") => true,
             Ok("tcg" | "") | Err(_) => false,
@@ -429,7 +443,7 @@ impl Machine {
         };
         // setpriv: QEMU gets SIGKILL when this thread, our main one, ends for whatever reason.
         let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL", "--", "qemu-system-x86_64"]);
+        command.args(["--pdeathsig", "KILL", "--"]).args(self.qemu.words());
         command.args([
             "-nodefaults",
             "-no-user-config",
@@ -455,7 +469,7 @@ impl Machine {
         command.args([
             "-append",
             "console=ttyS0 panic=-1 quiet tsc=reliable clocksource=tsc mitigations=off random.trust_cpu=on \
-             systemd.show_status=false net.ifnames=0",
+             unknown_nmi_panic panic_print=0x40 systemd.show_status=false net.ifnames=0",
         ]);
         command
             .arg("-serial")
@@ -469,6 +483,10 @@ impl Machine {
                 .arg("-device")
                 .arg(format!("virtserialport,chardev={name},name={name}"));
         }
+        command
+            .arg("-chardev")
+            .arg(format!("socket,id=monitor,fd={}", monitor.as_raw_fd()));
+        command.args(["-mon", "chardev=monitor,mode=readline"]);
         let throw_away = "snapshot=on,cache=unsafe,discard=unmap,detect-zeroes=unmap";
         let (data, how) = match &self.data {
             Data::ThrowAway(file) => (file, throw_away),
@@ -497,7 +515,8 @@ impl Machine {
         let deadline = start + Duration::from_secs(self.options.timeout);
         let mut up = false;
         loop {
-            let limit = if up { deadline } else { deadline.min(start + BOOT_LIMIT) };
+            let silence = Instant::now() + SILENCE_LIMIT;
+            let limit = deadline.min(if up { silence } else { start + BOOT_LIMIT });
             let line = match news.recv_timeout(limit.saturating_duration_since(Instant::now())) {
                 Ok(line) => line,
                 Err(RecvTimeoutError::Disconnected) => {
@@ -507,6 +526,13 @@ impl Machine {
                         Some(status) => bail!("QEMU ended before the command did: {status}"),
                         None => bail!("the rig closed its line to us, but QEMU did not end"),
                     }
+                }
+                Err(RecvTimeoutError::Timeout) if up && limit < deadline => {
+                    eprintln!(
+                        "rig: nothing runs in it any more ({:.0} s)",
+                        start.elapsed().as_secs_f64()
+                    );
+                    return Ok(Verdict::Silent);
                 }
                 Err(RecvTimeoutError::Timeout) if up => {
                     eprintln!("rig: timed out after {} s", self.options.timeout);
@@ -524,6 +550,7 @@ impl Machine {
                     up = true;
                     eprintln!("rig: host up after {seconds:.1} s");
                 }
+                "alive" => {}
                 "run" => eprintln!("rig: command starts after {seconds:.1} s"),
                 "step" | "note" => eprintln!("rig: {rest} ({seconds:.1} s)"),
                 "timeout" => {
@@ -557,6 +584,28 @@ impl Machine {
         let text = fs::read(self.run.log("console.log")).unwrap_or_default();
         let text = String::from_utf8_lossy(&text);
         text.contains("Kernel panic - not syncing") && text.contains("svm_vcpu_enter_exit")
+    }
+
+    /// Keeps where the processors of a rig that runs nothing are: their registers, then what its kernel says of itself on its console.
+    fn ask_for_state(&self, mut monitor: UnixStream) {
+        let path = self.run.log("monitor.log");
+        let asked = || -> std::io::Result<()> {
+            let mut log = File::create(&path)?;
+            monitor.set_read_timeout(Some(Duration::from_secs(2)))?;
+            for command in ["info registers -a", "info registers -a", "info lapic", "nmi"] {
+                monitor.write_all(format!("{command}\n").as_bytes())?;
+                // Until it has nothing more to say.
+                std::io::copy(&mut monitor, &mut log).ok();
+            }
+            thread::sleep(Duration::from_secs(15));
+            Ok(())
+        };
+        let mut asked = asked;
+        if let Err(error) = asked() {
+            eprintln!("rig: cannot ask QEMU's monitor: {error}");
+        }
+        eprintln!("rig: its registers: {}", path.display());
+        self.show_console();
     }
 
     fn show_console(&self) {

@@ -1,0 +1,59 @@
+//! The QEMU that emulates the rig: Debian's, unpacked beside the other artefacts and run from there.
+//!
+//! Not the machine's own, which may be older than 8.1. Before that a processor that translates code while another one writes it may go on
+//! with the old one for good, and a kernel with two of them writes its code all the time: KVM alone patches a branch of its interrupt
+//! delivery with every VM that starts. Both processors then trap on one breakpoint for ever, once in an hour of guests.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::Result;
+
+use crate::cache;
+use crate::debian::Recipe;
+use crate::step::quiet;
+
+const RECIPE: Recipe<'_> = Recipe {
+    release: "trixie",
+    variant: "extract",
+    packages: &["qemu-system-x86", "seabios"],
+    extra: &[],
+};
+
+const LIBRARIES: &str = "usr/lib/x86_64-linux-gnu";
+
+/// Where its tree is.
+pub(crate) struct Qemu(PathBuf);
+
+/// QEMU, made when missing.
+pub(crate) fn ensure() -> Result<Qemu> {
+    let make = |dir: &std::path::Path| {
+        fs::create_dir_all(dir)?;
+        let tar = dir.join("packages.tar");
+        RECIPE.make_tar(&tar)?;
+        let mut unpack = Command::new("tar");
+        unpack.args(["--no-same-owner", "--exclude=./dev/*", "-C"]);
+        quiet(unpack.arg(dir).arg("-xf").arg(&tar))?;
+        cache::remove(&tar)
+    };
+    cache::artefact("qemu", RECIPE.key(), make).map(Qemu)
+}
+
+impl Qemu {
+    /// The words that run it: with its own loader and libraries, since this machine may have older ones.
+    pub(crate) fn words(&self) -> Vec<OsString> {
+        let at = |path: &str| self.0.join(path).into_os_string();
+        let mut words = vec![
+            at("usr/lib64/ld-linux-x86-64.so.2"),
+            "--library-path".into(),
+            at(LIBRARIES),
+            at("usr/bin/qemu-system-x86_64"),
+        ];
+        for firmware in ["usr/share/qemu", "usr/share/seabios"] {
+            words.extend(["-L".into(), at(firmware)]);
+        }
+        words
+    }
+}
