@@ -10,7 +10,7 @@ use serde_json::json;
 
 #[test]
 fn many_in_a_row_leave_nothing_not_even_a_descriptor() {
-    let rounds = if is_full_size() { 20 } else { 8 };
+    let rounds = if is_full_size() { 20 } else { 4 };
     in_rig(|| {
         drop(Sandbox::create(&["--memory", "256"]));
         let descriptors = |command| {
@@ -96,12 +96,13 @@ fn create_time() -> Duration {
 
 #[test]
 fn a_destroy_during_a_create_wins_at_any_moment() {
+    let moments = if is_full_size() { 10 } else { 4 };
     in_rig(|| {
         let whole = create_time();
-        for moment in 0..10 {
+        for moment in 0..moments {
             let create = roost::start(&["create", "--memory", "256", "--id", "doomed"]);
             eventually("the create to be accepted", || find("doomed"));
-            thread::sleep(whole * moment / 12);
+            thread::sleep(whole * moment / (moments + 2));
             let destroyed = call("DestroySandbox", &json!({"sandboxId": "doomed"}));
             assert_eq!(destroyed.status, 200, "moment {moment}: {destroyed:?}");
             assert!(find("doomed").is_none(), "moment {moment}: still listed");
@@ -118,12 +119,13 @@ fn a_destroy_during_a_create_wins_at_any_moment() {
 
 #[test]
 fn a_create_whose_caller_goes_away_is_undone_at_any_moment() {
+    let moments = if is_full_size() { 5 } else { 3 };
     in_rig(|| {
         let whole = create_time();
-        for moment in 0..5 {
+        for moment in 0..moments {
             let mut create = roost::start(&["create", "--memory", "256", "--id", "orphan"]);
             eventually("the create to be accepted", || find("orphan"));
-            thread::sleep(whole * moment / 8);
+            thread::sleep(whole * moment / (moments + 2));
             create.kill().expect("killed");
             create.wait().expect("reaped");
             eventually("the orphan to be undone", || find("orphan").is_none().then_some(()));

@@ -4,7 +4,7 @@ use std::process::Command;
 
 use roost_tests::census::Census;
 use roost_tests::roost::{self, Sandbox, find, kill_9, kill_9_pid, pids, tombstone, vmm_command, wait_for_agent};
-use roost_tests::{eventually, in_rig};
+use roost_tests::{eventually, in_rig, is_full_size};
 
 #[test]
 fn a_killed_vmm_is_a_sandbox_gone_with_its_reason() {
@@ -128,11 +128,12 @@ fn a_vm_that_ended_while_no_agent_was_there_is_a_sandbox_gone_with_its_reason() 
 
 #[test]
 fn an_agent_killed_in_the_middle_of_creates_leaves_nothing() {
+    let (moments, apart) = if is_full_size() { (4, 500) } else { (2, 1500) };
     in_rig(|| {
-        for moment in 0..4 {
+        for moment in 0..moments {
             let create = roost::start(&["create", "--memory", "256", "--id", "half"]);
             eventually("the create to be accepted", || find("half"));
-            std::thread::sleep(std::time::Duration::from_millis(500 * moment));
+            std::thread::sleep(std::time::Duration::from_millis(apart * moment));
             kill_9("roost-agent");
             create.wait_with_output().expect("it ends");
             wait_for_agent();

@@ -52,7 +52,8 @@ fi
 (
     read -r uptime _ </proc/uptime
     left=$((RIG_TIMEOUT - ${uptime%.*}))
-    sleep $((left > 5 ? left - 5 : left))
+    # The one outside counts from before there was an uptime.
+    sleep $((left > 60 ? left - 30 : left))
     keep_journal
     say "timeout"
 ) &

@@ -108,7 +108,7 @@ pub(crate) enum Boot {
     Ended(End),
     /// QEMU was killed because the command asked for it, saying when.
     Cut(String),
-    /// The emulated virtualisation brought down the rig's own kernel. The last of the command's output.
+    /// The emulated virtualisation brought down the rig's own kernel, or it hangs. The last of the command's output.
     Crashed(Vec<u8>),
 }
 
@@ -132,7 +132,7 @@ pub(crate) fn run(options: &Options) -> Result<u8> {
 pub(crate) fn run_with(options: &Options, binaries: Option<&Binaries>) -> Result<End> {
     match run_once(options, binaries)? {
         Ok(end) => Ok(end),
-        Err(Crash(_)) => bail!("the rig's own kernel crashed"),
+        Err(Crash(_)) => bail!("the rig's own kernel crashed or hung"),
     }
 }
 
@@ -589,19 +589,19 @@ impl Machine {
     /// Keeps where the processors of a rig that runs nothing are: their registers, then what its kernel says of itself on its console.
     fn ask_for_state(&self, mut monitor: UnixStream) {
         let path = self.run.log("monitor.log");
-        let asked = || -> std::io::Result<()> {
+        let mut ask = || -> std::io::Result<()> {
             let mut log = File::create(&path)?;
             monitor.set_read_timeout(Some(Duration::from_secs(2)))?;
-            for command in ["info registers -a", "info registers -a", "info lapic", "nmi"] {
+            for command in ["info registers -a", "info registers -a", "nmi"] {
                 monitor.write_all(format!("{command}\n").as_bytes())?;
                 // Until it has nothing more to say.
                 std::io::copy(&mut monitor, &mut log).ok();
             }
+            // The kernel panics over it, and a console is slow.
             thread::sleep(Duration::from_secs(15));
             Ok(())
         };
-        let mut asked = asked;
-        if let Err(error) = asked() {
+        if let Err(error) = ask() {
             eprintln!("rig: cannot ask QEMU's monitor: {error}");
         }
         eprintln!("rig: its registers: {}", path.display());

@@ -26,7 +26,7 @@ pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<End> {
         match step(&format!("boot {number}"), || machine.boot())? {
             Boot::Ended(end) => return Ok(end),
             Boot::Cut(moment) => eprintln!("    power cut: {moment}"),
-            Boot::Crashed(_) => bail!("the rig's own kernel crashed"),
+            Boot::Crashed(_) => bail!("the rig's own kernel crashed or hung"),
         }
         machine.keep_console(&number.to_string())?;
     }

@@ -335,9 +335,12 @@ fn run_in_rig(options: &Options) -> Result<rig::End> {
     let has_failed = String::from_utf8_lossy(&tail)
         .lines()
         .any(|line| line.ends_with("FAILED"));
-    ensure!(!has_failed, "tests failed, and then the rig's own kernel crashed");
+    ensure!(
+        !has_failed,
+        "tests failed, and then the rig's own kernel crashed or hung"
+    );
     eprintln!(
-        "NOTE: THE RIG'S OWN KERNEL CRASHED in its emulated virtualisation after {} tests; the others run in another rig",
+        "NOTE: THE RIG'S OWN KERNEL CRASHED OR HUNG after {} tests; the others run in another rig",
         passed.len()
     );
     rig.command
