@@ -1,5 +1,5 @@
 //! One line per call: who, what, with which arguments, how it ended, how long it took. At `info` whatever the outcome, so that
-//! the journal of this daemon is the list of everything that was ever made by it.
+//! the journal of this daemon is the list of everything that was ever made by it; at `debug` what only looks, and was let.
 
 use std::fmt::{self, Write as _};
 use std::time::Duration;
@@ -13,6 +13,8 @@ use crate::check::Peer;
 pub(crate) struct Entry {
     /// The verb.
     pub(crate) op: &'static str,
+    /// Whether it makes nothing.
+    only_looks: bool,
     /// Its arguments, then what was made: `name=value` pairs.
     fields: String,
 }
@@ -22,7 +24,16 @@ impl Entry {
     pub(crate) fn new(op: &'static str) -> Self {
         Self {
             op,
+            only_looks: false,
             fields: String::new(),
+        }
+    }
+
+    /// A call of `op`, which makes nothing. The agent's own come every half minute.
+    pub(crate) fn looking(op: &'static str) -> Self {
+        Self {
+            only_looks: true,
+            ..Self::new(op)
         }
     }
 
@@ -54,9 +65,19 @@ impl Entry {
         // Of microseconds, so that three digits follow the point and not fifteen.
         let micros = u32::try_from(elapsed.as_micros()).unwrap_or(u32::MAX);
         let elapsed_ms = f64::from(micros) / 1000.0;
-        let Self { op, fields } = self;
+        let Self { op, only_looks, fields } = self;
         let Peer { uid, pid } = peer;
         match outcome {
+            Ok(()) if *only_looks => {
+                tracing::debug!(
+                    peer_uid = uid,
+                    peer_pid = pid,
+                    op,
+                    elapsed_ms,
+                    result = "done",
+                    "{fields}"
+                );
+            }
             Ok(()) => tracing::info!(
                 peer_uid = uid,
                 peer_pid = pid,

@@ -175,14 +175,14 @@ impl Privd for Session {
     }
 
     async fn network_counters(self, _: Context, request: ReadCounters) -> Result<NetworkCounters, PrivdError> {
-        self.run_to_completion(Entry::new("network_counters"), move |_, _| {
+        self.run_to_completion(Entry::looking("network_counters"), move |_, _| {
             netns::counters(request.tap.as_fd())
         })
         .await
     }
 
     async fn inventory(self, _: Context, cursor: InventoryCursor) -> Result<InventoryPage, PrivdError> {
-        let entry = Entry::new("inventory").with("cursor", cursor.0);
+        let entry = Entry::looking("inventory").with("cursor", cursor.0);
         self.run_to_completion(entry, move |_, entry| {
             let page = inventory::page(cursor)?;
             entry.add("rows", page.rows.len());

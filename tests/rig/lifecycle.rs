@@ -161,10 +161,7 @@ fn a_disk_larger_than_its_image_is_all_usable_and_the_image_stays_as_it_was() {
 }
 
 fn sum(file: &str) -> String {
-    let output = std::process::Command::new("cksum")
-        .arg(file)
-        .output()
-        .expect("it runs");
+    let output = std::process::Command::new("cksum").arg(file).output().expect("it runs");
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
