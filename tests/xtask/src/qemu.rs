@@ -6,7 +6,7 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::Result;
@@ -29,7 +29,7 @@ pub(crate) struct Qemu(PathBuf);
 
 /// QEMU, made when missing.
 pub(crate) fn ensure() -> Result<Qemu> {
-    let make = |dir: &std::path::Path| {
+    let make = |dir: &Path| {
         fs::create_dir_all(dir)?;
         let tar = dir.join("packages.tar");
         RECIPE.make_tar(&tar)?;
