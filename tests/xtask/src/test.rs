@@ -30,6 +30,7 @@ const FIRST_HALF: &[&str] = &[
     "concurrency::",
     "faults::",
     "isolation::",
+    "limits::",
     "matrix::",
     "random::",
 ];
