@@ -193,8 +193,6 @@ fn arguments(config: &VmConfig, tap: RawFd, qmp: &OwnedFd, entry: Entry) -> Resu
         "-object",
         format!("memory-backend-ram,id=ram,size={}", config.memory.size),
     );
-    // All it does is start the kernel, which the usual one takes a second for where the virtualisation is emulated.
-    add("-bios", "qboot.rom".into());
     add("-display", "none".into());
     add("-vga", "none".into());
     add("-kernel", text(&config.payload.kernel)?);
@@ -213,23 +211,18 @@ fn arguments(config: &VmConfig, tap: RawFd, qmp: &OwnedFd, entry: Entry) -> Resu
             text(&disk.path)?
         ),
     );
-    // ioeventfd=off, here and below: KVM waits for all readers of its tables with each event that a queue registers, and with each one that
-    // a driver's probe takes away again. A guest in emulated virtualisation waits half a second for that, with every device.
-    add("-device", "virtio-blk-pci,drive=disk0,id=rootfs,ioeventfd=off".into());
+    add("-device", "virtio-blk-pci,drive=disk0,id=rootfs".into());
     add("-netdev", format!("tap,id=tap0,fd={tap},vhost=off"));
     // No option ROM: nobody boots from the network.
     add(
         "-device",
-        format!(
-            "virtio-net-pci,netdev=tap0,id=net0,mac={},romfile=,ioeventfd=off",
-            net.mac
-        ),
+        format!("virtio-net-pci,netdev=tap0,id=net0,mac={},romfile=", net.mac),
     );
     add(
         "-object",
         format!("rng-random,id=rng0,filename={}", text(&config.rng.src)?),
     );
-    add("-device", "virtio-rng-pci,rng=rng0,ioeventfd=off".into());
+    add("-device", "virtio-rng-pci,rng=rng0".into());
     if let Some(balloon) = &config.balloon {
         let reporting = if balloon.free_page_reporting { "on" } else { "off" };
         add(

@@ -331,17 +331,17 @@ fn run_in_rig(options: &Options) -> Result<rig::End> {
         }
         Err(rig::Crash(tail)) => tail,
     };
-    // Once, and said aloud: what has passed is not run again, and what was running is.
+    // Once, and said aloud: what has passed is not run again; what was running is, and as after an end the one or two that failed.
     let passed = passed(&tail);
-    let has_failed = String::from_utf8_lossy(&tail)
-        .lines()
-        .any(|line| line.ends_with("FAILED"));
+    let text = String::from_utf8_lossy(&tail);
+    let failures = text.lines().filter(|line| line.ends_with("FAILED")).count();
     ensure!(
-        !has_failed,
-        "tests failed, and then the rig's own kernel crashed or hung"
+        failures <= MOST_REPEATED,
+        "{failures} tests failed, and then the rig's own kernel crashed or hung"
     );
     eprintln!(
-        "NOTE: THE RIG'S OWN KERNEL CRASHED OR HUNG after {} tests; the others run in another rig",
+        "NOTE: THE RIG'S OWN KERNEL CRASHED OR HUNG after {} tests that passed and {failures} that failed; all but those that passed run \
+         in another rig",
         passed.len()
     );
     rig.command
