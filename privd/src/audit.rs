@@ -67,25 +67,22 @@ impl Entry {
         let elapsed_ms = f64::from(micros) / 1000.0;
         let Self { op, only_looks, fields } = self;
         let Peer { uid, pid } = peer;
-        match outcome {
-            Ok(()) if *only_looks => {
-                tracing::debug!(
+        // A level is fixed where a line is written.
+        macro_rules! done {
+            ($level:ident) => {
+                tracing::$level!(
                     peer_uid = uid,
                     peer_pid = pid,
                     op,
                     elapsed_ms,
                     result = "done",
                     "{fields}"
-                );
-            }
-            Ok(()) => tracing::info!(
-                peer_uid = uid,
-                peer_pid = pid,
-                op,
-                elapsed_ms,
-                result = "done",
-                "{fields}"
-            ),
+                )
+            };
+        }
+        match outcome {
+            Ok(()) if *only_looks => done!(debug),
+            Ok(()) => done!(info),
             Err(error) => {
                 tracing::info!(peer_uid = uid, peer_pid = pid, op, elapsed_ms, result = "refused", %error, "{fields}");
             }

@@ -73,6 +73,21 @@ pub fn excuse_a_lost_guest(said: &str) {
     assert_eq!(earlier, 0, "a second guest was lost: {said}");
 }
 
+/// Whether the agent took no new work because of the host's disk.
+pub fn is_refused_for_room(output: &Output) -> bool {
+    String::from_utf8_lossy(&output.stderr).contains("this host's disk has no room")
+}
+
+/// Runs `roost` until it is not refused for want of room any more: what has just been made is seen at the agent's next look.
+///
+/// # Panics
+/// When it is never seen.
+pub fn once_there_is_room(args: &[&str]) -> Output {
+    eventually("the agent to see that there is room", || {
+        Some(roost(args)).filter(|output| !is_refused_for_room(output))
+    })
+}
+
 /// A sandbox that is destroyed with this value.
 #[derive(Debug)]
 pub struct Sandbox {
@@ -94,13 +109,8 @@ impl Sandbox {
             excuse_a_lost_guest(&said);
             output = roost(&[&["create"], args].concat());
         }
-        // Room that a test before has just made is seen at the agent's next look.
-        if String::from_utf8_lossy(&output.stderr).contains("this host's disk has no room") {
-            output = eventually("the agent to see that there is room", || {
-                let again = roost(&[&["create"], args].concat());
-                let is_refused = String::from_utf8_lossy(&again.stderr).contains("this host's disk has no room");
-                (!is_refused).then_some(again)
-            });
+        if is_refused_for_room(&output) {
+            output = once_there_is_room(&[&["create"], args].concat());
         }
         assert!(
             output.status.success(),

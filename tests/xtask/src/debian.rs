@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use nix::unistd::Uid;
 
 use crate::cache;
-use crate::step::shown;
+use crate::step::{quiet, shown};
 
 /// The release of guest template and rig host.
 pub(crate) const RELEASE: &str = "bookworm";
@@ -61,6 +61,17 @@ impl Recipe<'_> {
             command.arg(sources);
         }
         shown(&mut command)
+    }
+
+    /// Makes the tree's files that match one of these patterns below `dir`, which is made.
+    pub(crate) fn make_files(&self, dir: &Path, patterns: &[&str]) -> Result<()> {
+        fs::create_dir_all(dir)?;
+        let tar = dir.join("packages.tar");
+        self.make_tar(&tar)?;
+        let mut extract = Command::new("tar");
+        extract.args(["--no-same-owner", "--wildcards", "-C"]).arg(dir);
+        quiet(extract.arg("-xf").arg(&tar).args(patterns))?;
+        cache::remove(&tar)
     }
 }
 

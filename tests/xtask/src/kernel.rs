@@ -97,24 +97,12 @@ fn load_order<'a>(table: &'a str, names: &[&str]) -> Result<Vec<&'a str>> {
 }
 
 fn make(dir: &Path) -> Result<()> {
-    fs::create_dir_all(dir)?;
-    let tar = dir.join("package.tar");
-    RECIPE.make_tar(&tar)?;
     // Modules lie below /lib or, with a merged /usr, below /usr/lib.
-    let parts = ["./boot/vmlinuz-*", "./*lib/modules/*"];
-    let mut extract = Command::new("tar");
-    extract
-        .args(["--no-same-owner", "--wildcards", "-C"])
-        .arg(dir)
-        .arg("-xf")
-        .arg(&tar)
-        .args(parts);
-    quiet(&mut extract)?;
+    RECIPE.make_files(dir, &["./boot/vmlinuz-*", "./*lib/modules/*"])?;
     if dir.join("lib").is_dir() {
         fs::create_dir_all(dir.join("usr"))?;
         fs::rename(dir.join("lib"), dir.join("usr/lib"))?;
     }
-    fs::remove_file(&tar)?;
     let mut kernels = fs::read_dir(dir.join("boot"))?;
     let kernel = kernels
         .next()

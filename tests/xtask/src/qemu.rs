@@ -5,15 +5,12 @@
 //! delivery with every VM that starts. Both processors then trap on one breakpoint for ever, once in an hour of guests.
 
 use std::ffi::OsString;
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::PathBuf;
 
 use anyhow::Result;
 
 use crate::cache;
 use crate::debian::Recipe;
-use crate::step::quiet;
 
 const RECIPE: Recipe<'_> = Recipe {
     release: "trixie",
@@ -29,16 +26,7 @@ pub(crate) struct Qemu(PathBuf);
 
 /// QEMU, made when missing.
 pub(crate) fn ensure() -> Result<Qemu> {
-    let make = |dir: &Path| {
-        fs::create_dir_all(dir)?;
-        let tar = dir.join("packages.tar");
-        RECIPE.make_tar(&tar)?;
-        let mut unpack = Command::new("tar");
-        unpack.args(["--no-same-owner", "--exclude=./dev/*", "-C"]);
-        quiet(unpack.arg(dir).arg("-xf").arg(&tar))?;
-        cache::remove(&tar)
-    };
-    cache::artefact("qemu", RECIPE.key(), make).map(Qemu)
+    cache::artefact("qemu", RECIPE.key(), |dir| RECIPE.make_files(dir, &["./usr/*"])).map(Qemu)
 }
 
 impl Qemu {
