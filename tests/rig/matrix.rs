@@ -9,7 +9,7 @@ mod fault;
 mod steps;
 
 use std::collections::BTreeMap;
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
@@ -272,12 +272,18 @@ fn case(step: Step, fault: Fault, host: &mut Host, template: Template) -> &'stat
     arm(name, fault);
     let mut caller = roost::start(&call);
     eventually("the step", || {
-        // A step that is never reached is a mistake of the table.
-        if let Some(status) = caller.try_wait().expect("it can be waited for") {
+        let ended = caller.try_wait().expect("it can be waited for");
+        if let Some(status) = ended.filter(|_| Path::new(ARMED).exists()) {
+            let mut said = String::new();
+            let mut stderr = caller.stderr.take().expect("it is kept");
+            stderr.read_to_string(&mut said).expect("it is text");
+            // A step that is never reached is a mistake of the table. That there is room again after a case before this one, the agent
+            // sees at its next look.
             assert!(
-                !Path::new(ARMED).exists(),
-                "{call:?} ended with {status} before the step"
+                roost::is_refused_for_room(&said),
+                "{call:?} ended with {status} before the step: {said}"
             );
+            caller = roost::start(&call);
         }
         let reached = if fault == Fault::LostReply {
             !Path::new(ARMED).exists()

@@ -162,7 +162,7 @@ pub(super) fn cases() -> Vec<(Step, Fault)> {
 /// The numbers of the cases that `wish` names:
 ///
 /// - `all`;
-/// - `from-to`: these numbers, `to` excluded, so that the whole can be shared by several runs;
+/// - `k/n`: each n-th from the k-th on, counted from 0, so that n runs can share the whole, and each has some of every operation;
 /// - `sample N`: one case of each operation, others for another N; a CI passes the number of its run;
 /// - any words: the cases whose operation, step or fault each of them is, as in `pause.sealed Enospc`.
 ///
@@ -173,8 +173,8 @@ pub(super) fn choose(cases: &[(Step, Fault)], wish: &str) -> Vec<usize> {
         (0..cases.len()).collect()
     } else if let Some(turn) = wish.strip_prefix("sample ") {
         sample(cases, turn.parse().expect("ROOST_MATRIX: a number after sample"))
-    } else if let Some((from, to)) = range(wish) {
-        (from..to.min(cases.len())).collect()
+    } else if let Some((first, runs)) = share(wish) {
+        (first..cases.len()).step_by(runs).collect()
     } else {
         let is_meant = |(step, fault): &(Step, Fault)| {
             let names = [
@@ -191,9 +191,9 @@ pub(super) fn choose(cases: &[(Step, Fault)], wish: &str) -> Vec<usize> {
     chosen
 }
 
-fn range(wish: &str) -> Option<(usize, usize)> {
-    let (from, to) = wish.split_once('-')?;
-    Some((from.parse().ok()?, to.parse().ok()?))
+fn share(wish: &str) -> Option<(usize, usize)> {
+    let (first, runs) = wish.split_once('/')?;
+    Some((first.parse().ok()?, runs.parse().ok()?))
 }
 
 /// One case of each operation but those that are slow. The strides have no factor in common with what they go through, mostly, so

@@ -38,7 +38,10 @@ trap 'say "failed the rig stopped"' TERM
 say "up"
 # Ahead of everything else, and on each processor: the xtask takes a rig that says nothing for one whose kernel hangs.
 chrt -f -p 1 $BASHPID
-(while sleep 5; do taskset -c 0 true && taskset -c 1 true && say "alive"; done) &
+(while sleep 5; do
+    for ((cpu = 0; cpu < $(nproc); cpu++)); do taskset -c "$cpu" true || continue 2; done
+    say "alive"
+done) &
 chrt -o -p 0 $BASHPID
 # TCG emulates AMD's SVM; with real nested KVM either may be there.
 modprobe kvm-amd 2>/dev/null || modprobe kvm-intel 2>/dev/null || say "note no nested KVM in the rig"

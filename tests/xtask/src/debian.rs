@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use nix::unistd::Uid;
 
 use crate::cache;
@@ -18,7 +18,7 @@ pub(crate) const RELEASE: &str = "bookworm";
 
 /// What to put into a tree.
 pub(crate) struct Recipe<'a> {
-    /// Debian's release.
+    /// Debian's release; with `-backports` behind it, what there is of it in its backports comes from there.
     pub(crate) release: &'a str,
     /// mmdebstrap's variant.
     pub(crate) variant: &'a str,
@@ -56,11 +56,18 @@ impl Recipe<'_> {
             "--dpkgopt=path-exclude=/usr/share/doc/*",
             "--dpkgopt=path-include=/usr/share/doc/*/copyright",
         ]);
-        command.args(self.extra).arg(self.release).arg(tar);
-        if let Some(sources) = host_sources(self.release)? {
-            command.arg(sources);
+        let sources = host_sources(self.release)?;
+        if base(self.release) != self.release {
+            ensure!(
+                sources.is_some(),
+                "packages of {} are wanted, and apt has no source of Debian's archive here to take them from",
+                self.release
+            );
+            // apt takes nothing from backports unasked.
+            command.arg(format!("--aptopt=APT::Default-Release \"{}\"", self.release));
         }
-        shown(&mut command)
+        command.args(self.extra).arg(base(self.release)).arg(tar);
+        shown(command.args(sources))
     }
 
     /// Makes the tree's files that match one of these patterns below `dir`, which is made.
@@ -173,8 +180,19 @@ impl Source {
     }
 }
 
+/// The release that a suite of backports builds on, and any other one itself.
+fn base(release: &str) -> &str {
+    release.strip_suffix("-backports").unwrap_or(release)
+}
+
 /// Lines of a sources.list for a release, of what this machine has.
 fn lines_for(release: &str, sources: &[Source]) -> Vec<String> {
+    let mirror = sources.iter().find(|source| !source.suite.contains('-'));
+    if base(release) != release {
+        let mut lines = lines_for(base(release), sources);
+        lines.extend(mirror.map(|mirror| mirror.line(release)));
+        return lines;
+    }
     let is_ours = |suite: &str| {
         let rest = suite.strip_prefix(release);
         rest.is_some_and(|rest| ["", "-updates", "-security"].contains(&rest))
@@ -184,8 +202,7 @@ fn lines_for(release: &str, sources: &[Source]) -> Vec<String> {
         let ours = sources.iter().filter(|source| is_ours(&source.suite));
         return ours.map(|source| source.line(&source.suite)).collect();
     }
-    let base = sources.iter().find(|source| !source.suite.contains('-'));
-    base.map(|source| source.line(release)).into_iter().collect()
+    mirror.map(|mirror| mirror.line(release)).into_iter().collect()
 }
 
 /// A source, when it is Debian's own archive.
@@ -271,6 +288,13 @@ mod tests {
     fn another_release_comes_from_the_same_mirror() {
         let lines = lines_for("trixie", &from_list(LIST));
         assert_eq!(lines, ["deb http://mirror.example/debian trixie main\n"]);
+        assert_eq!(
+            lines_for("trixie-backports", &from_list(LIST)),
+            [
+                "deb http://mirror.example/debian trixie main\n",
+                "deb http://mirror.example/debian trixie-backports main\n"
+            ]
+        );
         assert_eq!(lines_for("trixie", &[]), [""; 0]);
     }
 

@@ -1,8 +1,12 @@
 //! The QEMU that emulates the rig: Debian's, unpacked beside the other artefacts and run from there.
 //!
-//! Not the machine's own, which may be older than 8.1. Before that a processor that translates code while another one writes it may go on
-//! with the old one for good, and a kernel with two of them writes its code all the time: KVM alone patches a branch of its interrupt
-//! delivery with every VM that starts. Both processors then trap on one breakpoint for ever, once in an hour of guests.
+//! Not the machine's own, for two faults of older ones that stop a rig with two processors once in an hour of guests:
+//!
+//! - Before 8.1 a processor that translates code while another one writes it may go on with the old one for good, and a kernel writes its
+//!   code all the time: KVM alone patches a branch of its interrupt delivery with every VM that starts. Both processors then trap on one
+//!   breakpoint for ever.
+//! - Before 10.2 each exit of a nested guest clears a bit of the processor's pending interrupts without a lock or an atomic operation. One
+//!   that is raised at that moment is lost, a timer's for example, and whatever waits for it waits for ever.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -13,7 +17,7 @@ use crate::cache;
 use crate::debian::Recipe;
 
 const RECIPE: Recipe<'_> = Recipe {
-    release: "trixie",
+    release: "trixie-backports",
     variant: "extract",
     packages: &["qemu-system-x86", "seabios"],
     extra: &[],

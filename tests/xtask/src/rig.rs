@@ -130,22 +130,16 @@ pub(crate) fn run(options: &Options) -> Result<u8> {
 
 /// [`run`] with binaries that are built already.
 pub(crate) fn run_with(options: &Options, binaries: Option<&Binaries>) -> Result<End> {
-    match run_once(options, binaries)? {
-        Ok(end) => Ok(end),
-        Err(Crash(_)) => bail!("the rig's own kernel crashed or hung"),
+    match boot_once(options, binaries)? {
+        Boot::Ended(end) => Ok(end),
+        Boot::Crashed(_) => bail!("the rig's own kernel crashed or hung"),
+        Boot::Cut(moment) => bail!("the command asked for a power cut ({moment}), and this is no series of boots"),
     }
 }
 
-/// The crash of a rig's kernel: the last of the command's output.
-pub(crate) struct Crash(pub(crate) Vec<u8>);
-
 /// As [`run_with`], for whoever can go on after a crash.
-pub(crate) fn run_once(options: &Options, binaries: Option<&Binaries>) -> Result<Result<End, Crash>> {
-    match Machine::prepare(options, binaries)?.boot()? {
-        Boot::Ended(end) => Ok(Ok(end)),
-        Boot::Crashed(tail) => Ok(Err(Crash(tail))),
-        Boot::Cut(moment) => bail!("the command asked for a power cut ({moment}), and this is no series of boots"),
-    }
+pub(crate) fn boot_once(options: &Options, binaries: Option<&Binaries>) -> Result<Boot> {
+    Machine::prepare(options, binaries)?.boot()
 }
 
 /// `target/rig/runs/<pid>`, or `<pid>-<n>` where one process has several: the logs stay, the rest goes with the value.
@@ -486,7 +480,7 @@ impl Machine {
         command
             .arg("-chardev")
             .arg(format!("socket,id=monitor,fd={}", monitor.as_raw_fd()));
-        command.args(["-mon", "chardev=monitor,mode=readline"]);
+        command.args(["-object", "monitor-hmp,id=hmp,chardev=monitor,readline=on"]);
         let throw_away = "snapshot=on,cache=unsafe,discard=unmap,detect-zeroes=unmap";
         let (data, how) = match &self.data {
             Data::ThrowAway(file) => (file, throw_away),

@@ -9,11 +9,11 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::Args;
 
 use crate::binaries::{self, Binaries, cargo};
-use crate::rig::{self, STATUS_RIG_FAILED};
+use crate::rig::{self, Boot, STATUS_RIG_FAILED};
 use crate::step::{shown, step};
 use crate::{cache, series, setup};
 
@@ -323,18 +323,19 @@ fn run_in_rig(options: &Options) -> Result<rig::End> {
     rig.command.extend(["--skip".to_owned(), POWER_TESTS.to_owned()]);
     let program = rig.command.clone();
     rig.command.extend(options.arguments.iter().cloned());
-    let tail = match rig::run_once(&rig, Some(&binaries))? {
-        Ok(end) if options.all => return Ok(end),
-        Ok(end) => {
+    let tail = match rig::boot_once(&rig, Some(&binaries))? {
+        Boot::Ended(end) if options.all => return Ok(end),
+        Boot::Ended(end) => {
             rig.command = program;
             return once_more(end, rig, &binaries);
         }
-        Err(rig::Crash(tail)) => tail,
+        Boot::Crashed(tail) => tail,
+        Boot::Cut(moment) => bail!("a power cut was asked for ({moment}), and this is no series of boots"),
     };
     // Once, and said aloud: what has passed is not run again; what was running is, and what failed as after an end ([`once_more`]).
     let passed = passed(&tail);
     let text = String::from_utf8_lossy(&tail);
-    let failures = text.lines().filter(|line| line.ends_with("FAILED")).count();
+    let failures = text.lines().filter(|line| tells_of_failure(line)).count();
     ensure!(
         failures <= if options.all { 0 } else { MOST_REPEATED },
         "{failures} tests failed, and then the rig's own kernel crashed or hung"
@@ -384,6 +385,12 @@ fn passed(output: &[u8]) -> Vec<String> {
         .filter(|line| line.ends_with("ok"))
         .filter_map(name)
         .collect()
+}
+
+/// Whether a line is libtest's of a test that failed, or the end of one where the test wrote something before. Tests may write lines of
+/// their own that end so.
+fn tells_of_failure(line: &str) -> bool {
+    line == "FAILED" || (line.starts_with("test ") && line.ends_with(" ... FAILED"))
 }
 
 /// Runs the power cuts, in as many boots as it takes; how the last one ended.
@@ -469,6 +476,9 @@ mod tests {
     fn what_has_passed_is_what_libtest_says_so_of() {
         let output = b"running 3 tests\ntest a::b ... ok\ntest c ...   NOTE: x\nok\ntest d ... FAILED\ntest e ... ignored\ntest f ... ";
         assert_eq!(passed(output), ["a::b"]);
+        let text =
+            "test d ... FAILED\ntest e ...    1 | Create | FAILED\n   2 | Pause | FAILED\nFAILED\ntest f ... ok\n";
+        assert_eq!(text.lines().filter(|line| tells_of_failure(line)).count(), 2);
     }
 
     #[test]
