@@ -69,8 +69,12 @@ pub async fn drain(registry: &Arc<Registry>) -> Drained {
 
 async fn bring_to_rest(handle: &Handle) -> Rest {
     let id = &handle.plan.id;
+    let mut has_joined = false;
     loop {
-        match handle.view() {
+        let view = handle.view();
+        // One that is under way already fails as its own caller is told, with no attempt of ours.
+        let joins = matches!(view, View::Pausing) && !has_joined;
+        match view {
             View::Gone => return Rest::Destroyed,
             View::Resuming => handle.left(|view| matches!(view, View::Resuming)).await,
             View::Creating | View::Destroying => return destroy(handle).await,
@@ -80,7 +84,8 @@ async fn bring_to_rest(handle: &Handle) -> Rest {
                 // It has gone elsewhere meanwhile, which the next look tells.
                 Err(PauseFailure::Refused(_)) => handle.left(|view| matches!(view, View::Pausing)).await,
                 Err(error @ PauseFailure::Failed(_)) => {
-                    if !matches!(handle.view(), View::Running(..)) {
+                    if joins || !matches!(handle.view(), View::Running(..)) {
+                        has_joined |= joins;
                         continue;
                     }
                     tracing::error!(sandbox_id = %id, error = %Chain(&error), "not to be paused; it runs on");

@@ -190,6 +190,10 @@ async fn take_over(registry: &Arc<Registry>, record: &Record, slot: Slot) -> Tak
             }
             Err(error) => {
                 tracing::error!(sandbox_id = %id, attempt, error = %Chain(&error), "a running VM could not be taken over");
+                // It has had a minute, and all others of this host wait for it.
+                if matches!(error, ShimFault::Timeout(_)) {
+                    break;
+                }
                 tokio::time::sleep(ADOPT_PAUSE).await;
             }
         }
@@ -218,18 +222,24 @@ async fn adopt(registry: &Arc<Registry>, record: Record, slot: SlotLease, vm: Vm
 /// Makes a paused sandbox, or one that was on its way back, one that is paused and nothing else.
 async fn keep(registry: &Arc<Registry>, record: &Record, kept: Kept) -> Kept {
     let (host, id) = (registry.host(), &record.plan.id);
-    match shim::end_at(&host.layout.vm_run(id).join(SHIM_SOCKET)).await {
+    let ended = shim::end_at(&host.layout.vm_run(id).join(SHIM_SOCKET)).await;
+    match &ended {
         Ok(false) => {}
         Ok(true) => tracing::info!(sandbox_id = %id, op = "adopt", "ended the VM of a paused sandbox"),
         Err(error) => {
-            tracing::error!(sandbox_id = %id, error = %Chain(&error), "the VM of a paused sandbox could not be ended");
+            tracing::error!(sandbox_id = %id, error = %Chain(error), "the VM of a paused sandbox could not be ended");
         }
     }
+    let vm_has_ended = ended.is_ok();
     let settled = tokio::task::spawn_blocking({
         let (host, record) = (host.clone(), record.clone());
         move || {
             if record.phase != Phase::Paused(kept) {
-                return resume::put_back(&host, &record, kept);
+                return resume::put_back(&host, &record, kept, vm_has_ended);
+            }
+            // By its socket a resume or a destroy ends it, and neither goes on before it has.
+            if !vm_has_ended {
+                return kept;
             }
             // It was stopped, or about to be, by an agent that had all of it on disk.
             if let Err(error) = pause::tidy(&host, &record.plan.id, Some(kept.generation)) {

@@ -304,6 +304,13 @@ fn case(step: Step, fault: Fault, host: &mut Host, template: Template) -> &'stat
     wait_for_agent();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     let became = settled(&id);
+    if became == "running" && fault == Fault::Enospc {
+        // The agent may have held its guest meanwhile, and sees at its next look that there is room again.
+        eventually("its guest to run on", || {
+            let output = roost::roost(&["exec", &id, "--", "/bin/true"]);
+            output.status.success().then_some(())
+        });
+    }
     let is_success = output.status.success();
     let has_lost_vm = fault.ends_the_vm();
     let acceptable = acceptable(operation, point, has_lost_vm);
@@ -345,7 +352,9 @@ fn case(step: Step, fault: Fault, host: &mut Host, template: Template) -> &'stat
         (Operation::Create | Operation::Destroy, _) => drop(roost::ok(&["rm", &id])),
         (_, "gone") => {}
         // After its thaw the guest may have written, and then nobody can say any more that its memory fits its disk.
-        (Operation::Resume, "paused") if point == Point::Recorded => recovered(host, has_lost_vm),
+        (Operation::Resume, "paused") if matches!(point, Point::Recorded | Point::Thawed) => {
+            recovered(host, has_lost_vm)
+        }
         _ => host.running().is_whole(),
     }
     if let Some(gone) = host.subject.take_if(|sandbox| find(&sandbox.id).is_none()) {
@@ -364,11 +373,12 @@ fn acceptable(operation: Operation, point: Point, has_lost_vm: bool) -> &'static
         (Operation::Create | Operation::Clone, ..) => &["gone", "running"],
         (Operation::Pause, Point::Open, true) => &["gone"],
         (Operation::Pause, Point::Open, false) => &["running", "paused"],
-        (Operation::Pause, Point::Recorded | Point::Done, _) => &["paused"],
+        (Operation::Pause, _, _) => &["paused"],
         (Operation::Resume, Point::Open, _) => &["paused", "running"],
         (Operation::Resume, Point::Recorded, true) => &["paused"],
+        (Operation::Resume, Point::Thawed, true) => &["paused", "gone"],
         (Operation::Resume, Point::Done, true) => &["gone"],
-        (Operation::Resume, Point::Recorded | Point::Done, false) => &["running"],
+        (Operation::Resume, _, false) => &["running"],
         // A destroy that was cut off is gone on with by whoever repeats it.
         (Operation::Destroy, ..) => &["gone", "running", "stopping"],
         (Operation::Snapshot | Operation::Flatten, _, true) => &["gone"],

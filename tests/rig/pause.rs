@@ -424,6 +424,11 @@ fn memory_that_is_still_being_loaded_is_waited_for_before_the_next_pause() {
         for _ in 0..2 {
             sandbox.pause();
             sandbox.resume();
+            let [vmm] = pids(vmm_command())[..] else {
+                panic!("one VMM runs")
+            };
+            let words = std::fs::read_to_string(format!("/proc/{vmm}/cmdline")).expect("it runs");
+            assert!(words.contains("memory_restore_mode=ondemand"), "{words:?}");
             // At once: most of its memory has not been touched yet.
         }
         check(&sandbox);

@@ -167,10 +167,12 @@ pub(crate) async fn run_on_after_interruption(host: Arc<Host>, mut vm: Vm) -> Pa
         // Nobody had been told that it runs again, so it is as paused as it was, as far as its disk allows.
         (Some(_), Phase::Thawing(kept)) => {
             let record = record.clone();
-            if let Err(error) = vm.shim.kill().await {
-                tracing::error!(sandbox_id = %id, error = %Chain(&error), "the VMM of a resume that failed could not be ended");
+            let killed = vm.shim.kill().await;
+            if let Err(error) = &killed {
+                tracing::error!(sandbox_id = %id, error = %Chain(error), "the VMM of a resume that failed could not be ended");
             }
-            PauseEnd::Paused(blocking(move || resume::put_back(&host, &record, kept)).await)
+            let vm_has_ended = killed.is_ok();
+            PauseEnd::Paused(blocking(move || resume::put_back(&host, &record, kept, vm_has_ended)).await)
         }
         (Some(ending), _) => PauseEnd::Ended(vm, ending),
         (None, phase) => {

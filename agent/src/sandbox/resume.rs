@@ -247,6 +247,13 @@ async fn steps(
     parts.start_shim(host);
     let disk_minor = parts.acquire(host, &id, slot.slot(), files).await?;
     reach("resume.acquired").await?;
+    // Asked again now that the disk is ours: a VM whose end was known before may have written until its last descriptor was closed.
+    if memories.is_some() {
+        let (host, id, found) = (host.clone(), id.clone(), *kept);
+        if !gate.run(move || found.is_whole(&host.layout, &id)).await? {
+            return Err(ResumeError::Spent);
+        }
+    }
     let uid = parts.shim.here().await.map_err(PartError::from)?.uid();
     let start = match &memories {
         Some(memories) => {
@@ -300,9 +307,19 @@ async fn steps(
             return Err(ended(ending));
         }
         pass("resume.thawed").await;
+        // A VM whose end is known by now may still leave a sandbox that is paused; once its record says that it runs, no more.
+        tokio::select! {
+            biased;
+            end = shim.ended() => return Err(ended(pause::ending(end))),
+            () = std::future::ready(()) => {}
+        }
     }
     record.phase = Phase::Running;
     if let Err(error) = write(record.clone()).await {
+        if memories.is_none() {
+            // On disk it is still paused, and an agent that starts would end it. So it is what it was, and its caller is told so.
+            return Err(error.into());
+        }
         // It runs, and that is what its caller wants to hear. An agent that starts finds it thawing, and lets it run on; what it had in
         // memory stays for as long as its record names it.
         tracing::error!(sandbox_id = %id, error = %Chain(&error), "the record of a resumed sandbox says that it is about to run");
@@ -330,19 +347,24 @@ fn ended(end: Ending) -> ResumeError {
 /// Ends the VMM of a resume that failed, and puts the sandbox back to disk. What of it is kept.
 async fn undo(host: &Arc<Host>, record: Record, kept: Kept, parts: Parts) -> Kept {
     let (gate, killed) = parts.let_go().await;
-    if let Err(error) = killed {
-        tracing::error!(sandbox_id = %record.plan.id, error = %Chain(&error), "the VMM of a resume that failed could not be ended");
+    if let Err(error) = &killed {
+        tracing::error!(sandbox_id = %record.plan.id, error = %Chain(error), "the VMM of a resume that failed could not be ended");
     }
-    let host = host.clone();
-    gate.run(move || put_back(&host, &record, kept)).await
+    let (host, vm_has_ended) = (host.clone(), killed.is_ok());
+    gate.run(move || put_back(&host, &record, kept, vm_has_ended)).await
 }
 
-/// Makes what is on disk a paused sandbox again, whose VMM has ended. What of it is kept.
-pub(crate) fn put_back(host: &Host, record: &Record, kept: Kept) -> Kept {
+/// Makes what is on disk a paused sandbox again. What of it is kept. Where its VM may still run, its run directory stays: its socket there
+/// is the only way to end it, which the next resume or destroy does first.
+pub(crate) fn put_back(host: &Host, record: &Record, kept: Kept, vm_has_ended: bool) -> Kept {
     let id = &record.plan.id;
     let kept = settle(host, kept, id);
     let record = record.with(Phase::Paused(kept)).write(&host.layout);
-    let tidied = tidy(host, id, Some(kept.generation));
+    let tidied = if vm_has_ended {
+        tidy(host, id, Some(kept.generation))
+    } else {
+        Ok(())
+    };
     for outcome in [record, tidied] {
         if let Err(error) = outcome {
             tracing::error!(sandbox_id = %id, error = %Chain(&error), "something is left beside a paused sandbox");

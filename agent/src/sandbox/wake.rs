@@ -17,8 +17,8 @@ use crate::vmm::{Vmm, VmmError};
 
 /// How long a restored guest's envd may take to answer: it was running when the snapshot was taken.
 pub(super) const WAKE_LIMIT: Duration = Duration::from_secs(60);
-/// Where a VMM that loads memory on demand learns of what is missing.
-const USERFAULTFD: &str = "/dev/userfaultfd";
+/// Whether a VMM that loads memory on demand can learn of what is missing. Not the device itself: the agent's own `/dev` has none.
+const USERFAULTFD: &str = "/sys/class/misc/userfaultfd";
 
 /// A snapshot of memory, and what it meets on this host.
 pub(super) struct Memories {

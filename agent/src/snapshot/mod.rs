@@ -230,13 +230,22 @@ impl SnapshotDir {
 /// A generation in the making; it is removed unless it is [kept](Self::keep).
 #[derive(Debug)]
 struct Unkept {
-    dir: SnapshotDir,
     removal: Removal,
+    dir: SnapshotDir,
 }
 
-/// Removes a directory when it is dropped.
+/// Removes a directory when it is dropped, if it still is the one that was made: the number of one that was given up while somebody
+/// waited for its disk is another one's by then.
 #[derive(Debug)]
-struct Removal(Option<PathBuf>);
+struct Removal(Option<(PathBuf, Identity)>);
+
+/// Device and inode.
+type Identity = (u64, u64);
+
+fn identity(path: &Path) -> std::io::Result<Identity> {
+    let found = std::fs::symlink_metadata(path)?;
+    Ok((found.dev(), found.ino()))
+}
 
 impl Unkept {
     /// Makes the directory, for us alone: the VM that is to read from it gets an ACL entry. The group, which may read the files, is
@@ -247,9 +256,10 @@ impl Unkept {
             .mode(0o700)
             .create(path)
             .map_err(|error| FileError::new("making", path, error))?;
-        let removal = Removal(Some(path.into()));
+        let made = identity(path).map_err(|error| FileError::new("looking at", path, error))?;
+        let removal = Removal(Some((path.into(), made)));
         let dir = SnapshotDir::open(path)?;
-        Ok(Self { dir, removal })
+        Ok(Self { removal, dir })
     }
 
     /// Writes the manifest, makes all durable, and lets it stay.
@@ -266,7 +276,11 @@ impl Unkept {
 
 impl Drop for Removal {
     fn drop(&mut self) {
-        let Some(path) = self.0.take() else { return };
+        let Some((path, made)) = self.0.take() else { return };
+        // The directory is held open until here, so that its inode is nobody else's.
+        if identity(&path).ok() != Some(made) {
+            return;
+        }
         if let Err(error) = files::remove_tree(&path) {
             tracing::error!(error = %Chain(&error), "half a snapshot stays; the next start removes it");
         }
@@ -285,4 +299,22 @@ fn check_length(name: &'static str, found: u64, expected: RangeInclusive<u64>) -
 pub(crate) fn allocated(metadata: &std::fs::Metadata) -> Bytes {
     // The unit of `st_blocks`, whatever the filesystem's block is.
     Bytes(metadata.blocks() * 512)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_generation_that_was_given_up_takes_no_later_one_of_its_number_with_it() {
+        let above = tempfile::tempdir().unwrap();
+        let path = above.path().join("2");
+        drop(Unkept::make(&path).unwrap());
+        assert!(!path.exists());
+        let given_up = Unkept::make(&path).unwrap();
+        files::remove_tree(&path).unwrap();
+        std::fs::create_dir(&path).unwrap();
+        drop(given_up);
+        assert!(path.exists());
+    }
 }

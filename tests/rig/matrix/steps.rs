@@ -25,6 +25,8 @@ pub(super) enum Point {
     Open,
     /// The step cannot fail, but a VM that is lost takes the operation back.
     Recorded,
+    /// The guest has run. A VM that is lost takes the operation back where that is known before it is recorded as done.
+    Thawed,
     /// Nothing: the operation is done, or goes on whatever happens.
     Done,
 }
@@ -85,7 +87,7 @@ const OPERATIONS: &[Row] = &[
         ],
         &[
             ("resume.recorded", Point::Recorded),
-            ("resume.thawed", Point::Recorded),
+            ("resume.thawed", Point::Thawed),
             ("resume.running", Point::Done),
         ],
     ),
