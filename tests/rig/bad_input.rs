@@ -172,9 +172,9 @@ fn what_is_no_tls_on_the_tls_port_is_told_or_dropped() {
         for junk in [&b"\x16\x03\x01\xff\xff"[..], b"\x00\x00\x00", b"SSH-2.0-x\r\n"] {
             let mut stream = TcpStream::connect("127.0.0.1:50051").expect("connected");
             stream.write_all(junk).expect("sent");
-            stream.shutdown(std::net::Shutdown::Write).expect("half closed");
+            // A reset is as good an end as any, and may be here already.
+            drop(stream.shutdown(std::net::Shutdown::Write));
             let mut answer = Vec::new();
-            // A reset is as good an end as any.
             drop(stream.read_to_end(&mut answer));
             assert!(answer.len() < 1024);
         }
