@@ -69,23 +69,21 @@ pub async fn drain(registry: &Arc<Registry>) -> Drained {
 
 async fn bring_to_rest(handle: &Handle) -> Rest {
     let id = &handle.plan.id;
-    let mut has_joined = false;
     loop {
-        let view = handle.view();
-        // One that is under way already fails as its own caller is told, with no attempt of ours.
-        let joins = matches!(view, View::Pausing) && !has_joined;
-        match view {
+        match handle.view() {
             View::Gone => return Rest::Destroyed,
-            View::Resuming => handle.left(|view| matches!(view, View::Resuming)).await,
+            // A pause that is under way is not joined: where it fails, its own caller is told, and there was no attempt of ours.
+            View::Resuming | View::Pausing => {
+                handle.left(|view| matches!(view, View::Resuming | View::Pausing)).await;
+            }
             View::Creating | View::Destroying => return destroy(handle).await,
             // A paused one is asked too: a resume may have been accepted before the host took no more work, and comes first.
-            View::Paused(_) | View::Running(..) | View::Pausing => match handle.pause(PauseReason::Drain).await {
+            View::Paused(_) | View::Running(..) => match handle.pause(PauseReason::Drain).await {
                 Ok(()) => return Rest::Paused,
                 // It has gone elsewhere meanwhile, which the next look tells.
                 Err(PauseFailure::Refused(_)) => handle.left(|view| matches!(view, View::Pausing)).await,
                 Err(error @ PauseFailure::Failed(_)) => {
-                    if joins || !matches!(handle.view(), View::Running(..)) {
-                        has_joined |= joins;
+                    if !matches!(handle.view(), View::Running(..)) {
                         continue;
                     }
                     tracing::error!(sandbox_id = %id, error = %Chain(&error), "not to be paused; it runs on");

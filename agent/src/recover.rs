@@ -222,15 +222,17 @@ async fn adopt(registry: &Arc<Registry>, record: Record, slot: SlotLease, vm: Vm
 /// Makes a paused sandbox, or one that was on its way back, one that is paused and nothing else.
 async fn keep(registry: &Arc<Registry>, record: &Record, kept: Kept) -> Kept {
     let (host, id) = (registry.host(), &record.plan.id);
-    let ended = shim::end_at(&host.layout.vm_run(id).join(SHIM_SOCKET)).await;
-    match &ended {
-        Ok(false) => {}
-        Ok(true) => tracing::info!(sandbox_id = %id, op = "adopt", "ended the VM of a paused sandbox"),
-        Err(error) => {
-            tracing::error!(sandbox_id = %id, error = %Chain(error), "the VM of a paused sandbox could not be ended");
+    let vm_has_ended = match shim::end_at(&host.layout.vm_run(id).join(SHIM_SOCKET)).await {
+        Ok(false) => true,
+        Ok(true) => {
+            tracing::info!(sandbox_id = %id, op = "adopt", "ended the VM of a paused sandbox");
+            true
         }
-    }
-    let vm_has_ended = ended.is_ok();
+        Err(error) => {
+            tracing::error!(sandbox_id = %id, error = %Chain(&error), "the VM of a paused sandbox could not be ended");
+            false
+        }
+    };
     let settled = tokio::task::spawn_blocking({
         let (host, record) = (host.clone(), record.clone());
         move || {

@@ -222,6 +222,12 @@ impl SnapshotDir {
         Ok(names)
     }
 
+    /// Whether its path leads to it.
+    fn is_still_there(&self) -> bool {
+        let (ours, found) = (nix::sys::stat::fstat(&self.fd), nix::sys::stat::lstat(&self.path));
+        ours.is_ok_and(|ours| found.is_ok_and(|found| (found.st_dev, found.st_ino) == (ours.st_dev, ours.st_ino)))
+    }
+
     fn sync(&self) -> Result<(), FileError> {
         nix::unistd::fsync(&self.fd).map_err(|errno| FileError::new("syncing", &self.path, errno.into()))
     }
@@ -230,21 +236,8 @@ impl SnapshotDir {
 /// A generation in the making; it is removed unless it is [kept](Self::keep).
 #[derive(Debug)]
 struct Unkept {
-    removal: Removal,
     dir: SnapshotDir,
-}
-
-/// Removes a directory when it is dropped, if it still is the one that was made: the number of one that was given up while somebody
-/// waited for its disk is another one's by then.
-#[derive(Debug)]
-struct Removal(Option<(PathBuf, Identity)>);
-
-/// Device and inode.
-type Identity = (u64, u64);
-
-fn identity(path: &Path) -> std::io::Result<Identity> {
-    let found = std::fs::symlink_metadata(path)?;
-    Ok((found.dev(), found.ino()))
+    kept: bool,
 }
 
 impl Unkept {
@@ -256,10 +249,8 @@ impl Unkept {
             .mode(0o700)
             .create(path)
             .map_err(|error| FileError::new("making", path, error))?;
-        let made = identity(path).map_err(|error| FileError::new("looking at", path, error))?;
-        let removal = Removal(Some((path.into(), made)));
-        let dir = SnapshotDir::open(path)?;
-        Ok(Self { removal, dir })
+        let dir = SnapshotDir::open(path).inspect_err(|_| give_up(path))?;
+        Ok(Self { dir, kept: false })
     }
 
     /// Writes the manifest, makes all durable, and lets it stay.
@@ -269,21 +260,23 @@ impl Unkept {
         self.dir.sync()?;
         let parent = self.dir.path.parent().unwrap_or(Path::new("/"));
         SnapshotDir::open(parent)?.sync()?;
-        self.removal.0 = None;
+        self.kept = true;
         Ok(())
     }
 }
 
-impl Drop for Removal {
+impl Drop for Unkept {
     fn drop(&mut self) {
-        let Some((path, made)) = self.0.take() else { return };
-        // The directory is held open until here, so that its inode is nobody else's.
-        if identity(&path).ok() != Some(made) {
-            return;
+        // Not another one: the number of one that was given up while its disk was waited for may be a later one's by now.
+        if !self.kept && self.dir.is_still_there() {
+            give_up(&self.dir.path);
         }
-        if let Err(error) = files::remove_tree(&path) {
-            tracing::error!(error = %Chain(&error), "half a snapshot stays; the next start removes it");
-        }
+    }
+}
+
+fn give_up(path: &Path) {
+    if let Err(error) = files::remove_tree(path) {
+        tracing::error!(error = %Chain(&error), "half a snapshot stays; the next start removes it");
     }
 }
 

@@ -133,8 +133,13 @@ pub(crate) fn run_with(options: &Options, binaries: Option<&Binaries>) -> Result
     match boot_once(options, binaries)? {
         Boot::Ended(end) => Ok(end),
         Boot::Crashed(_) => bail!("the rig's own kernel crashed or hung"),
-        Boot::Cut(moment) => bail!("the command asked for a power cut ({moment}), and this is no series of boots"),
+        Boot::Cut(moment) => Err(no_series(&moment)),
     }
+}
+
+/// The error of a power cut that was asked for where none is to be.
+pub(crate) fn no_series(moment: &str) -> anyhow::Error {
+    anyhow!("the command asked for a power cut ({moment}), and this is no series of boots")
 }
 
 /// As [`run_with`], for whoever can go on after a crash.

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use clap::Args;
 
 use crate::binaries::{self, Binaries, cargo};
@@ -330,7 +330,7 @@ fn run_in_rig(options: &Options) -> Result<rig::End> {
             return once_more(end, rig, &binaries);
         }
         Boot::Crashed(tail) => tail,
-        Boot::Cut(moment) => bail!("a power cut was asked for ({moment}), and this is no series of boots"),
+        Boot::Cut(moment) => return Err(rig::no_series(&moment)),
     };
     // Once, and said aloud: what has passed is not run again; what was running is, and what failed as after an end ([`once_more`]).
     let passed = passed(&tail);
