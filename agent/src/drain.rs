@@ -1,11 +1,12 @@
 //! Emptying a host before it is taken away: nothing new begins, and what runs goes to disk.
 //!
 //! A sandbox is brought to rest by what its state allows: a create is undone, a VM is paused, and what is on its way somewhere is waited
-//! for. One that cannot be paused runs on and is reported: whoever empties a host can make room and ask again, or destroy it, and a
+//! for. One that cannot be paused, or reached, runs on and is reported: whoever empties a host can make room and ask again, or destroy it, and a
 //! sandbox that was destroyed for a full disk would be lost for nothing. Nothing here takes longer than the pauses and teardowns do,
 //! which are bounded.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use roost_common::ids::SandboxId;
 use tokio::sync::Semaphore;
@@ -18,6 +19,8 @@ use crate::sandbox::{PauseFailure, PauseReason};
 
 /// How many sandboxes are paused at a time: each writes its memory to the same disk.
 const AT_ONCE: usize = 4;
+/// How long a VM of an earlier agent may take to be reached, so that it can be paused: as long as one attempt of its task does.
+const REACH_LIMIT: Duration = Duration::from_secs(75);
 
 /// What became of a host's sandboxes.
 #[derive(Debug, Default)]
@@ -75,6 +78,14 @@ async fn bring_to_rest(handle: &Handle) -> Rest {
             // A pause that is under way is not joined: where it fails, its own caller is told, and there was no attempt of ours.
             View::Resuming | View::Pausing => {
                 handle.left(|view| matches!(view, View::Resuming | View::Pausing)).await;
+            }
+            View::Unreachable => {
+                let reached = tokio::time::timeout(REACH_LIMIT, handle.left(|view| matches!(view, View::Unreachable)));
+                if reached.await.is_ok() {
+                    continue;
+                }
+                tracing::error!(sandbox_id = %id, "not to be paused: its VM may run, and its vmmshim does not answer");
+                return Rest::Failed;
             }
             View::Creating | View::Destroying => return destroy(handle).await,
             // A paused one is asked too: a resume may have been accepted before the host took no more work, and comes first.

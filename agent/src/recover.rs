@@ -18,6 +18,7 @@ use roost_common::shim::{EXIT_FILE, Exit, MAX_EXIT_FILE, SHIM_SOCKET};
 
 use crate::errors::{Chain, FileError};
 use crate::guest::Guest;
+use crate::host::Host;
 use crate::host::files::{Layout, names};
 use crate::host::shim::{self, ShimFault};
 use crate::host::slots::SlotLease;
@@ -25,20 +26,21 @@ use crate::registry::Registry;
 use crate::sandbox::plan::Plan;
 use crate::sandbox::record::{Kept, Phase, Record, RecordError};
 use crate::sandbox::task::Found;
-use crate::sandbox::{MemoryLoad, PauseEnd, TeardownError, Vm, build, pause, resume};
+use crate::sandbox::{MemoryLoad, ReachEnd, Vm, build, pause, resume};
 use crate::templates::Sweep;
 use crate::tombstone::{self, End, Tombstone};
 
-/// How long a VM that is taken over may take to say that it runs before recovery goes on without it: its last agent may have ended in
-/// the middle of a pause. One that runs, as almost all do, says so in milliseconds.
-const RUN_ON_LIMIT: Duration = Duration::from_secs(2);
-/// How often the shim of a running VM is tried.
+/// How long a VM may take to be reached, and to say that it runs, before recovery goes on without it: all others wait for it, and its
+/// last agent may have ended in the middle of a pause. One that runs, as almost all do, says so in milliseconds.
+const REACH_LIMIT: Duration = Duration::from_secs(10);
+/// How often in a row the shim of a running VM is tried.
 const ADOPT_ATTEMPTS: u32 = 5;
 /// Pause between two such attempts.
 const ADOPT_PAUSE: Duration = Duration::from_secs(1);
 
 /// Takes over what runs, keeps what is paused, and removes what is left of the rest. What cannot be removed becomes a sandbox of the
-/// registry that is on its way out: one sandbox's trouble is no reason to keep a host from serving.
+/// registry that is on its way out, and what cannot be reached or understood one that is unreachable: one sandbox's trouble is no reason
+/// to keep a host from serving, nor to let a control plane take that sandbox for stopped.
 ///
 /// # Errors
 /// When the directories themselves cannot be read.
@@ -64,32 +66,24 @@ pub async fn recover(registry: &Arc<Registry>) -> Result<(), FileError> {
         }
     }
     let count = ids.len();
-    // All slots are taken before anything is done with one of them: a sandbox whose record is gone must get no other's.
     let read = tokio::task::spawn_blocking({
         let host = registry.host().clone();
         move || {
             ids.into_iter()
-                .map(|id| (Remnant::read(&host.layout, &id), id))
+                .map(|id| (Record::read(&host.layout, &id), id))
                 .collect::<Vec<_>>()
         }
     });
-    let slots = &registry.host().slots;
-    let remnants = read.await.expect("file work does not panic");
-    let leased: Vec<_> = remnants
-        .into_iter()
-        .map(|(remnant, id)| {
-            let slot = remnant
-                .record
-                .as_ref()
-                .ok()
-                .and_then(|record| Slot::try_from(record.slot).ok());
-            (id, remnant, slot.and_then(|slot| slots.lease_this(slot)))
-        })
-        .collect();
+    let mut records = read.await.expect("file work does not panic");
+    // All slots are taken before anything is done with one of them: a sandbox whose record is gone must get no other's. Those first that
+    // may be using theirs.
+    records.sort_by_key(|(record, _)| !record.as_ref().is_ok_and(|record| may_run(record.phase)));
     let mut tasks = tokio::task::JoinSet::new();
-    for (id, remnant, slot) in leased {
+    for (record, id) in records {
+        let slot = record.as_ref().ok().and_then(|record| Slot::try_from(record.slot).ok());
+        let slot = slot.and_then(|slot| registry.host().slots.lease_this(slot));
         let registry = registry.clone();
-        tasks.spawn(async move { recover_one(&registry, id, remnant, slot).await });
+        tasks.spawn(async move { recover_one(&registry, id, record, slot).await });
     }
     tasks.join_all().await;
     registry.sweep_templates(Sweep::DeletedAndUnfinished).await;
@@ -102,95 +96,114 @@ pub async fn recover(registry: &Arc<Registry>) -> Result<(), FileError> {
     Ok(())
 }
 
-/// The files of a sandbox as an agent finds them.
-struct Remnant {
-    record: Result<Record, RecordError>,
-    exit: Option<Exit>,
-}
-
-impl Remnant {
-    fn read(layout: &Layout, id: &SandboxId) -> Self {
-        Self {
-            record: Record::read(layout, id),
-            exit: read_exit(layout, id),
-        }
+/// Whether a sandbox that was doing this may have a VM that is not to be ended.
+fn may_run(phase: Phase) -> bool {
+    match phase {
+        Phase::Running | Phase::Thawing(_) => true,
+        Phase::Creating | Phase::Paused(_) | Phase::Resuming(_) => false,
     }
 }
 
-async fn recover_one(registry: &Arc<Registry>, id: SandboxId, remnant: Remnant, slot: Option<SlotLease>) {
-    let Remnant { record, exit } = remnant;
+async fn recover_one(
+    registry: &Arc<Registry>,
+    id: SandboxId,
+    record: Result<Record, RecordError>,
+    slot: Option<SlotLease>,
+) {
     let record = match record {
         Ok(record) => record,
         Err(error) if error.is_missing() => return clear(registry, id, None, None, None).await,
         // It may be somebody's paused sandbox, and another version of the agent may know what to make of it.
         Err(error) => {
-            tracing::error!(sandbox_id = %id, error = %Chain(&error), "left alone: its record cannot be used");
-            return registry.leave_alone();
+            tracing::error!(sandbox_id = %id, error = %Chain(&error), "its record cannot be used; mend it and start the agent again");
+            return take(registry, id, None, None, Found::Unreachable);
         }
     };
-    let Some(slot) = slot else {
-        tracing::error!(sandbox_id = %id, slot = record.slot, "left alone: its slot is none, or another sandbox's");
-        return registry.leave_alone();
-    };
-    match record.phase {
-        Phase::Creating => clear(registry, id, Some(record), Some(slot), None).await,
-        Phase::Running => match take_over(registry, &record, slot.slot()).await {
-            TakenOver::Vm(vm) => adopt(registry, record, slot, *vm).await,
-            TakenOver::Nothing => {
-                let end = exit.as_ref().map_or(End::VmmLost, End::Vmm);
-                let tombstone = Tombstone::new(&id, record.created_at_unix, end);
-                clear(registry, id, Some(record), Some(slot), Some(tombstone)).await;
+    match (record.phase, slot) {
+        (Phase::Creating, slot) => clear(registry, id, Some(record), slot, None).await,
+        (Phase::Running | Phase::Thawing(_), Some(slot)) => take_over(registry, record, slot).await,
+        (Phase::Running | Phase::Thawing(_), None) => {
+            tracing::error!(sandbox_id = %id, slot = record.slot, "its slot is none, or another sandbox's; destroy one of the two");
+            take(registry, id, Some(record), None, Found::Unreachable);
+        }
+        (Phase::Paused(kept) | Phase::Resuming(kept), slot) => {
+            if slot.is_none() {
+                tracing::warn!(sandbox_id = %id, slot = record.slot, "its slot is none, or another sandbox's; it gets another");
             }
-            TakenOver::Unreachable => registry.leave_alone(),
-        },
-        Phase::Thawing(kept) => match take_over(registry, &record, slot.slot()).await {
-            TakenOver::Vm(vm) => adopt(registry, record, slot, *vm).await,
-            TakenOver::Nothing => put_to_rest(registry, record, slot, kept).await,
-            TakenOver::Unreachable => registry.leave_alone(),
-        },
-        Phase::Paused(kept) | Phase::Resuming(kept) => put_to_rest(registry, record, slot, kept).await,
+            put_to_rest(registry, record, slot, kept).await;
+        }
     }
 }
 
-async fn put_to_rest(registry: &Arc<Registry>, record: Record, slot: SlotLease, kept: Kept) {
-    let mut kept = keep(registry, &record, kept).await;
+/// Registers a paused sandbox, once it is paused and nothing else.
+async fn put_to_rest(registry: &Arc<Registry>, record: Record, slot: Option<SlotLease>, kept: Kept) {
+    let mut kept = keep(registry.host(), &record, kept).await;
     // The agent before us may have ended between the pause and the event.
     pause::tell(registry.host(), &record, &mut kept).await;
-    registry.take(record, slot, Found::Paused(kept));
+    let id = record.plan.id.clone();
+    take(registry, id, Some(record), slot, Found::Paused(kept));
 }
 
-/// What was found where a VM should be.
-enum TakenOver {
-    Vm(Box<Vm>),
-    /// No VM of this sandbox runs any more.
-    Nothing,
-    /// One may, and cannot be got at. It is somebody's: it is left alone until the agent is started again.
-    Unreachable,
+/// Registers a sandbox that was running, once its VM runs again, or has been waited for long enough: then its own task sees to it.
+async fn take_over(registry: &Arc<Registry>, record: Record, slot: SlotLease) {
+    let id = record.plan.id.clone();
+    let mut reaching = tokio::spawn(reach(registry.host().clone(), record.clone(), slot.slot()));
+    let found = match tokio::time::timeout(REACH_LIMIT, &mut reaching).await {
+        Err(_) => Found::Reaching(Box::new(record.clone()), reaching),
+        Ok(end) => match end.expect("reaching does not panic") {
+            ReachEnd::Running(vm) => {
+                tracing::info!(sandbox_id = %id, op = "adopt", "a running sandbox of an earlier agent was taken over");
+                Found::Running(Box::new(vm))
+            }
+            ReachEnd::Paused(kept) => return put_to_rest(registry, record, Some(slot), kept).await,
+            ReachEnd::Gone(exit) => {
+                let end = exit.as_deref().map_or(End::VmmLost, End::Vmm);
+                let tombstone = Tombstone::new(&id, record.created_at_unix, end);
+                return clear(registry, id, Some(record), Some(slot), Some(tombstone)).await;
+            }
+            end @ (ReachEnd::Ended(..) | ReachEnd::Unreachable) => {
+                Found::Reaching(Box::new(record.clone()), tokio::spawn(async move { end }))
+            }
+        },
+    };
+    take(registry, id, Some(record), Some(slot), found);
 }
 
-/// The VM of a sandbox that was running.
-async fn take_over(registry: &Arc<Registry>, record: &Record, slot: Slot) -> TakenOver {
-    let (host, id) = (registry.host(), &record.plan.id);
-    let socket = host.layout.vm_run(id).join(SHIM_SOCKET);
+/// Registers a sandbox under its own slot, or another one where it has none.
+fn take(registry: &Arc<Registry>, id: SandboxId, record: Option<Record>, slot: Option<SlotLease>, found: Found) {
+    let Some(slot) = slot.or_else(|| registry.host().slots.lease()) else {
+        tracing::error!(sandbox_id = %id, "no slot for a sandbox of an earlier agent; it stays as it is until the next start");
+        return;
+    };
+    let record = record.unwrap_or_else(|| Record::unknown(Plan::unknown(id), slot.slot().into()));
+    registry.take(record, slot, found);
+}
+
+/// Reaches the VM of a sandbox that was running, and brings it to run on: the agent before us may have ended in the middle of a pause, or
+/// of a resume's thaw.
+pub(crate) async fn reach(host: Arc<Host>, record: Record, slot: Slot) -> ReachEnd<Vm> {
+    let id = record.plan.id.clone();
+    let socket = host.layout.vm_run(&id).join(SHIM_SOCKET);
     for attempt in 1..=ADOPT_ATTEMPTS {
         match shim::adopt(&socket).await {
-            Ok(Some((shim, spec))) if spec.sandbox == *id => {
-                return TakenOver::Vm(Box::new(Vm {
+            Ok(Some((shim, spec))) if spec.sandbox == id => {
+                let vm = Vm {
                     shim,
                     guest: Arc::new(Guest::new(SlotAddresses::of(slot).host, record.token.clone())),
                     memory: MemoryLoad::of(&spec.start),
-                    record: record.clone(),
-                }));
+                    record,
+                };
+                return run_on(host, vm).await;
             }
-            Ok(_) => return TakenOver::Nothing,
+            Ok(_) => return gone(&host, &record).await,
             // It is no shim that we know how to talk to; whatever it holds is ended with it.
             Err(error @ ShimFault::Protocol(_)) => {
                 tracing::error!(sandbox_id = %id, error = %Chain(&error), "a running VM could not be taken over, and is ended");
-                return TakenOver::Nothing;
+                return gone(&host, &record).await;
             }
             Err(error) => {
                 tracing::error!(sandbox_id = %id, attempt, error = %Chain(&error), "a running VM could not be taken over");
-                // It has had a minute, and all others of this host wait for it.
+                // It has had a minute.
                 if matches!(error, ShimFault::Timeout(_)) {
                     break;
                 }
@@ -198,30 +211,65 @@ async fn take_over(registry: &Arc<Registry>, record: &Record, slot: Slot) -> Tak
             }
         }
     }
-    tracing::error!(sandbox_id = %id, "left alone: its vmmshim cannot be reached; start the agent again when it can");
-    TakenOver::Unreachable
+    tracing::error!(sandbox_id = %id, "its vmmshim cannot be reached; tried again in a while");
+    ReachEnd::Unreachable
 }
 
-/// Registers a VM that was taken over, once it runs: the agent before us may have ended in the middle of a pause, or of a resume's
-/// thaw. Where that takes longer it is the sandbox's own task that sees to it.
-async fn adopt(registry: &Arc<Registry>, record: Record, slot: SlotLease, vm: Vm) {
+/// What is left of a sandbox whose VM has gone.
+async fn gone(host: &Arc<Host>, record: &Record) -> ReachEnd<Vm> {
+    match record.phase {
+        Phase::Thawing(kept) => ReachEnd::Paused(keep(host, record, kept).await),
+        Phase::Creating | Phase::Running | Phase::Paused(_) | Phase::Resuming(_) => {
+            let (host, id) = (host.clone(), record.plan.id.clone());
+            let exit = pause::blocking(move || read_exit(&host.layout, &id));
+            ReachEnd::Gone(exit.await.map(Box::new))
+        }
+    }
+}
+
+/// Lets a VM run on that may have been in the middle of a pause, or of anything else that stops or freezes it.
+async fn run_on(host: Arc<Host>, mut vm: Vm) -> ReachEnd<Vm> {
+    let Vm {
+        shim, guest, record, ..
+    } = &mut vm;
     let id = record.plan.id.clone();
-    let mut running = tokio::spawn(pause::run_on_after_interruption(registry.host().clone(), vm));
-    let found = match tokio::time::timeout(RUN_ON_LIMIT, &mut running).await {
-        Ok(end) => match end.expect("running on does not panic") {
-            PauseEnd::Running(vm, _) => Found::Running(Box::new(vm)),
-            // As any end of a pause, for the task.
-            end => Found::Interrupted(tokio::spawn(async move { end })),
-        },
-        Err(_) => Found::Interrupted(running),
-    };
-    registry.take(record, slot, found);
-    tracing::info!(sandbox_id = %id, op = "adopt", "a running sandbox of an earlier agent was taken over");
+    let ending = pause::run_on(&pause::api(&host, &id), shim, guest, &id).await;
+    match (ending, record.phase) {
+        // Nobody had been told that it runs again, so it is as paused as it was, as far as its disk allows.
+        (Some(_), Phase::Thawing(kept)) => {
+            let record = record.clone();
+            let killed = vm.shim.kill().await;
+            if let Err(error) = &killed {
+                tracing::error!(sandbox_id = %id, error = %Chain(error), "the VMM of a resume that failed could not be ended");
+            }
+            let vm_has_ended = killed.is_ok();
+            let kept = pause::blocking(move || resume::put_back(&host, &record, kept, vm_has_ended));
+            ReachEnd::Paused(kept.await)
+        }
+        (Some(ending), _) => ReachEnd::Ended(vm, ending),
+        (None, phase) => {
+            record.phase = Phase::Running;
+            let stale = phase != Phase::Running;
+            let settled = pause::blocking({
+                let (host, record) = (host.clone(), record.clone());
+                move || {
+                    if stale {
+                        record.write(&host.layout)?;
+                    }
+                    pause::remove_snapshots(&host, &record.plan.id, None)
+                }
+            });
+            if let Err(error) = settled.await {
+                tracing::warn!(sandbox_id = %id, error = %Chain(&error), "an earlier snapshot stays until the next one");
+            }
+            ReachEnd::Running(vm)
+        }
+    }
 }
 
 /// Makes a paused sandbox, or one that was on its way back, one that is paused and nothing else.
-async fn keep(registry: &Arc<Registry>, record: &Record, kept: Kept) -> Kept {
-    let (host, id) = (registry.host(), &record.plan.id);
+async fn keep(host: &Arc<Host>, record: &Record, kept: Kept) -> Kept {
+    let id = &record.plan.id;
     let vm_has_ended = match shim::end_at(&host.layout.vm_run(id).join(SHIM_SOCKET)).await {
         Ok(false) => true,
         Ok(true) => {
@@ -276,24 +324,9 @@ async fn clear(
         }
     }
     if let Err(error) = build::tear_down(registry.host(), &id, None).await {
-        stays(registry, id, record, slot, &error);
+        tracing::error!(sandbox_id = %id, error = %Chain(&error), "a sandbox of an earlier agent stays; it is tried again");
+        take(registry, id, record, slot, Found::Remains);
     }
-}
-
-fn stays(
-    registry: &Arc<Registry>,
-    id: SandboxId,
-    record: Option<Record>,
-    slot: Option<SlotLease>,
-    error: &TeardownError,
-) {
-    tracing::error!(sandbox_id = %id, error = %Chain(error), "a sandbox of an earlier agent stays; it is tried again");
-    let Some(slot) = slot.or_else(|| registry.host().slots.lease()) else {
-        tracing::error!(sandbox_id = %id, "no slot for what is left of a sandbox; it stays until the next start");
-        return;
-    };
-    let record = record.unwrap_or_else(|| Record::unknown(Plan::unknown(id), slot.slot().into()));
-    registry.take(record, slot, Found::Remains);
 }
 
 /// How the VMM ended, where its shim has written that down: it ended while no agent was there to be told.

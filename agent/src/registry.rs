@@ -16,7 +16,7 @@ use crate::host::slots::SlotLease;
 use crate::sandbox::CreateFailure;
 use crate::sandbox::plan::Plan;
 use crate::sandbox::record::Record;
-use crate::sandbox::task::{self, Found, Handle};
+use crate::sandbox::task::{self, Found, Handle, View};
 use crate::templates::{self, Sweep};
 use crate::watermark::Space;
 
@@ -65,8 +65,6 @@ enum Room {
 pub struct Registry {
     host: Arc<Host>,
     draining: AtomicBool,
-    /// Whether recovery has left sandboxes alone, which may need any template.
-    has_strangers: AtomicBool,
     /// Held while deleted templates are looked through.
     sweep: Mutex<()>,
     room: Mutex<Room>,
@@ -79,7 +77,6 @@ impl Registry {
         Arc::new(Self {
             host,
             draining: AtomicBool::new(false),
-            has_strangers: AtomicBool::new(false),
             sweep: Mutex::default(),
             room: Mutex::default(),
             sandboxes: Mutex::default(),
@@ -183,11 +180,6 @@ impl Registry {
         self.room.lock().expect("nothing panics while it holds this")
     }
 
-    /// Whether recovery has left sandboxes alone.
-    pub(crate) fn has_strangers(&self) -> bool {
-        self.has_strangers.load(Ordering::Acquire)
-    }
-
     /// Takes no new work from now on.
     pub(crate) fn refuse_work(&self) {
         // Under the lock, so that a create is listed or refused.
@@ -216,11 +208,6 @@ impl Registry {
         all
     }
 
-    /// There is a sandbox on disk that is not here.
-    pub(crate) fn leave_alone(&self) {
-        self.has_strangers.store(true, Ordering::Release);
-    }
-
     /// Takes a sandbox out; its task does, when nothing is left.
     pub(crate) fn forget(self: &Arc<Self>, id: &SandboxId) {
         let gone = self.lock().remove(id);
@@ -237,11 +224,15 @@ impl Registry {
         let swept = tokio::task::spawn_blocking(move || {
             // One at a time, and each looks at who there is when its turn has come: a sandbox is here before it opens its template.
             let _sweeping = registry.sweep.lock().expect("no sweep panics");
-            if registry.has_strangers() {
+            let sandboxes = registry.list();
+            // One whose record cannot be read may need any template.
+            if sandboxes
+                .iter()
+                .any(|handle| matches!(handle.view(), View::Unreachable))
+            {
                 return Ok(());
             }
-            let needed = registry
-                .list()
+            let needed = sandboxes
                 .iter()
                 .map(|handle| templates::named(handle.plan.template))
                 .collect();

@@ -212,7 +212,7 @@ async fn look_once(registry: &Arc<Registry>, watermark: &mut Watermark, number: 
         .into_iter()
         // Also those that are about to run, and those whose pause has not written all yet.
         .filter(|handle| match handle.view() {
-            View::Creating | View::Running(..) | View::Pausing | View::Resuming => true,
+            View::Creating | View::Running(..) | View::Pausing | View::Resuming | View::Unreachable => true,
             View::Paused(_) | View::Destroying | View::Gone => false,
         })
         .collect();

@@ -15,6 +15,7 @@ mod pause;
 mod power;
 mod privd;
 mod random;
+mod recover;
 mod shim;
 mod templates;
 mod wake;

@@ -73,6 +73,15 @@ pub enum ApiError {
         /// What it is doing.
         state: &'static str,
     },
+    /// Its VM may run, and nobody can ask it.
+    #[error(
+        "sandbox {id} cannot be reached: its vmmshim has not answered since the agent was started, or its record cannot be used; \
+             the agent's log says which"
+    )]
+    Unreachable {
+        /// The id.
+        id: SandboxId,
+    },
     /// The sandbox runs, but its guest is held.
     #[error("sandbox {id} is held: this host's disk is nearly full; it runs on once there is room again")]
     Held {
@@ -93,7 +102,7 @@ pub enum ApiError {
 impl ApiError {
     fn code(&self) -> ErrorCode {
         match self {
-            Self::Recovering | Self::Held { .. } => ErrorCode::Unavailable,
+            Self::Recovering | Self::Unreachable { .. } | Self::Held { .. } => ErrorCode::Unavailable,
             Self::BadId(_) | Self::Wish(_) | Self::BadCommand(_) => ErrorCode::InvalidArgument,
             Self::Refusal(Refusal::Exists(_)) => ErrorCode::AlreadyExists,
             Self::Refusal(Refusal::Full(_) | Refusal::Draining | Refusal::NoRoom { .. }) => ErrorCode::Unavailable,

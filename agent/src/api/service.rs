@@ -78,9 +78,20 @@ impl Service {
         })
     }
 
+    /// The sandbox of an id, unless nobody can say yet what it is doing.
+    fn find_reachable(&self, id: &str) -> Result<Handle, ApiError> {
+        let handle = self.find(id)?;
+        match handle.view() {
+            View::Unreachable => Err(ApiError::Unreachable {
+                id: handle.plan.id.clone(),
+            }),
+            _ => Ok(handle),
+        }
+    }
+
     /// The guest of a running sandbox. One that is held would leave its caller without an answer.
     fn running(&self, id: &str) -> Result<(Handle, Arc<Guest>), ApiError> {
-        let handle = self.find(id)?;
+        let handle = self.find_reachable(id)?;
         match handle.view() {
             View::Running(..) if handle.hold_state().is_held() => Err(ApiError::Held {
                 id: handle.plan.id.clone(),
@@ -134,7 +145,7 @@ impl Service {
     }
 
     async fn resume(&self, request: ResumeSandboxRequest) -> Result<ResumeSandboxResponse, ApiError> {
-        let handle = self.find(&request.sandbox_id)?;
+        let handle = self.find_reachable(&request.sandbox_id)?;
         let env = request.default_env.into_iter().collect::<BTreeMap<_, _>>();
         let wish = ResumeWish {
             timeout_sec: plan::timeout(request.timeout_sec)?,
@@ -162,7 +173,7 @@ impl Service {
         team: &str,
         template: &str,
     ) -> Result<i64, ApiError> {
-        let handle = self.find(sandbox)?;
+        let handle = self.find_reachable(sandbox)?;
         let wish = CaptureWish {
             kind,
             template: plan::template(team, template)?,
@@ -244,9 +255,13 @@ fn host_ip(handle: &Handle) -> String {
 fn metadata<M: FromIterator<(String, String)>>(view: &View) -> M {
     let versions = match view {
         View::Running(_, versions) => versions.as_ref().clone(),
-        View::Creating | View::Pausing | View::Paused(_) | View::Resuming | View::Destroying | View::Gone => {
-            Versions::default()
-        }
+        View::Creating
+        | View::Pausing
+        | View::Paused(_)
+        | View::Resuming
+        | View::Unreachable
+        | View::Destroying
+        | View::Gone => Versions::default(),
     };
     let (restored, reason) = match versions.began {
         Began::Booted => ("", String::new()),
@@ -304,17 +319,17 @@ macro_rules! unimplemented_stream {
 /// Time for the answer of a Terminate to reach its caller, on a host where nothing has to be paused first.
 const ANSWER_GRACE: Duration = Duration::from_secs(1);
 
-/// Empties the host, and then has the agent ended. Not where a sandbox could not be paused, or may run without being known: it would be
-/// left to run with nobody to ask for it, and go with the host. Whoever calls again tries again.
+/// Empties the host, and then has the agent ended. Not where a sandbox could not be paused or reached: it would be left to run with
+/// nobody to ask for it, and go with the host. Whoever calls again tries again.
 async fn end_after_drain(registry: Arc<Registry>, terminated: Arc<Notify>) {
     let (drained, ()) = tokio::join!(drain(&registry), tokio::time::sleep(ANSWER_GRACE));
     let failed = drained.failed.len();
-    if failed == 0 && !registry.has_strangers() {
+    if failed == 0 {
         terminated.notify_one();
     } else {
         tracing::error!(
             failed,
-            "not terminated: sandboxes could not be paused, or were left alone when the agent started; see to them and call again"
+            "not terminated: sandboxes could not be paused; see to them and call again"
         );
     }
 }
@@ -384,7 +399,7 @@ impl HostAgentService for Service {
         _: RequestContext,
         request: ServiceRequest<'_, PauseSandboxRequest>,
     ) -> ServiceResult<impl Encodable<PauseSandboxResponse> + Send + use<'a>> {
-        let handle = self.find(request.sandbox_id)?;
+        let handle = self.find_reachable(request.sandbox_id)?;
         handle.pause(PauseReason::Requested).await.map_err(ApiError::Pause)?;
         Response::ok(PauseSandboxResponse::default())
     }

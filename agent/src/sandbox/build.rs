@@ -298,7 +298,9 @@ async fn steps(
 fn ended(end: Ending) -> BuildError {
     match end {
         Ending::Reported(exit) => BuildError::VmmEnded(ExitSummary(*exit)),
-        Ending::ShimLost | Ending::NotPaused(_) | Ending::Stopped(_) | Ending::DiskLost => BuildError::ShimLost,
+        Ending::ShimLost | Ending::Unseen | Ending::NotPaused(_) | Ending::Stopped(_) | Ending::DiskLost => {
+            BuildError::ShimLost
+        }
     }
 }
 

@@ -19,11 +19,18 @@
 //!    +-- Built(Err), something left -----------------------------> Destroying
 //!
 //! Running <--CaptureRequested / CaptureEnded--> Capturing <--CaptureRequested / CaptureEnded--> Paused
+//!
+//! Unreachable --Reached(Running)--> Running    Unreachable --Reached(Paused)--> Paused
+//!    |   ^ RetryDue tries again                    the VM has ended, or DestroyRequested --> Destroying
+//!    +---+
 //! ```
 //!
 //! A pause is never cancelled, nor is a capture: they end by themselves, bounded, and a destroy waits for them. A resume is, by a
 //! destroy. All go on when whoever asked for them has gone, and whoever asks again meanwhile is answered with their end. A pause or
 //! resume that meets a capture is begun when that has ended.
+//!
+//! Only an agent that starts finds a sandbox unreachable: its VM may run, so it is listed and its slot is kept, and nobody can say more
+//! until its shim answers.
 //!
 //! Transitions here are plain functions from a state and an event to a state and actions; [`task`] performs the actions. Time and
 //! effects stay outside. The type parameter is what a running sandbox owns on its host, so that tests can use something that
@@ -31,6 +38,7 @@
 
 pub mod build;
 pub mod capture;
+mod event;
 pub mod hold;
 mod parts;
 pub mod pause;
@@ -42,214 +50,19 @@ mod wake;
 
 use std::sync::Arc;
 
-use roost_common::shim::Exit;
 use roost_common::units::Bytes;
-use tokio::sync::oneshot;
 
 pub use crate::templates::CaptureWish;
 pub use build::BuildError;
 pub use capture::CaptureError;
+pub use event::{
+    Action, BuildFailure, CaptureEnd, CaptureFailure, CaptureReply, CreateFailure, CreateReply, DestroyReply, Ending,
+    Event, PauseEnd, PauseFailure, PauseReply, ReachEnd, ResumeEnd, ResumeFailure, ResumeReply, TeardownError,
+};
 pub use parts::{Began, MemoryLoad, PartError, Versions, Vm};
 pub use pause::PauseError;
 pub use record::{Kept, PauseReason};
 pub use resume::{ResumeError, ResumeWish};
-
-use crate::errors::FileError;
-
-/// The answer to a create.
-pub type CreateReply = oneshot::Sender<Result<(), CreateFailure>>;
-/// The answer to a destroy.
-pub type DestroyReply = oneshot::Sender<Result<(), Arc<TeardownError>>>;
-/// The answer to a pause.
-pub type PauseReply = oneshot::Sender<Result<(), PauseFailure>>;
-/// The answer to a resume.
-pub type ResumeReply = oneshot::Sender<Result<(), ResumeFailure>>;
-/// The answer to a capture: what the template takes on disk.
-pub type CaptureReply = oneshot::Sender<Result<Bytes, CaptureFailure>>;
-
-/// Why a create has no sandbox.
-#[derive(Debug, thiserror::Error)]
-pub enum CreateFailure {
-    /// A step failed; everything has been undone.
-    #[error("the sandbox could not be created")]
-    Failed(#[source] BuildError),
-    /// A destroy came first; everything has been undone.
-    #[error("the sandbox was destroyed while it was being created")]
-    Destroyed,
-}
-
-/// Why a sandbox is not paused.
-#[derive(Debug, Clone, thiserror::Error)]
-pub enum PauseFailure {
-    /// A step failed; the sandbox runs on, unless the error is that its VMM has ended.
-    #[error("the sandbox could not be paused")]
-    Failed(#[source] Arc<PauseError>),
-    /// It is doing something else.
-    #[error("the sandbox is {0}, not running")]
-    Refused(&'static str),
-}
-
-/// Why a sandbox does not run again.
-#[derive(Debug, Clone, thiserror::Error)]
-pub enum ResumeFailure {
-    /// A step failed; the sandbox is still paused.
-    #[error("the sandbox could not be resumed")]
-    Failed(#[source] Arc<ResumeError>),
-    /// It is doing something else.
-    #[error("the sandbox is {0}, not paused")]
-    Refused(&'static str),
-    /// The host takes no new work.
-    #[error(transparent)]
-    Host(#[from] crate::registry::Refusal),
-}
-
-/// Why a sandbox has become no template.
-#[derive(Debug, Clone, thiserror::Error)]
-pub enum CaptureFailure {
-    /// A step failed; the sandbox is as it was, unless the error is that its VMM has ended.
-    #[error("the sandbox could not be made a template")]
-    Failed(#[source] Arc<CaptureError>),
-    /// It is doing something else.
-    #[error("the sandbox is {0}, neither running nor paused")]
-    Refused(&'static str),
-    /// The host has no room for it.
-    #[error(transparent)]
-    Host(#[from] crate::registry::Refusal),
-}
-
-/// A build that failed.
-#[derive(Debug)]
-pub struct BuildFailure {
-    /// Why.
-    pub error: BuildError,
-    /// What could not be undone.
-    pub left: Option<TeardownError>,
-}
-
-/// Why a sandbox's remains are still there.
-#[derive(Debug, thiserror::Error)]
-pub enum TeardownError {
-    /// The VMM did not end.
-    #[error("the VMM could not be ended")]
-    Vmm(#[source] crate::host::shim::ShimFault),
-    /// Files could not be removed.
-    #[error("the sandbox's files could not be removed")]
-    Files(#[source] FileError),
-}
-
-/// Everything that can happen to a sandbox.
-#[derive(Debug)]
-pub enum Event<V> {
-    /// The build has ended; when it failed it has undone itself, as far as that went.
-    Built(Result<V, BuildFailure>),
-    /// The caller of the create has gone away.
-    CallerGone,
-    /// Somebody wants it gone.
-    DestroyRequested(DestroyReply),
-    /// Somebody wants it paused.
-    PauseRequested(PauseReason, PauseReply),
-    /// Nobody has used it for as long as its plan allows.
-    IdleDeadline,
-    /// The pause has ended.
-    PauseEnded(PauseEnd<V>),
-    /// Somebody wants it to run again.
-    ResumeRequested(ResumeWish, ResumeReply),
-    /// The resume has ended.
-    ResumeEnded(ResumeEnd<V>),
-    /// Somebody wants a template of it.
-    CaptureRequested(CaptureWish, CaptureReply),
-    /// The capture has ended.
-    CaptureEnded(CaptureEnd<V>),
-    /// The VMM has ended by itself.
-    VmmEnded(Ending),
-    /// The teardown has ended.
-    TornDown(Result<(), TeardownError>),
-    /// The create was answered, and nobody was there to hear it: nobody will ever destroy what it made.
-    Unclaimed,
-    /// A teardown failed a while ago.
-    RetryDue,
-}
-
-/// How a VMM ended that nobody ended, or why we ended one.
-#[derive(Debug)]
-pub enum Ending {
-    /// The shim reports it.
-    Reported(Box<Exit>),
-    /// The shim has gone.
-    ShimLost,
-    /// It was idle and could not be paused.
-    NotPaused(Arc<PauseError>),
-    /// Its VMM would not let the guest run on.
-    Stopped(Arc<PauseError>),
-    /// Its disk can be used no more; the VMM is still there.
-    DiskLost,
-}
-
-/// How a pause ended.
-#[derive(Debug)]
-pub enum PauseEnd<V> {
-    /// It is on disk, and its VMM has been stopped.
-    Paused(Kept),
-    /// It failed; the sandbox runs on.
-    Running(V, PauseError),
-    /// The VMM ended meanwhile, by itself.
-    Ended(V, Ending),
-}
-
-/// How a resume ended.
-#[derive(Debug)]
-pub enum ResumeEnd<V> {
-    /// It runs.
-    Running(V),
-    /// It failed, and has undone itself: what is on disk is as this says.
-    Paused(Kept, ResumeError),
-}
-
-/// How a capture ended.
-#[derive(Debug)]
-pub enum CaptureEnd<V> {
-    /// The sandbox runs on.
-    Running(V, Result<Bytes, CaptureError>),
-    /// It stays paused.
-    Paused(Kept, Result<Bytes, CaptureError>),
-    /// The VMM ended meanwhile, by itself.
-    Ended(V, Ending),
-}
-
-/// What the driver is to do.
-#[derive(Debug)]
-pub enum Action<V> {
-    /// Ask the build to stop; its end comes as [`Event::Built`].
-    CancelBuild,
-    /// Pause a VM; the end comes as [`Event::PauseEnded`].
-    Pause(V, PauseReason),
-    /// Resume from what is kept; the end comes as [`Event::ResumeEnded`].
-    Resume(Kept, ResumeWish),
-    /// Ask the resume to stop; its end comes all the same.
-    CancelResume,
-    /// Make a template of a VM; the end comes as [`Event::CaptureEnded`].
-    Capture(V, CaptureWish),
-    /// Make a template of what is kept; the end comes as [`Event::CaptureEnded`].
-    CaptureKept(Kept, CaptureWish),
-    /// Take down a VM, or only the files where there is none; its end comes as [`Event::TornDown`].
-    TearDown(Option<V>),
-    /// Kill a VM that is one too many; the sandbox's files stay.
-    Kill(V),
-    /// Write down why the sandbox ended, and tell the control plane.
-    Bury(Ending),
-    /// Tell the control plane that it was paused and nobody asked for it.
-    TellAutoPaused,
-    /// Answer a create.
-    AnswerCreate(CreateReply, Result<(), CreateFailure>),
-    /// Answer pauses.
-    AnswerPauses(Vec<PauseReply>, Result<(), PauseFailure>),
-    /// Answer resumes.
-    AnswerResumes(Vec<ResumeReply>, Result<(), ResumeFailure>),
-    /// Answer captures of this wish.
-    AnswerCaptures(CaptureWish, Vec<CaptureReply>, Result<Bytes, CaptureFailure>),
-    /// Answer destroys.
-    AnswerDestroys(Vec<DestroyReply>, Result<(), TeardownError>),
-}
 
 /// A sandbox.
 #[derive(Debug)]
@@ -266,6 +79,8 @@ pub enum Sandbox<V> {
     Resuming(Resuming),
     /// Being made a template of.
     Capturing(Capturing),
+    /// Left by an earlier agent, and out of reach so far.
+    Unreachable(Unreachable),
     /// On its way out.
     Destroying(Destroying),
     /// Nothing is left.
@@ -333,6 +148,15 @@ enum Captured {
     Paused,
 }
 
+/// What an earlier agent left where its VM may run and could not be reached so far. The attempt runs in the driver.
+#[derive(Debug)]
+pub struct Unreachable {
+    /// An attempt is under way.
+    is_tried: bool,
+    /// These wait for it, and then delete what there is.
+    destroys: Vec<DestroyReply>,
+}
+
 /// Something is being taken down: the build (which undoes itself) or the VM, then the files.
 #[derive(Debug)]
 pub struct Destroying {
@@ -376,11 +200,10 @@ impl<V> Sandbox<V> {
         Self::Running(Running { vm })
     }
 
-    /// A running sandbox of an earlier agent that does not say yet that it runs; the driver has a pause's undo under way for it.
-    pub fn interrupted() -> Self {
-        Self::Pausing(Pausing {
-            reason: PauseReason::Requested,
-            pauses: vec![],
+    /// A sandbox of an earlier agent whose VM may run; whether the driver has an attempt to reach it under way.
+    pub fn unreachable(is_tried: bool) -> Self {
+        Self::Unreachable(Unreachable {
+            is_tried,
             destroys: vec![],
         })
     }
@@ -390,9 +213,13 @@ impl<V> Sandbox<V> {
         Self::Paused(Paused { kept })
     }
 
-    /// Whether its last teardown failed, and is to be tried again.
-    pub fn is_stuck(&self) -> bool {
-        matches!(self, Self::Destroying(Destroying { step: Step::Stuck, .. }))
+    /// Whether something about it failed that is tried again after a while.
+    pub fn waits_to_retry(&self) -> bool {
+        matches!(
+            self,
+            Self::Destroying(Destroying { step: Step::Stuck, .. })
+                | Self::Unreachable(Unreachable { is_tried: false, .. })
+        )
     }
 
     /// The state in the words of the protocol.
@@ -404,6 +231,7 @@ impl<V> Sandbox<V> {
             Self::Paused(_) => "paused",
             Self::Resuming(_) => "resuming",
             Self::Capturing(_) => "being made a template",
+            Self::Unreachable(_) => "unreachable",
             Self::Destroying(_) => "stopping",
             Self::Gone => "stopped",
         }
@@ -419,6 +247,7 @@ impl<V> Sandbox<V> {
             Self::Paused(state) => state.on(event),
             Self::Resuming(state) => state.on(event, name),
             Self::Capturing(state) => state.on(event, name),
+            Self::Unreachable(state) => state.on(event, name),
             Self::Destroying(state) => state.on(event, name),
             Self::Gone => match event {
                 Event::DestroyRequested(reply) => (Self::Gone, vec![Action::AnswerDestroys(vec![reply], Ok(()))]),
@@ -435,9 +264,13 @@ impl<V> Sandbox<V> {
                 | Event::VmmEnded(_)
                 | Event::TornDown(_)
                 | Event::Unclaimed
-                | Event::RetryDue => (Self::Gone, vec![]),
+                | Event::RetryDue
+                | Event::Reached(ReachEnd::Paused(_) | ReachEnd::Gone(_) | ReachEnd::Unreachable) => {
+                    (Self::Gone, vec![])
+                }
                 // Nothing is under way for a sandbox that is gone; should it be, nothing of it may stay.
                 Event::Built(Ok(vm))
+                | Event::Reached(ReachEnd::Running(vm) | ReachEnd::Ended(vm, _))
                 | Event::PauseEnded(PauseEnd::Running(vm, _) | PauseEnd::Ended(vm, _))
                 | Event::CaptureEnded(CaptureEnd::Running(vm, _) | CaptureEnd::Ended(vm, _))
                 | Event::ResumeEnded(ResumeEnd::Running(vm)) => (Self::Gone, vec![Action::TearDown(Some(vm))]),
@@ -487,7 +320,8 @@ impl Creating {
             | Event::VmmEnded(_)
             | Event::TornDown(_)
             | Event::Unclaimed
-            | Event::RetryDue => (Sandbox::Creating(self), vec![]),
+            | Event::RetryDue
+            | Event::Reached(_) => (Sandbox::Creating(self), vec![]),
         }
     }
 
@@ -524,9 +358,13 @@ impl<V> Running<V> {
             | Event::ResumeEnded(ResumeEnd::Paused(..))
             | Event::CaptureEnded(CaptureEnd::Paused(..))
             | Event::TornDown(_)
-            | Event::RetryDue => (Sandbox::Running(self), vec![]),
+            | Event::RetryDue
+            | Event::Reached(ReachEnd::Paused(_) | ReachEnd::Gone(_) | ReachEnd::Unreachable) => {
+                (Sandbox::Running(self), vec![])
+            }
             // One VM per sandbox; should a second one come, it is the surplus one.
             Event::Built(Ok(vm))
+            | Event::Reached(ReachEnd::Running(vm) | ReachEnd::Ended(vm, _))
             | Event::PauseEnded(PauseEnd::Running(vm, _) | PauseEnd::Ended(vm, _))
             | Event::CaptureEnded(CaptureEnd::Running(vm, _) | CaptureEnd::Ended(vm, _))
             | Event::ResumeEnded(ResumeEnd::Running(vm)) => (Sandbox::Running(self), vec![Action::Kill(vm)]),
@@ -566,8 +404,12 @@ impl Pausing {
             | Event::VmmEnded(_)
             | Event::TornDown(_)
             | Event::Unclaimed
-            | Event::RetryDue => (Sandbox::Pausing(self), vec![]),
+            | Event::RetryDue
+            | Event::Reached(ReachEnd::Paused(_) | ReachEnd::Gone(_) | ReachEnd::Unreachable) => {
+                (Sandbox::Pausing(self), vec![])
+            }
             Event::Built(Ok(vm))
+            | Event::Reached(ReachEnd::Running(vm) | ReachEnd::Ended(vm, _))
             | Event::CaptureEnded(CaptureEnd::Running(vm, _) | CaptureEnd::Ended(vm, _))
             | Event::ResumeEnded(ResumeEnd::Running(vm)) => (Sandbox::Pausing(self), vec![Action::Kill(vm)]),
         }
@@ -636,9 +478,13 @@ impl Paused {
             | Event::VmmEnded(_)
             | Event::TornDown(_)
             | Event::Unclaimed
-            | Event::RetryDue => (Sandbox::Paused(self), vec![]),
+            | Event::RetryDue
+            | Event::Reached(ReachEnd::Paused(_) | ReachEnd::Gone(_) | ReachEnd::Unreachable) => {
+                (Sandbox::Paused(self), vec![])
+            }
             // A VM beside what is kept would write to its disk.
             Event::Built(Ok(vm))
+            | Event::Reached(ReachEnd::Running(vm) | ReachEnd::Ended(vm, _))
             | Event::PauseEnded(PauseEnd::Running(vm, _) | PauseEnd::Ended(vm, _))
             | Event::CaptureEnded(CaptureEnd::Running(vm, _) | CaptureEnd::Ended(vm, _))
             | Event::ResumeEnded(ResumeEnd::Running(vm)) => (Sandbox::Paused(self), vec![Action::Kill(vm)]),
@@ -698,8 +544,12 @@ impl Resuming {
             | Event::VmmEnded(_)
             | Event::TornDown(_)
             | Event::Unclaimed
-            | Event::RetryDue => (Sandbox::Resuming(self), vec![]),
+            | Event::RetryDue
+            | Event::Reached(ReachEnd::Paused(_) | ReachEnd::Gone(_) | ReachEnd::Unreachable) => {
+                (Sandbox::Resuming(self), vec![])
+            }
             Event::Built(Ok(vm))
+            | Event::Reached(ReachEnd::Running(vm) | ReachEnd::Ended(vm, _))
             | Event::CaptureEnded(CaptureEnd::Running(vm, _) | CaptureEnd::Ended(vm, _))
             | Event::PauseEnded(PauseEnd::Running(vm, _) | PauseEnd::Ended(vm, _)) => {
                 (Sandbox::Resuming(self), vec![Action::Kill(vm)])
@@ -766,8 +616,12 @@ impl Capturing {
             | Event::VmmEnded(_)
             | Event::TornDown(_)
             | Event::Unclaimed
-            | Event::RetryDue => (Sandbox::Capturing(self), vec![]),
+            | Event::RetryDue
+            | Event::Reached(ReachEnd::Paused(_) | ReachEnd::Gone(_) | ReachEnd::Unreachable) => {
+                (Sandbox::Capturing(self), vec![])
+            }
             Event::Built(Ok(vm))
+            | Event::Reached(ReachEnd::Running(vm) | ReachEnd::Ended(vm, _))
             | Event::PauseEnded(PauseEnd::Running(vm, _) | PauseEnd::Ended(vm, _))
             | Event::ResumeEnded(ResumeEnd::Running(vm)) => (Sandbox::Capturing(self), vec![Action::Kill(vm)]),
         }
@@ -829,6 +683,62 @@ impl Capturing {
     }
 }
 
+impl Unreachable {
+    fn on<V>(mut self, event: Event<V>, name: &'static str) -> Next<V> {
+        match event {
+            Event::Reached(end) => self.reached(end),
+            Event::RetryDue if !self.is_tried => {
+                self.is_tried = true;
+                (Sandbox::Unreachable(self), vec![Action::Reach])
+            }
+            Event::DestroyRequested(reply) if self.is_tried => {
+                self.destroys.push(reply);
+                (Sandbox::Unreachable(self), vec![])
+            }
+            // By its socket, which says whether that could be done.
+            Event::DestroyRequested(reply) => Destroying::begin(vec![reply], None, vec![]),
+            Event::PauseRequested(_, reply) => (Sandbox::Unreachable(self), vec![refuse_pause(reply, name)]),
+            Event::ResumeRequested(_, reply) => (Sandbox::Unreachable(self), vec![refuse_resume(reply, name)]),
+            Event::CaptureRequested(wish, reply) => {
+                (Sandbox::Unreachable(self), vec![refuse_capture(wish, reply, name)])
+            }
+            // Nothing else is ever under way here.
+            Event::Built(Err(_))
+            | Event::PauseEnded(PauseEnd::Paused(_))
+            | Event::ResumeEnded(ResumeEnd::Paused(..))
+            | Event::CaptureEnded(CaptureEnd::Paused(..))
+            | Event::CallerGone
+            | Event::IdleDeadline
+            | Event::VmmEnded(_)
+            | Event::TornDown(_)
+            | Event::Unclaimed
+            | Event::RetryDue => (Sandbox::Unreachable(self), vec![]),
+            Event::Built(Ok(vm))
+            | Event::PauseEnded(PauseEnd::Running(vm, _) | PauseEnd::Ended(vm, _))
+            | Event::CaptureEnded(CaptureEnd::Running(vm, _) | CaptureEnd::Ended(vm, _))
+            | Event::ResumeEnded(ResumeEnd::Running(vm)) => (Sandbox::Unreachable(self), vec![Action::Kill(vm)]),
+        }
+    }
+
+    fn reached<V>(self, end: ReachEnd<V>) -> Next<V> {
+        let Self { is_tried: _, destroys } = self;
+        let goes = !destroys.is_empty();
+        match end {
+            ReachEnd::Running(vm) if goes => Destroying::begin(destroys, Some(vm), vec![]),
+            ReachEnd::Paused(_) | ReachEnd::Unreachable if goes => Destroying::begin(destroys, None, vec![]),
+            ReachEnd::Running(vm) => (Sandbox::Running(Running { vm }), vec![]),
+            // The agent before us may have ended between the pause and the event.
+            ReachEnd::Paused(kept) => (Sandbox::Paused(Paused { kept }), vec![Action::TellAutoPaused]),
+            ReachEnd::Unreachable => (Sandbox::unreachable(false), vec![]),
+            ReachEnd::Ended(vm, ending) => Destroying::begin(destroys, Some(vm), vec![Action::Bury(ending)]),
+            ReachEnd::Gone(exit) => {
+                let ending = exit.map_or(Ending::Unseen, Ending::Reported);
+                Destroying::begin(destroys, None, vec![Action::Bury(ending)])
+            }
+        }
+    }
+}
+
 impl Destroying {
     /// Starts a teardown, after `first`.
     fn begin<V>(waiting: Vec<DestroyReply>, vm: Option<V>, mut first: Vec<Action<V>>) -> Next<V> {
@@ -860,6 +770,7 @@ impl Destroying {
             Event::ResumeRequested(_, reply) => (Sandbox::Destroying(self), vec![refuse_resume(reply, name)]),
             // The build was finished before it could be told to stop; nothing else is ever under way here.
             Event::Built(Ok(vm))
+            | Event::Reached(ReachEnd::Running(vm) | ReachEnd::Ended(vm, _))
             | Event::PauseEnded(PauseEnd::Running(vm, _) | PauseEnd::Ended(vm, _))
             | Event::CaptureEnded(CaptureEnd::Running(vm, _) | CaptureEnd::Ended(vm, _))
             | Event::ResumeEnded(ResumeEnd::Running(vm)) => {
@@ -883,7 +794,10 @@ impl Destroying {
             | Event::CallerGone
             | Event::IdleDeadline
             | Event::VmmEnded(_)
-            | Event::Unclaimed => (Sandbox::Destroying(self), vec![]),
+            | Event::Unclaimed
+            | Event::Reached(ReachEnd::Paused(_) | ReachEnd::Gone(_) | ReachEnd::Unreachable) => {
+                (Sandbox::Destroying(self), vec![])
+            }
         }
     }
 

@@ -24,7 +24,7 @@ use roost_common::shim::{API_SOCKET, RestoreMode, SHIM_SOCKET};
 
 use super::parts::{self, MemoryLoad, Versions, Vm, millis};
 use super::record::{Kept, Memory, PauseReason, Phase, Record};
-use super::{Ending, PauseEnd, resume, unix_now};
+use super::{Ending, PauseEnd, unix_now};
 use crate::errors::{Chain, FileError};
 use crate::failpoint::{pass, reach};
 use crate::guest::{Freeze, Guest, GuestError};
@@ -84,9 +84,6 @@ pub enum PauseError {
     /// The disk took too long to write.
     #[error("the disk was not written out within {} s", .0.as_secs())]
     SyncTimeout(Duration),
-    /// An agent ended while it was pausing the sandbox, and the next one lets it run on.
-    #[error("the agent was started anew while the sandbox was being paused; try again")]
-    Interrupted,
     /// The VMM ended meanwhile.
     #[error("the VMM ended while it was being paused")]
     VmmEnded,
@@ -96,7 +93,7 @@ impl PauseError {
     /// Whether it is the host that is in the way, such as a full disk, and not the guest or its VMM.
     pub fn is_the_hosts(&self) -> bool {
         match self {
-            Self::Shim(_) | Self::File(_) | Self::SyncTimeout(_) | Self::Interrupted => true,
+            Self::Shim(_) | Self::File(_) | Self::SyncTimeout(_) => true,
             Self::Snapshot(SnapshotError::File(_)) => true,
             // What a VMM cannot write is a full disk, mostly; it does not say so in words of a kind.
             Self::Vmm(VmmError::Refused { call, .. } | VmmError::Timeout { call }) => *call == vmm::SNAPSHOT,
@@ -152,45 +149,6 @@ async fn attempt_to_pause(host: &Arc<Host>, mut vm: Vm, reason: PauseReason) -> 
                 None => PauseEnd::Running(vm, error),
                 Some(ending) => PauseEnd::Ended(vm, ending),
             }
-        }
-    }
-}
-
-/// Lets a VM of an earlier agent run on that may have been in the middle of a pause, or of anything else that stops or freezes it.
-pub(crate) async fn run_on_after_interruption(host: Arc<Host>, mut vm: Vm) -> PauseEnd<Vm> {
-    let Vm {
-        shim, guest, record, ..
-    } = &mut vm;
-    let id = record.plan.id.clone();
-    let ending = run_on(&api(&host, &id), shim, guest, &id).await;
-    match (ending, record.phase) {
-        // Nobody had been told that it runs again, so it is as paused as it was, as far as its disk allows.
-        (Some(_), Phase::Thawing(kept)) => {
-            let record = record.clone();
-            let killed = vm.shim.kill().await;
-            if let Err(error) = &killed {
-                tracing::error!(sandbox_id = %id, error = %Chain(error), "the VMM of a resume that failed could not be ended");
-            }
-            let vm_has_ended = killed.is_ok();
-            PauseEnd::Paused(blocking(move || resume::put_back(&host, &record, kept, vm_has_ended)).await)
-        }
-        (Some(ending), _) => PauseEnd::Ended(vm, ending),
-        (None, phase) => {
-            record.phase = Phase::Running;
-            let stale = phase != Phase::Running;
-            let settled = blocking({
-                let (host, record) = (host.clone(), record.clone());
-                move || {
-                    if stale {
-                        record.write(&host.layout)?;
-                    }
-                    remove_snapshots(&host, &record.plan.id, None)
-                }
-            });
-            if let Err(error) = settled.await {
-                tracing::warn!(sandbox_id = %id, error = %Chain(&error), "an earlier snapshot stays until the next one");
-            }
-            PauseEnd::Running(vm, PauseError::Interrupted)
         }
     }
 }
@@ -329,7 +287,7 @@ pub(super) async fn write_memory(
 }
 
 /// The API of a sandbox's VMM.
-pub(super) fn api(host: &Host, id: &SandboxId) -> Vmm {
+pub(crate) fn api(host: &Host, id: &SandboxId) -> Vmm {
     Vmm::new(&host.layout.vm_run(id).join(API_SOCKET))
 }
 
@@ -500,7 +458,7 @@ async fn undo(host: &Arc<Host>, vm: &mut Vm, progress: Progress) -> Option<Endin
 /// Lets the processors run, where they are stopped, and thaws the filesystems, where they are frozen: until that is done, or the VMM
 /// ends. How it ended. A VMM that cannot be brought to run its guest is as good as ended; a guest that runs and does not thaw is not,
 /// for what else it does is its own affair.
-pub(super) async fn run_on(api: &Vmm, shim: &mut ShimLink, guest: &Guest, id: &SandboxId) -> Option<Ending> {
+pub(crate) async fn run_on(api: &Vmm, shim: &mut ShimLink, guest: &Guest, id: &SandboxId) -> Option<Ending> {
     let running = until(RUN_ON_LIMIT, shim, || async {
         let stopped = api.state().await? == State::Paused;
         if stopped { api.resume().await } else { Ok(()) }
@@ -595,7 +553,7 @@ pub(super) fn ending(end: VmmEnd) -> Ending {
 }
 
 /// File work, to its end.
-pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     tokio::task::spawn_blocking(work)
         .await
         .expect("file work does not panic")

@@ -17,7 +17,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Instant;
 
-use roost_common::ids::SandboxId;
+use roost_common::ids::{SandboxId, Slot};
 use roost_common::net::SlotAddresses;
 use roost_common::shim::{API_SOCKET, SHIM_SOCKET};
 
@@ -143,8 +143,8 @@ pub async fn resume(
         return ResumeEnd::Paused(kept, ResumeError::Earlier(fault));
     }
     let ready = tokio::task::spawn_blocking({
-        let (host, id) = (host.clone(), id.clone());
-        move || make_ready(&host, &id, kept, wish)
+        let (host, id, slot) = (host.clone(), id.clone(), slot.slot());
+        move || make_ready(&host, &id, slot, kept, wish)
     });
     let ready = match ready.await.expect("file work does not panic") {
         Ok(ready) => ready,
@@ -176,7 +176,7 @@ pub async fn resume(
 }
 
 /// Reads and checks everything that can be before anything is started, and makes room for a new VM.
-fn make_ready(host: &Host, id: &SandboxId, kept: Kept, wish: ResumeWish) -> Result<Ready, ResumeError> {
+fn make_ready(host: &Host, id: &SandboxId, slot: Slot, kept: Kept, wish: ResumeWish) -> Result<Ready, ResumeError> {
     // No VM of it runs any more, so what its disk says now is final.
     if wish.from == From::Memory && !kept.is_whole(&host.layout, id)? {
         return Err(ResumeError::Spent);
@@ -185,7 +185,11 @@ fn make_ready(host: &Host, id: &SandboxId, kept: Kept, wish: ResumeWish) -> Resu
     if !matches!(found.phase, Phase::Paused(_) | Phase::Resuming(_) | Phase::Thawing(_)) {
         return Err(ResumeError::NotPaused);
     }
-    let original = found.with(Phase::Paused(kept));
+    let original = Record {
+        // An agent that starts may have found its old one taken.
+        slot: slot.into(),
+        ..found.with(Phase::Paused(kept))
+    };
     // A resume that failed may not have been able to say so.
     if found != original {
         original.write(&host.layout)?;
@@ -340,7 +344,9 @@ async fn steps(
 fn ended(end: Ending) -> ResumeError {
     match end {
         Ending::Reported(exit) => ResumeError::VmmEnded(ExitSummary(*exit)),
-        Ending::ShimLost | Ending::NotPaused(_) | Ending::Stopped(_) | Ending::DiskLost => ResumeError::ShimLost,
+        Ending::ShimLost | Ending::Unseen | Ending::NotPaused(_) | Ending::Stopped(_) | Ending::DiskLost => {
+            ResumeError::ShimLost
+        }
     }
 }
 

@@ -20,8 +20,8 @@ use super::plan::Plan;
 use super::record::Record;
 use super::{
     Action, BuildFailure, CaptureEnd, CaptureFailure, CaptureWish, CreateFailure, Ending, Event, Kept, PauseEnd,
-    PauseError, PauseFailure, PauseReason, ResumeEnd, ResumeFailure, ResumeWish, Sandbox, TeardownError, capture,
-    pause, resume, unix_now,
+    PauseError, PauseFailure, PauseReason, ReachEnd, ResumeEnd, ResumeFailure, ResumeWish, Sandbox, TeardownError,
+    capture, pause, resume, unix_now,
 };
 use crate::activity::{Activity, Moment};
 use crate::errors::Chain;
@@ -30,6 +30,7 @@ use crate::host::images::ROOTFS;
 use crate::host::slots::SlotLease;
 use crate::host::{Host, counters};
 use crate::outbox;
+use crate::recover;
 use crate::registry::Registry;
 use crate::snapshot;
 use crate::templates::CaptureKind;
@@ -54,6 +55,8 @@ pub enum View {
     Paused(Kept),
     /// On its way back.
     Resuming,
+    /// Its VM may run, and cannot be reached so far.
+    Unreachable,
     /// On its way out.
     Destroying,
     /// Nothing is left.
@@ -69,6 +72,7 @@ impl View {
             Self::Pausing => "pausing",
             Self::Paused(_) => "paused",
             Self::Resuming => "resuming",
+            Self::Unreachable => "unreachable",
             Self::Destroying => "stopping",
             Self::Gone => "stopped",
         }
@@ -304,8 +308,10 @@ pub enum Found {
     Running(Box<Vm>),
     /// It is on disk.
     Paused(Kept),
-    /// Its VM is being brought to run on, as after a pause that failed.
-    Interrupted(JoinHandle<PauseEnd<Vm>>),
+    /// Its VM is still being reached.
+    Reaching(Box<Record>, JoinHandle<ReachEnd<Vm>>),
+    /// Its VM may run and cannot be reached, by this agent at least: what there is does not say how.
+    Unreachable,
     /// It could not be removed.
     Remains,
 }
@@ -319,15 +325,17 @@ pub fn spawn_found(
     created_at_unix: i64,
     found: Found,
 ) -> Handle {
-    let (sandbox, work) = match found {
-        Found::Running(vm) => (Sandbox::adopted(*vm), Work::None),
-        Found::Paused(kept) => (Sandbox::kept(kept), Work::None),
-        Found::Interrupted(task) => (Sandbox::interrupted(), Work::Pause(task)),
-        Found::Remains => (Sandbox::remains(), Work::None),
+    let (sandbox, work, to_reach) = match found {
+        Found::Running(vm) => (Sandbox::adopted(*vm), Work::None, None),
+        Found::Paused(kept) => (Sandbox::kept(kept), Work::None, None),
+        Found::Reaching(record, task) => (Sandbox::unreachable(true), Work::Reach(task), Some(*record)),
+        Found::Unreachable => (Sandbox::unreachable(false), Work::None, None),
+        Found::Remains => (Sandbox::remains(), Work::None, None),
     };
     let first = view_of(&sandbox).expect("no sandbox is found in the middle of a capture");
     let mut driver = driver(registry, host, plan, slot, created_at_unix, first);
     driver.work = work;
+    driver.to_reach = to_reach;
     // Also where its VM runs.
     driver.show(&sandbox);
     let handle = driver.handle.clone();
@@ -361,6 +369,7 @@ fn driver(
         view,
         inbox,
         work: Work::None,
+        to_reach: None,
         unclaimed: None,
         unburied: None,
         untold: None,
@@ -374,6 +383,8 @@ struct Driver {
     view: watch::Sender<View>,
     inbox: mpsc::Receiver<Command>,
     work: Work,
+    /// What an earlier agent wrote of a VM that is still to be reached.
+    to_reach: Option<Record>,
     /// The last capture, where nobody was there to hear of it.
     unclaimed: Option<(CaptureWish, Bytes, Instant)>,
     /// What there was no room to write down, until what the sandbox had is given back.
@@ -394,6 +405,7 @@ enum Work {
         stop: Option<oneshot::Sender<()>>,
     },
     Capture(JoinHandle<CaptureEnd<Vm>>),
+    Reach(JoinHandle<ReachEnd<Vm>>),
     TearDown(JoinHandle<Result<(), TeardownError>>),
 }
 
@@ -455,6 +467,7 @@ impl Driver {
                 Work::Pause(task) => Event::PauseEnded(task.await.expect("a pause does not panic")),
                 Work::Resume { task, .. } => Event::ResumeEnded(task.await.expect("a resume does not panic")),
                 Work::Capture(task) => Event::CaptureEnded(task.await.expect("a capture does not panic")),
+                Work::Reach(task) => Event::Reached(task.await.expect("reaching does not panic")),
                 Work::TearDown(task) => Event::TornDown(task.await.expect("a teardown does not panic")),
             }
         };
@@ -473,7 +486,7 @@ impl Driver {
                         () = idle(&usage, at_work) => Event::IdleDeadline,
                     }
                 }
-                remains if remains.is_stuck() => {
+                found if found.waits_to_retry() => {
                     tokio::time::sleep(RETRY_PAUSE).await;
                     Event::RetryDue
                 }
@@ -481,6 +494,7 @@ impl Driver {
                 | Sandbox::Paused(_)
                 | Sandbox::Resuming(_)
                 | Sandbox::Capturing(_)
+                | Sandbox::Unreachable(_)
                 | Sandbox::Destroying(_)
                 | Sandbox::Gone => std::future::pending().await,
             }
@@ -496,7 +510,7 @@ impl Driver {
             }
         };
         match &event {
-            Event::Built(_) | Event::TornDown(_) | Event::CaptureEnded(_) => self.work = Work::None,
+            Event::Built(_) | Event::TornDown(_) | Event::CaptureEnded(_) | Event::Reached(_) => self.work = Work::None,
             Event::PauseEnded(end) => {
                 self.work = Work::None;
                 // One that could not be paused is tried again when it has gone unused for as long once more.
@@ -619,6 +633,16 @@ impl Driver {
                 let (host, id) = (self.host.clone(), id.clone());
                 self.work = Work::Capture(tokio::spawn(capture::capture_kept(host, id, kept, wish)));
             }
+            Action::Reach => {
+                let (host, slot) = (self.host.clone(), self.handle.slot.slot());
+                let record = self.to_reach.clone();
+                self.work = Work::Reach(tokio::spawn(async move {
+                    match record {
+                        Some(record) => recover::reach(host, record, slot).await,
+                        None => ReachEnd::Unreachable,
+                    }
+                }));
+            }
             Action::TearDown(vm) => {
                 let (host, id) = (self.host.clone(), id.clone());
                 self.work = Work::TearDown(tokio::spawn(async move { build::tear_down(&host, &id, vm).await }));
@@ -666,6 +690,7 @@ impl Driver {
         let end = match ending {
             Ending::Reported(exit) => End::Vmm(exit),
             Ending::ShimLost => End::ShimLost,
+            Ending::Unseen => End::VmmLost,
             Ending::DiskLost => End::DiskLost,
             Ending::NotPaused(error) => {
                 tracing::error!(sandbox_id = %id, error = %Chain(error.as_ref()), "idle and not to be paused");
@@ -748,6 +773,7 @@ impl Driver {
             Sandbox::Creating(_)
             | Sandbox::Paused(_)
             | Sandbox::Resuming(_)
+            | Sandbox::Unreachable(_)
             | Sandbox::Destroying(_)
             | Sandbox::Gone => self.handle.hold.forget(),
         }
@@ -794,6 +820,7 @@ fn view_of(sandbox: &Sandbox<Vm>) -> Option<View> {
         Sandbox::Paused(state) => View::Paused(state.kept),
         Sandbox::Resuming(_) => View::Resuming,
         Sandbox::Capturing(_) => return None,
+        Sandbox::Unreachable(_) => View::Unreachable,
         Sandbox::Destroying(_) => View::Destroying,
         Sandbox::Gone => View::Gone,
     })

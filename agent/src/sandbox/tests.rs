@@ -1,12 +1,14 @@
 //! The state machine against every event in every state, and against long random histories.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use super::record::Memory;
 use super::*;
 use crate::host::images::TemplateRef;
 use crate::templates::CaptureKind;
-use roost_common::shim::WaitStatus;
+use roost_common::shim::{Exit, WaitStatus};
+use tokio::sync::oneshot;
 
 /// Stands for what a sandbox owns: counts those alive.
 #[derive(Debug)]
@@ -93,6 +95,9 @@ fn words(next: &Next<Owned>) -> String {
         Sandbox::Paused(_) => "paused",
         Sandbox::Resuming(Resuming { destroys, .. }) if !destroys.is_empty() => "resuming/destroy",
         Sandbox::Resuming(_) => "resuming",
+        Sandbox::Unreachable(Unreachable { destroys, .. }) if !destroys.is_empty() => "unreachable/destroy",
+        Sandbox::Unreachable(Unreachable { is_tried: true, .. }) => "unreachable/tried",
+        Sandbox::Unreachable(_) => "unreachable",
         Sandbox::Destroying(Destroying { step: Step::Build, .. }) => "destroying/build",
         Sandbox::Destroying(Destroying {
             step: Step::Teardown, ..
@@ -116,6 +121,7 @@ fn words(next: &Next<Owned>) -> String {
         }
         Action::Resume(..) => " resume".to_owned(),
         Action::CancelResume => " cancel-resume".to_owned(),
+        Action::Reach => " reach".to_owned(),
         Action::TearDown(Some(_)) => " teardown(vm)".to_owned(),
         Action::TearDown(None) => " teardown(files)".to_owned(),
         Action::Kill(_) => " kill".to_owned(),
@@ -139,7 +145,7 @@ fn words(next: &Next<Owned>) -> String {
     state.to_owned() + &actions.collect::<String>()
 }
 
-const STATES: [&str; 18] = [
+const STATES: [&str; 21] = [
     "creating",
     "running",
     "pausing",
@@ -158,9 +164,12 @@ const STATES: [&str; 18] = [
     "destroying/teardown",
     "destroying/stuck",
     "gone",
+    "unreachable",
+    "unreachable/tried",
+    "unreachable/destroy",
 ];
 
-const EVENTS: [&str; 27] = [
+const EVENTS: [&str; 32] = [
     "built",
     "failed",
     "failed, left",
@@ -188,6 +197,11 @@ const EVENTS: [&str; 27] = [
     "not captured",
     "captured from files",
     "ended while capturing",
+    "reached",
+    "reached, paused",
+    "reached, ended",
+    "reached, gone",
+    "not reached",
 ];
 
 /// Every event in every state: what follows. One line for each pair.
@@ -246,6 +260,12 @@ fn every_event_in_every_state_has_its_answer() {
             "paused" => Sandbox::kept(kept()),
             "resuming" => resuming(0),
             "resuming/destroy" => resuming(1),
+            "unreachable" => Sandbox::unreachable(false),
+            "unreachable/tried" => Sandbox::unreachable(true),
+            "unreachable/destroy" => Sandbox::Unreachable(Unreachable {
+                is_tried: true,
+                destroys: vec![reply()],
+            }),
             "destroying/build" => destroying(Step::Build, true, 1),
             "destroying/teardown" => destroying(Step::Teardown, false, 1),
             "destroying/stuck" => destroying(Step::Stuck, false, 0),
@@ -263,7 +283,9 @@ fn every_event_in_every_state_has_its_answer() {
             "destroy" => Event::DestroyRequested(reply()),
             "pause" => Event::PauseRequested(PauseReason::Requested, reply()),
             "drain" => Event::PauseRequested(PauseReason::Drain, reply()),
-            "not paused, the host's fault" => Event::PauseEnded(PauseEnd::Running(vm(), PauseError::Interrupted)),
+            "not paused, the host's fault" => {
+                Event::PauseEnded(PauseEnd::Running(vm(), PauseError::SyncTimeout(Duration::ZERO)))
+            }
             "capture" => Event::CaptureRequested(wish(CaptureKind::Snapshot), reply()),
             "capture something else" => Event::CaptureRequested(wish(CaptureKind::Rootfs), reply()),
             "captured" => Event::CaptureEnded(CaptureEnd::Running(vm(), Ok(Bytes(7)))),
@@ -289,6 +311,11 @@ fn every_event_in_every_state_has_its_answer() {
             "not torn down" => Event::TornDown(Err(stuck())),
             "unclaimed" => Event::Unclaimed,
             "retry" => Event::RetryDue,
+            "reached" => Event::Reached(ReachEnd::Running(vm())),
+            "reached, paused" => Event::Reached(ReachEnd::Paused(kept())),
+            "reached, ended" => Event::Reached(ReachEnd::Ended(vm(), exit())),
+            "reached, gone" => Event::Reached(ReachEnd::Gone(None)),
+            "not reached" => Event::Reached(ReachEnd::Unreachable),
             other => panic!("no event {other}"),
         }
     };
@@ -327,8 +354,12 @@ enum Work {
     None,
     Build,
     Pause(Owned),
-    Resume { cancelled: bool },
+    Resume {
+        cancelled: bool,
+    },
     Capture(Option<Owned>),
+    /// What is there to be reached.
+    Reach(Owned),
     TearDown(Option<Owned>),
 }
 
@@ -340,8 +371,16 @@ fn no_history_loses_a_resource_a_paused_sandbox_or_a_caller() {
         let mut dice = Dice(u64::wrapping_mul(seed, 0x9E37_79B9_7F4A_7C15));
         let alive = Arc::new(AtomicUsize::new(0));
         let (caller, mut created) = oneshot::channel();
-        let mut sandbox = Some(Sandbox::new(caller));
-        let mut work = Work::Build;
+        // Of this agent, or of an earlier one.
+        let is_new = dice.roll(4) > 0;
+        let (first, mut work) = if is_new {
+            (Sandbox::new(caller), Work::Build)
+        } else {
+            (Sandbox::unreachable(true), Work::Reach(Owned::new(&alive)))
+        };
+        let mut sandbox = Some(first);
+        // A VM that runs and is not reached: a teardown ends it by its socket.
+        let mut unreached: Option<Owned> = None;
         let mut destroys: Vec<oneshot::Receiver<Result<(), Arc<TeardownError>>>> = Vec::new();
         let mut pauses: Vec<oneshot::Receiver<Result<(), PauseFailure>>> = Vec::new();
         let mut resumes: Vec<oneshot::Receiver<Result<(), ResumeFailure>>> = Vec::new();
@@ -387,6 +426,23 @@ fn no_history_loses_a_resource_a_paused_sandbox_or_a_caller() {
                             ResumeEnd::Running(Owned::new(&alive))
                         }
                         _ => ResumeEnd::Paused(kept(), ResumeError::Stopped),
+                    }),
+                    Work::Reach(vm) => Event::Reached(match dice.roll(6) {
+                        0 => ReachEnd::Running(vm),
+                        1 => ReachEnd::Ended(vm, exit()),
+                        2 => {
+                            drop(vm);
+                            ReachEnd::Gone(None)
+                        }
+                        3 => {
+                            drop(vm);
+                            on_disk = true;
+                            ReachEnd::Paused(kept())
+                        }
+                        _ => {
+                            unreached = Some(vm);
+                            ReachEnd::Unreachable
+                        }
                     }),
                     Work::TearDown(vm) => {
                         drop(vm);
@@ -469,7 +525,11 @@ fn no_history_loses_a_resource_a_paused_sandbox_or_a_caller() {
                             "seed {seed}: a paused sandbox is removed and nobody asked for it"
                         );
                         on_disk = false;
-                        work = Work::TearDown(vm);
+                        work = Work::TearDown(vm.or(unreached.take()));
+                    }
+                    Action::Reach => {
+                        assert!(idle, "seed {seed}: reached for while something is under way");
+                        work = Work::Reach(unreached.take().expect("something to reach"));
                     }
                     Action::Kill(_) => panic!("seed {seed}: two VMs"),
                     Action::Bury(_) | Action::TellAutoPaused => {}
@@ -491,12 +551,16 @@ fn no_history_loses_a_resource_a_paused_sandbox_or_a_caller() {
         }
         assert!(matches!(work, Work::None), "seed {seed}: gone with work under way");
         assert_eq!(alive.load(Ordering::SeqCst), 0, "seed {seed}: something has no owner");
-        assert!(created.try_recv().is_ok(), "seed {seed}: the create was not answered");
+        assert_eq!(
+            created.try_recv().is_ok(),
+            is_new,
+            "seed {seed}: the create was not answered"
+        );
         let unanswered = destroys.iter_mut().any(|answer| answer.try_recv().is_err())
             || pauses.iter_mut().any(|answer| answer.try_recv().is_err())
             || resumes.iter_mut().any(|answer| answer.try_recv().is_err())
             || captures.iter_mut().any(|answer| answer.try_recv().is_err());
         assert!(!unanswered, "seed {seed}: somebody was not answered");
     }
-    assert_eq!(seen.len(), 8, "not all states were reached: {seen:?}");
+    assert_eq!(seen.len(), 9, "not all states were reached: {seen:?}");
 }
