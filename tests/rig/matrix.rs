@@ -47,6 +47,7 @@ fn whatever_happens_at_any_step_of_anything_nothing_is_lost_and_nothing_stays() 
     let is_all = is_full_size();
     let wish = std::env::var("ROOST_MATRIX").unwrap_or(if is_all { "all" } else { "sample 0" }.to_owned());
     let cases = steps::cases();
+    assert!(cases.len() >= 400, "only {} cases", cases.len());
     let chosen = steps::choose(&cases, &wish);
     let (mut done, mut failures) = (Vec::new(), Vec::new());
     in_rig(|| {
@@ -258,13 +259,16 @@ fn case(step: Step, fault: Fault, host: &mut Host, template: Template) -> &'stat
             CREATED.to_owned()
         }
         Operation::Pause | Operation::Destroy | Operation::Snapshot | Operation::Flatten => host.running().id.clone(),
-        Operation::Resume | Operation::SnapshotPaused | Operation::FlattenPaused => host.paused().id.clone(),
+        Operation::Resume | Operation::ResumeDisk | Operation::SnapshotPaused | Operation::FlattenPaused => {
+            host.paused().id.clone()
+        }
     };
     let call = match operation {
         Operation::Create => vec!["create", "--memory", "128", "--id", &id],
         Operation::Clone => [&["create", "--id", &id], &host.template().arguments()[..]].concat(),
         Operation::Pause => vec!["pause", &id],
         Operation::Resume => vec!["resume", &id],
+        Operation::ResumeDisk => vec!["resume", "--disk-only", &id],
         Operation::Destroy => vec!["rm", &id],
         Operation::Snapshot | Operation::SnapshotPaused => [&["snapshot", &id], &template.arguments()[..]].concat(),
         Operation::Flatten | Operation::FlattenPaused => [&["flatten", &id], &template.arguments()[..]].concat(),
@@ -303,29 +307,56 @@ fn case(step: Step, fault: Fault, host: &mut Host, template: Template) -> &'stat
     disarm();
     wait_for_agent();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    let became = settled(&id);
+    let mut became = settled(&id);
+    let mut has_lost_vm = fault.ends_the_vm();
     if became == "running" && fault == Fault::Enospc {
-        // The agent may have held its guest meanwhile, and sees at its next look that there is room again.
-        eventually("its guest to run on", || {
+        // The agent may have held its guest meanwhile, and sees at its next look that there is room again. A guest that has just been
+        // made may have written to a new place of its disk before, and lost that disk.
+        eventually("its guest to run on, or its disk to be known as lost", || {
             let output = roost::roost(&["exec", &id, "--", "/bin/true"]);
-            output.status.success().then_some(())
+            (output.status.success() || find(&id).is_none()).then_some(())
         });
+        became = settled(&id);
+        if became == "gone" {
+            assert!(
+                matches!(operation, Operation::Create | Operation::Clone),
+                "its disk had all its blocks"
+            );
+            assert_eq!(roost::tombstone(&id)["reason"], "disk_lost");
+            has_lost_vm = true;
+        }
     }
     let is_success = output.status.success();
-    let has_lost_vm = fault.ends_the_vm();
     let acceptable = acceptable(operation, point, has_lost_vm);
     assert!(
         acceptable.contains(&became),
         "{became} instead of {acceptable:?}; {said}"
     );
     let promised = match operation {
-        Operation::Create | Operation::Clone | Operation::Resume | Operation::Snapshot | Operation::Flatten => {
-            "running"
-        }
+        Operation::Create
+        | Operation::Clone
+        | Operation::Resume
+        | Operation::ResumeDisk
+        | Operation::Snapshot
+        | Operation::Flatten => "running",
         Operation::Pause | Operation::SnapshotPaused | Operation::FlattenPaused => "paused",
         Operation::Destroy => "gone",
     };
+    // What a caller takes it for that was told of a failure.
+    let undone = match operation {
+        Operation::Create | Operation::Clone => Some("gone"),
+        Operation::Pause | Operation::Snapshot | Operation::Flatten => Some("running"),
+        Operation::Resume | Operation::ResumeDisk | Operation::SnapshotPaused | Operation::FlattenPaused => {
+            Some("paused")
+        }
+        // It is repeated.
+        Operation::Destroy => None,
+    };
     if is_success {
+        assert!(
+            !fault.fails_the_step(),
+            "answered with success, though a step had failed"
+        );
         // A VM that was lost as the answer was on its way.
         let fell = became == "gone" && has_lost_vm;
         assert!(became == promised || fell, "answered with success, and it is {became}");
@@ -333,6 +364,12 @@ fn case(step: Step, fault: Fault, host: &mut Host, template: Template) -> &'stat
         assert!(!fault.is_no_matter(), "it should not have mattered: {said}");
         // The error is told by name.
         assert!(fault != Fault::Eio || said.contains("(os error 5)"), "{said}");
+        let fell = became == "gone" && has_lost_vm;
+        let is_as_told = undone.is_none_or(|undone| became == undone) || fell;
+        assert!(
+            is_as_told || fault.cuts_the_answer_off(),
+            "answered with a failure, and it is {became}: {said}"
+        );
     }
     let makes_template = matches!(
         operation,
@@ -355,6 +392,7 @@ fn case(step: Step, fault: Fault, host: &mut Host, template: Template) -> &'stat
         (Operation::Resume, "paused") if matches!(point, Point::Recorded | Point::Thawed) => {
             recovered(host, has_lost_vm)
         }
+        (Operation::ResumeDisk, _) => from_disk(host, became),
         _ => host.running().is_whole(),
     }
     if let Some(gone) = host.subject.take_if(|sandbox| find(&sandbox.id).is_none()) {
@@ -374,11 +412,11 @@ fn acceptable(operation: Operation, point: Point, has_lost_vm: bool) -> &'static
         (Operation::Pause, Point::Open, true) => &["gone"],
         (Operation::Pause, Point::Open, false) => &["running", "paused"],
         (Operation::Pause, _, _) => &["paused"],
-        (Operation::Resume, Point::Open, _) => &["paused", "running"],
+        (Operation::Resume | Operation::ResumeDisk, Point::Open, _) => &["paused", "running"],
         (Operation::Resume, Point::Recorded, true) => &["paused"],
         (Operation::Resume, Point::Thawed, true) => &["paused", "gone"],
-        (Operation::Resume, Point::Done, true) => &["gone"],
-        (Operation::Resume, _, false) => &["running"],
+        (Operation::Resume, Point::Done, true) | (Operation::ResumeDisk, _, true) => &["gone"],
+        (Operation::Resume | Operation::ResumeDisk, _, false) => &["running"],
         // A destroy that was cut off is gone on with by whoever repeats it.
         (Operation::Destroy, ..) => &["gone", "running", "stopping"],
         (Operation::Snapshot | Operation::Flatten, _, true) => &["gone"],
@@ -397,6 +435,17 @@ fn recovered(host: &mut Host, has_lost_vm: bool) {
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(has_lost_vm && said.contains("from its disk alone"), "{said}");
     roost::ok(&["resume", "--disk-only", &sandbox.id]);
+    sandbox.has_whole_disk();
+    // The next case is to find memory too.
+    host.subject = None;
+}
+
+/// A sandbox that was to boot from its disk: whatever came of that, its disk is as it was.
+fn from_disk(host: &mut Host, became: &str) {
+    let sandbox = host.subject.as_ref().expect("it is there");
+    if became == "paused" {
+        roost::ok(&["resume", "--disk-only", &sandbox.id]);
+    }
     sandbox.has_whole_disk();
     // The next case is to find memory too.
     host.subject = None;

@@ -26,6 +26,8 @@ pub(super) enum Fault {
     StopShim,
     /// The VMM stands still, and its guest with it.
     StopVmm,
+    /// privd stands still.
+    StopPrivd,
     /// The caller goes away.
     KillCaller,
     /// What privd, shim, VMM or guest do next is done, and its answer never comes: a broken connection of privd or guest, an answer
@@ -44,7 +46,7 @@ pub(super) enum Fault {
 }
 
 impl Fault {
-    pub(super) const ALL: [Self; 14] = [
+    pub(super) const ALL: [Self; 15] = [
         Self::Eio,
         Self::KillAgent,
         Self::KillPrivd,
@@ -52,6 +54,7 @@ impl Fault {
         Self::KillVmm,
         Self::StopShim,
         Self::StopVmm,
+        Self::StopPrivd,
         Self::KillCaller,
         Self::LostReply,
         Self::Enospc,
@@ -80,6 +83,11 @@ impl Fault {
         matches!(self, Self::KillShim | Self::KillVmm)
     }
 
+    /// Whether the one who called hears nothing of how the operation ended, or not the last of it.
+    pub(super) fn cuts_the_answer_off(self) -> bool {
+        matches!(self, Self::KillAgent | Self::KillCaller)
+    }
+
     /// Whether the operation has nothing to do with it, and succeeds.
     pub(super) fn is_no_matter(self) -> bool {
         matches!(self, Self::ClockAhead | Self::ClockBehind)
@@ -87,14 +95,14 @@ impl Fault {
 
     /// Whether it takes half a minute.
     pub(super) fn is_slow(self) -> bool {
-        matches!(self, Self::StopShim | Self::StopVmm)
+        matches!(self, Self::StopShim | Self::StopVmm | Self::StopPrivd)
     }
 
     /// How long it lasts, where the operation does not end before. What an agent waits for with patience, such as a guest that does not
     /// run on, must come to be before its patience ends.
     fn lasts(self) -> Duration {
         Duration::from_secs(match self {
-            Self::StopShim | Self::StopVmm => 30,
+            Self::StopShim | Self::StopVmm | Self::StopPrivd => 30,
             // Of shells and clients that call the agent meanwhile none would get through.
             Self::Emfile => 5,
             Self::ClockAhead | Self::ClockBehind => 120,
@@ -123,6 +131,7 @@ impl Fault {
                 Box::new(|| ())
             }
             Self::StopShim => stop(&["roost-vmmshim"]),
+            Self::StopPrivd => stop(&["roost-privd"]),
             // The stand-in's guest is another process of its.
             Self::StopVmm => stop(&[vmm_command(), "qemu-system-x86"]),
             Self::Enospc => {

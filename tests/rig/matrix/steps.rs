@@ -10,6 +10,8 @@ pub(super) enum Operation {
     Clone,
     Pause,
     Resume,
+    /// A resume from the disk alone.
+    ResumeDisk,
     Destroy,
     Snapshot,
     Flatten,
@@ -90,6 +92,17 @@ const OPERATIONS: &[Row] = &[
             ("resume.thawed", Point::Thawed),
             ("resume.running", Point::Done),
         ],
+    ),
+    (
+        Operation::ResumeDisk,
+        &[
+            "resume.ready",
+            "resume.acquired",
+            "resume.offered",
+            "resume.launched",
+            "resume.gated",
+        ],
+        &[("resume.running", Point::Done)],
     ),
     (
         Operation::Destroy,
