@@ -103,6 +103,8 @@ impl Agent {
     }
 }
 
+const TEAM: &str = "11111111-2222-3333-4444-555555555555";
+
 #[tokio::test]
 async fn a_listed_client_is_served() {
     let agent = Agent::start().await;
@@ -116,12 +118,20 @@ async fn a_listed_client_is_served() {
 #[tokio::test]
 async fn an_agent_that_recovers_says_so() {
     let agent = Agent::start_recovering(&["roost-cli"]).await;
+    let template = ["--team", TEAM, "--template", TEAM];
     for args in [
         &["ls"][..],
         &["create"],
         &["ping", "x"],
         &["rm", "x"],
         &["exec", "x", "true"],
+        &["pause", "x"],
+        &["resume", "x"],
+        &[&["snapshot", "x"], &template[..]].concat(),
+        &[&["flatten", "x"], &template[..]].concat(),
+        &[&["rmi"], &template[..]].concat(),
+        &["why", "x"],
+        &["drain"],
     ] {
         let said = agent.refusal(args).await;
         assert!(
