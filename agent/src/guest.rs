@@ -22,6 +22,7 @@ use roost_common::guest::{
 use roost_common::ids::SandboxId;
 use tokio::net::TcpStream;
 
+use crate::errors::Chain;
 use crate::failpoint;
 
 /// Pause between two attempts to reach an envd that is not up yet.
@@ -36,6 +37,13 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 const COMMAND_CONNECT_LIMIT: Duration = Duration::from_secs(20);
 /// How long envd may take to answer a connection that stands.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+/// How long an `/init` may take to be answered for its time to be good: the guest sets its clock at some moment of the exchange, and is
+/// behind by what has passed until then. envd leaves a clock alone that is off by less than as much again.
+const CLOCK_ACCURACY: Duration = Duration::from_millis(50);
+/// How often the time is told at most until that was quick enough.
+const CLOCK_ATTEMPTS: u32 = 5;
+/// How long it may take to connect to envd to tell it the time once more, and how long envd may take to answer that.
+const CLOCK_LIMIT: Duration = Duration::from_secs(1);
 /// How long envd may take to make ready for a snapshot, which is best effort: it writes out what is dirty.
 const PREPARE_LIMIT: Duration = Duration::from_secs(3);
 /// How long envd may take to freeze or thaw: the kernel writes out what is dirty first.
@@ -214,7 +222,7 @@ impl Guest {
                 match self.health().await {
                     Ok(version) => return version,
                     Err(error) => {
-                        tracing::trace!(error = %crate::errors::Chain(&error), "envd is not up yet");
+                        tracing::trace!(error = %Chain(&error), "envd is not up yet");
                         tokio::time::sleep(PROBE_PAUSE).await;
                     }
                 }
@@ -232,7 +240,7 @@ impl Guest {
             token: &self.token,
             connect_limit: PROBE_LIMIT,
         };
-        let answer = self.exchange(call, Vec::new(), ANSWER_LIMIT).await?;
+        let answer = self.exchange(call, Vec::new, ANSWER_LIMIT).await?;
         let header = answer
             .headers()
             .get(VERSION_HEADER)
@@ -252,37 +260,89 @@ impl Guest {
 
     /// Tells envd who it is, and waits until it has taken that in: its clock, its entropy, its identity. An envd that knows of
     /// nonces repeats the one it was sent, and has read from its disk before. `known` is the token that it asks for where that is not
-    /// ours yet, as in a clone.
+    /// ours yet, as in a clone. A guest that takes its time is told the time once more.
     ///
     /// # Errors
     /// [`GuestError::Http`], [`GuestError::Refused`], [`GuestError::WrongNonce`].
     pub async fn init(&self, known: Option<&Token>, identity: Identity) -> Result<(), GuestError> {
         let nonce = crate::sandbox::build::random_hex();
+        let (sandbox, lifecycle) = (identity.sandbox, identity.lifecycle);
         let request = InitRequest {
             env_vars: Some(identity.env),
             access_token: Some(self.token.0.clone()),
-            timestamp: Some(SystemTime::now()),
             default_user: identity.user,
-            lifecycle_id: Some(identity.lifecycle),
-            sandbox_id: Some(identity.sandbox.to_string()),
+            lifecycle_id: Some(lifecycle.clone()),
+            sandbox_id: Some(sandbox.to_string()),
             template_id: Some(identity.template),
             entropy: identity.entropy,
             dns: Some(identity.resolvers.into_iter().map(IpAddr::V4).collect()),
             nonce: Some(nonce.clone()),
             ..InitRequest::default()
         };
-        let body = serde_json::to_vec(&request).expect("strings serialise");
         let call = Call {
             method: Method::POST,
             path: INIT_PATH,
             token: known.unwrap_or(&self.token),
             connect_limit: CONNECT_LIMIT,
         };
-        let answer = self.exchange(call, body, ANSWER_LIMIT).await?;
+        let (answer, took) = self.init_now(call, request, ANSWER_LIMIT).await?;
         match answer.headers().get(NONCE_HEADER) {
-            Some(repeated) if repeated.as_bytes() != nonce.as_bytes() => Err(GuestError::WrongNonce),
-            Some(_) | None => Ok(()),
+            Some(repeated) if repeated.as_bytes() != nonce.as_bytes() => return Err(GuestError::WrongNonce),
+            Some(_) | None => {}
         }
+        self.set_clock(&sandbox, &lifecycle, took).await;
+        Ok(())
+    }
+
+    /// Tells envd the time until that is quick enough; it was told it once, which took `took`. An attempt that comes out worse does no
+    /// harm: a clock is only ever set forward by it. Best effort: the guest is up, whatever its clock.
+    async fn set_clock(&self, sandbox: &SandboxId, lifecycle: &str, mut took: Duration) {
+        for _ in 1..CLOCK_ATTEMPTS {
+            if took <= CLOCK_ACCURACY {
+                return;
+            }
+            let request = InitRequest {
+                access_token: Some(self.token.0.clone()),
+                lifecycle_id: Some(lifecycle.to_owned()),
+                ..InitRequest::default()
+            };
+            let call = Call {
+                method: Method::POST,
+                path: INIT_PATH,
+                token: &self.token,
+                connect_limit: CLOCK_LIMIT,
+            };
+            match self.init_now(call, request, CLOCK_LIMIT).await {
+                Ok((_, again)) => took = again,
+                // One that is late all the same is older than what envd hears of the next.
+                Err(error) => {
+                    tracing::debug!(sandbox_id = %sandbox, error = %Chain(&error), "a guest was not told the time")
+                }
+            }
+        }
+        if took > CLOCK_ACCURACY {
+            tracing::warn!(sandbox_id = %sandbox, elapsed_ms = %took.as_millis(), "a guest's clock may be behind by this");
+        }
+    }
+
+    /// Sends `/init` with the time at which it is written, once the connection stands; how long the answer took from there on.
+    async fn init_now(
+        &self,
+        call: Call<'_>,
+        request: InitRequest,
+        limit: Duration,
+    ) -> Result<(http::Response<Bytes>, Duration), GuestError> {
+        let mut written = Instant::now();
+        let body = || {
+            written = Instant::now();
+            let request = InitRequest {
+                timestamp: Some(SystemTime::now()),
+                ..request
+            };
+            serde_json::to_vec(&request).expect("strings serialise")
+        };
+        let answer = self.exchange(call, body, limit).await?;
+        Ok((answer, written.elapsed()))
     }
 
     /// Asks envd to make ready for a snapshot: to write out and drop caches, and to keep no connection open. Best effort, so a
@@ -291,7 +351,7 @@ impl Guest {
     /// # Errors
     /// [`GuestError::Http`], [`GuestError::Refused`].
     pub async fn prepare(&self) -> Result<(), GuestError> {
-        self.call(Method::POST, SNAPSHOT_PREPARE_PATH, Vec::new(), PREPARE_LIMIT)
+        self.call(Method::POST, SNAPSHOT_PREPARE_PATH, PREPARE_LIMIT)
             .await
             .map(drop)
     }
@@ -301,7 +361,7 @@ impl Guest {
     /// # Errors
     /// [`GuestError::Http`], [`GuestError::Refused`]; whether they are frozen is then unknown.
     pub async fn freeze(&self) -> Result<Freeze, GuestError> {
-        match self.call(Method::POST, FSFREEZE_PATH, Vec::new(), FREEZE_LIMIT).await {
+        match self.call(Method::POST, FSFREEZE_PATH, FREEZE_LIMIT).await {
             Ok(answer) => {
                 let word = answer.headers().get(HELD_HEADER).map(http::HeaderValue::as_bytes);
                 Ok(match word.and_then(Held::of_word) {
@@ -320,7 +380,7 @@ impl Guest {
     /// # Errors
     /// [`GuestError::Http`], [`GuestError::Refused`].
     pub async fn thaw(&self) -> Result<(), GuestError> {
-        match self.call(Method::POST, FSTHAW_PATH, Vec::new(), FREEZE_LIMIT).await {
+        match self.call(Method::POST, FSTHAW_PATH, FREEZE_LIMIT).await {
             Err(GuestError::Refused { status, .. }) if status == StatusCode::NOT_FOUND => Ok(()),
             outcome => outcome.map(drop),
         }
@@ -460,7 +520,6 @@ impl Guest {
         &self,
         method: Method,
         path: &'static str,
-        body: Vec<u8>,
         limit: Duration,
     ) -> Result<http::Response<Bytes>, GuestError> {
         let call = Call {
@@ -469,13 +528,14 @@ impl Guest {
             token: &self.token,
             connect_limit: CONNECT_LIMIT,
         };
-        self.exchange(call, body, limit).await
+        self.exchange(call, Vec::new, limit).await
     }
 
+    /// `body` is asked for once the connection stands.
     async fn exchange(
         &self,
         call: Call<'_>,
-        body: Vec<u8>,
+        body: impl FnOnce() -> Vec<u8>,
         limit: Duration,
     ) -> Result<http::Response<Bytes>, GuestError> {
         let Call {
@@ -499,7 +559,7 @@ impl Guest {
                 .header(http::header::HOST, self.address.to_string())
                 .header(http::header::CONTENT_TYPE, "application/json")
                 .header(ACCESS_TOKEN_HEADER, &token.0)
-                .body(Full::new(Bytes::from(body)))
+                .body(Full::new(Bytes::from(body())))
                 .expect("an address and a hexadecimal token are header values");
             let answer = async {
                 let answer = sender
@@ -645,7 +705,7 @@ mod tests {
         let outcome = guest.exec("x".into(), Vec::new(), Duration::from_secs(5), 1000).await;
         let error = outcome.expect_err("nobody listens");
         assert!(matches!(error, GuestError::Unreachable(_)), "{error:?}");
-        let said = crate::errors::Chain(&error).to_string();
+        let said = Chain(&error).to_string();
         assert!(said.to_lowercase().contains("refused"), "{said}");
     }
 
@@ -664,6 +724,101 @@ mod tests {
             let outcome = guest.exec("x".into(), Vec::new(), Duration::from_secs(5), 1000).await;
             assert!(outcome.is_err());
         }
+    }
+
+    /// A guest whose envd takes this long over each `/init` in turn, and is told no more; what it was told, and when it had read that.
+    async fn slow(listener: TcpListener, delays: Vec<Duration>) -> Vec<(InitRequest, SystemTime)> {
+        let mut told = Vec::new();
+        for delay in delays {
+            let (mut stream, _) = listener.accept().await.expect("accepted");
+            let (mut request, mut piece) = (Vec::new(), [0; 4096]);
+            let body = loop {
+                let read = stream.read(&mut piece).await.expect("read");
+                request.extend_from_slice(&piece[..read]);
+                let at = request.windows(4).position(|window| window == b"\r\n\r\n");
+                if let Some(Ok(body)) = at.map(|at| serde_json::from_slice::<InitRequest>(&request[at + 4..])) {
+                    break body;
+                }
+            };
+            let nonce = body.nonce.clone().unwrap_or_default();
+            told.push((body, SystemTime::now()));
+            tokio::time::sleep(delay).await;
+            let answer = format!("HTTP/1.1 204 No Content\r\n{NONCE_HEADER}: {nonce}\r\n\r\n");
+            // One that came too late is not read.
+            drop(stream.write_all(answer.as_bytes()).await);
+        }
+        told
+    }
+
+    fn identity() -> Identity {
+        Identity {
+            sandbox: "x".parse().expect("an id"),
+            template: "t".into(),
+            user: None,
+            env: BTreeMap::new(),
+            resolvers: Vec::new(),
+            entropy: vec![7; 8],
+            lifecycle: "first".into(),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_takes_its_time_is_told_the_time_once_more() {
+        let (slowly, late) = (Duration::from_millis(200), CLOCK_LIMIT + Duration::from_millis(200));
+        let many = vec![slowly; 5];
+        for (delays, calls) in [
+            (vec![Duration::ZERO], 1),
+            (vec![slowly, Duration::ZERO], 2),
+            (vec![slowly, late, Duration::ZERO], 3),
+            // Not for ever.
+            (many, 5),
+        ] {
+            let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
+            let guest = Guest::at(listener.local_addr().expect("an address"), Token::random());
+            let (told, outcome) = tokio::join!(slow(listener, delays), guest.init(None, identity()));
+            outcome.expect("it was told");
+            assert_eq!(told.len(), calls);
+            for (number, (request, _)) in told.iter().enumerate() {
+                assert!(request.timestamp.is_some());
+                assert_eq!(request.lifecycle_id.as_deref(), Some("first"));
+                assert_eq!(request.access_token.as_deref(), Some(guest.token.0.as_str()));
+                // What it is told of itself it is told once.
+                let is_first = number == 0;
+                assert_eq!(request.sandbox_id.is_some(), is_first);
+                assert_eq!(request.nonce.is_some(), is_first);
+                assert_eq!(request.env_vars.is_some(), is_first);
+                assert_eq!(request.entropy.is_empty(), !is_first);
+            }
+            let times: Vec<_> = told.iter().map(|(request, _)| request.timestamp).collect();
+            assert!(times.is_sorted(), "{times:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn the_time_that_a_guest_is_told_is_that_after_it_could_be_reached() {
+        let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
+        socket.bind("127.0.0.1:0".parse().expect("an address")).expect("bound");
+        // One connection may wait. The kernel drops the first packet of the next, and sends it again after a second.
+        let listener = socket.listen(0).expect("it listens");
+        let address = listener.local_addr().expect("an address");
+        let first = TcpStream::connect(address).await.expect("connected");
+        let guest = Guest::at(address, Token::random());
+        let accepted = async {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            drop((listener.accept().await.expect("accepted"), first));
+            slow(listener, vec![Duration::ZERO]).await
+        };
+        let began = SystemTime::now();
+        let (told, outcome) = tokio::join!(accepted, guest.init(None, identity()));
+        outcome.expect("it was told");
+        let (request, read) = &told[0];
+        let connecting = read.duration_since(began).expect("later");
+        assert!(
+            connecting > Duration::from_millis(500),
+            "connected after {connecting:?}"
+        );
+        let age = read.duration_since(request.timestamp.expect("a time")).expect("later");
+        assert!(age < Duration::from_millis(300), "{age:?} old when it was read");
     }
 
     #[test]
