@@ -1,16 +1,19 @@
-//! Power cuts. The xtask outside boots the rig again and again over one data disk and runs this test in each boot: it looks at what
-//! the last cut has left, brings the sandboxes to the next moment, and has the power cut, which kills the rig's QEMU at once.
+//! Power cuts, and an orderly shutdown. The xtask outside boots the rig again and again over one data disk and runs this test in each
+//! boot: it looks at what the last one's end has left, brings the sandboxes to the next moment, and has the power cut, which kills the
+//! rig's QEMU at once, or has the host shut down, which ends the QEMU by itself.
 //!
 //! One sandbox is cut; another one was paused before the first cut and is resumed after the last. What the records on disk promise
 //! of the first (`agent/src/sandbox/record.rs`):
 //!
 //! | cut | its record says | after the next boot it is |
 //! |---|---|---|
+//! | while it runs | running | gone, with a tombstone |
+//! | by a shutdown, for which `roost-drain.service` pauses it | paused | paused |
 //! | during a pause, up to where its snapshot is sealed | running | gone, with a tombstone |
 //! | from there on, so also once the pause is acknowledged | paused | paused |
 //! | during a resume, until its memory is offered to a VMM | paused | paused |
 //! | from there until its guest may write | resuming | paused |
-//! | from there until it has thawed | thawing | paused, with its memory where its disk was not written |
+//! | from there until it has thawed and that is on record | thawing | paused, with its memory where its disk was not written |
 //! | from there on | running | gone, with a tombstone |
 
 use std::fs::{self, File};
@@ -21,11 +24,13 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use roost_tests::census::Census;
+use roost_tests::disk::run;
 use roost_tests::roost::{self, Sandbox, find, find_paused, wait_for_agent};
 use roost_tests::{PATIENCE, eventually, is_full_size};
 use serde::{Deserialize, Serialize};
 
-/// A line here has the power cut. There only in a series of boots.
+/// A line here has the power cut (`cut` and the moment), or says that this boot ends by itself (`off` and the moment). There only in a
+/// series of boots.
 const CUT: &str = "/run/rig-cut";
 /// What is remembered from one boot to the next.
 const DIARY: &str = "/var/lib/roost/power-cuts.json";
@@ -37,6 +42,10 @@ const REACHED: &str = "/var/lib/roost/failpoint.reached";
 enum Moment {
     /// As soon as a pause has been acknowledged.
     Acknowledged,
+    /// While it runs.
+    Running,
+    /// No cut: the host is shut down while it runs.
+    Shutdown,
     /// While a pause waits at a step.
     Pause(&'static str),
     /// While a resume of an acknowledged pause waits at a step.
@@ -48,6 +57,8 @@ enum Moment {
 enum Became {
     /// Paused, and it goes on where it was.
     Paused,
+    /// Paused, and its memory is refused, since its guest has written: it boots from its disk.
+    Disk,
     /// Not there any more, with a tombstone that says why.
     Gone,
 }
@@ -62,6 +73,7 @@ const MOMENTS: &[(Moment, Became, bool)] = &[
     (Moment::Resume("resume.restored"), Became::Paused, false),
     (Moment::Resume("resume.woken"), Became::Paused, false),
     (Moment::Resume("resume.gated"), Became::Paused, true),
+    (Moment::Shutdown, Became::Paused, true),
     (Moment::Pause("pause.recorded"), Became::Paused, false),
     (Moment::Pause("pause.sealed"), Became::Gone, false),
     (Moment::Pause("pause.written"), Became::Gone, false),
@@ -69,9 +81,13 @@ const MOMENTS: &[(Moment, Became, bool)] = &[
     (Moment::Pause("pause.stopped"), Became::Gone, false),
     (Moment::Pause("pause.frozen"), Became::Gone, false),
     (Moment::Pause("pause.prepared"), Became::Gone, false),
-    // Nobody has been told of this resume, and its guest is frozen: it is as paused as it was. From the thaw on its memory may be of no
-    // use, so what comes after that is no moment here.
+    (Moment::Running, Became::Gone, false),
+    // Nobody has been told of this resume, and its guest is frozen: it is as paused as it was.
     (Moment::Resume("resume.recorded"), Became::Paused, false),
+    // Nor of this one, but its guest may write, and thawing its filesystem is writing to it.
+    (Moment::Resume("resume.thawed"), Became::Disk, false),
+    // Its record says that it runs, and its memory is spent.
+    (Moment::Resume("resume.running"), Became::Gone, false),
 ];
 
 /// A file in memory, one on disk, and a program whose count is in memory and, number by number, in a file on disk.
@@ -89,8 +105,13 @@ const CHECK: &str = "set -e; echo 3 > /proc/sys/vm/drop_caches; cd /root
     before=$(wc -l < count); until test $(wc -l < count) -gt $((before + 1)); do sleep 0.1; done
     awk '$1 != NR { print \"line \" NR \" of the count is \" $1; exit 1 }' count
     echo written > after; sync; if dmesg | grep -i 'ext4.*error'; then exit 1; fi; cat /proc/sys/kernel/random/boot_id";
+/// The same of a guest that has booted from its disk: what was there when it was paused, and of what came later no more than its beginning.
+const CHECK_BOOTED: &str = "set -e; cd /root; for sum in disk late; do sha256sum < $sum | diff - $sum.sum; done
+    awk '$1 != NR { print \"line \" NR \" of the count is \" $1; exit 1 }' count
+    echo written > after; sync; if dmesg | grep -i 'ext4.*error'; then exit 1; fi; cat /proc/sys/kernel/random/boot_id";
 
-/// Checks a paused sandbox's disk as its VMM would see it, from a copy of its exception store: `$1` is its id.
+/// Checks a paused sandbox's disk as its VMM would see it, from a copy of its exception store: `$1` is its id. `$2` is `-n` where it
+/// is to be clean as it is, and `-p` where its journal is to be replayed first, and no more than that is mended.
 const FSCK: &str = "set -eu
     dir=/var/lib/roost; copy=/var/tmp/power-fsck; size=$(jq .disk $dir/sandboxes/$1/sandbox.json)
     cp --sparse=always $dir/sandboxes/$1/rootfs.cow $copy
@@ -102,7 +123,7 @@ const FSCK: &str = "set -eu
     there=$(blockdev --getsz $image)
     { echo 0 $there linear $image 0; [ $there = $size ] || echo $there $((size - there)) zero; } | dmsetup create power-origin
     echo 0 $size snapshot /dev/mapper/power-origin $store P 8 | dmsetup create power-disk
-    e2fsck -f -n /dev/mapper/power-disk 2>&1";
+    e2fsck -f $2 /dev/mapper/power-disk 2>&1 || [ $2 = -p -a $? = 1 ]";
 
 /// What is remembered.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -207,7 +228,7 @@ fn chosen() -> Vec<&'static (Moment, Became, bool)> {
     MOMENTS.iter().filter(|(moment, _, few)| wanted(moment, *few)).collect()
 }
 
-/// Brings the sandbox to a moment, and has the power cut.
+/// Brings the sandbox to a moment, and has the power cut, or the host shut down.
 fn reach(diary: &mut Diary, moment: Moment) {
     let subject = diary.running();
     prepare_pause(&subject);
@@ -216,14 +237,27 @@ fn reach(diary: &mut Diary, moment: Moment) {
     diary.write();
     match moment {
         Moment::Acknowledged => drop(roost::ok(&["pause", &subject.id])),
+        Moment::Running => {}
+        Moment::Shutdown => return shut_down(moment),
         Moment::Pause(step) => wait_at(step, &["pause", &subject.id]),
         Moment::Resume(step) => {
             roost::ok(&["pause", &subject.id]);
             wait_at(step, &["resume", &subject.id]);
         }
     }
-    fs::write(CUT, format!("{moment:?}\n")).expect("the xtask listens");
+    fs::write(CUT, format!("cut {moment:?}\n")).expect("the xtask listens");
     eventually("the power to be cut", || None)
+}
+
+/// Has the host shut down, as an operator does. This program is one of those that are ended for it, and does not let that wait.
+fn shut_down(moment: Moment) {
+    // Enabled, as on a host, it is started at boot.
+    run("systemctl", &["start", "roost-drain.service"]);
+    fs::write(CUT, format!("off {moment:?}\n")).expect("the xtask listens");
+    eventually("the shutdown to begin", || {
+        let state = Command::new("systemctl").arg("is-system-running").output();
+        (state.expect("systemctl runs").stdout == b"stopping\n").then_some(())
+    });
 }
 
 /// Starts an operation that then waits at a step.
@@ -245,26 +279,37 @@ fn look(diary: &mut Diary, moment: Moment, promised: Became) -> Row {
     let bystander = diary.bystander.clone().expect("made in the first boot");
     let seen = catch_unwind(AssertUnwindSafe(|| {
         let became = became(&subject.id);
-        assert_eq!(became, promised, "after the cut");
+        assert_eq!(became, promised, "after {moment:?}");
         assert!(find_paused(&bystander.id).is_some(), "the other paused sandbox is gone");
         let kept: &[&Subject] = match became {
-            Became::Paused => &[&bystander, &subject],
+            Became::Paused | Became::Disk => &[&bystander, &subject],
             Became::Gone => &[&bystander],
         };
         nothing_but(kept, diary.clean);
-        if became == Became::Paused {
-            check_disk(&subject);
-            check(&subject);
+        match became {
+            Became::Paused => {
+                check_disk(&subject, "-n");
+                check(&subject);
+            }
+            Became::Disk => {
+                check_disk(&subject, "-p");
+                check_booted(&subject);
+                roost::ok(&["rm", &subject.id]);
+            }
+            Became::Gone => {}
         }
         became
     }));
     match seen {
         Ok(became) => {
-            if became == Became::Gone {
+            if became != Became::Paused {
                 diary.subject = None;
             }
             let became = match became {
                 Became::Paused => "paused; fsck clean; goes on where it was, files and memory as they were",
+                Became::Disk => {
+                    "paused; fsck clean once its journal was replayed; its memory is refused; boots, files as they were"
+                }
                 Became::Gone => "gone, with a tombstone",
             };
             Row {
@@ -294,7 +339,7 @@ fn look(diary: &mut Diary, moment: Moment, promised: Became) -> Row {
 /// After the last cut: the sandbox that was paused before the first one.
 fn end(diary: &Diary) {
     let bystander = diary.bystander.as_ref().expect("made in the first boot");
-    check_disk(bystander);
+    check_disk(bystander, "-n");
     check(bystander);
     for sandbox in [Some(bystander), diary.subject.as_ref()].into_iter().flatten() {
         roost::ok(&["rm", &sandbox.id]);
@@ -306,7 +351,7 @@ fn end(diary: &Diary) {
     }
     let wrong = diary.rows.iter().filter(|row| !row.ok).count();
     say(&format!(
-        "NOTE: {} of {} power cuts, {wrong} of them wrong; a sandbox paused before the first was resumed after the last\n",
+        "NOTE: {} of {} power cuts and shutdowns, {wrong} of them wrong; a sandbox paused before the first was resumed after the last\n",
         diary.rows.len(),
         MOMENTS.len(),
     ));
@@ -335,7 +380,7 @@ fn prepare_pause(subject: &Subject) {
 /// What has become of a sandbox that a cut has met.
 fn became(id: &str) -> Became {
     if find_paused(id).is_some() {
-        return Became::Paused;
+        return if is_spent(id) { Became::Disk } else { Became::Paused };
     }
     let listed = find(id);
     assert!(listed.is_none(), "neither paused nor gone: {listed:?}");
@@ -344,15 +389,33 @@ fn became(id: &str) -> Became {
     Became::Gone
 }
 
+/// Whether the record of a paused sandbox says that its memory is of no use any more.
+fn is_spent(id: &str) -> bool {
+    let record = fs::read(format!("/var/lib/roost/sandboxes/{id}/sandbox.json")).expect("a record");
+    let record: serde_json::Value = serde_json::from_slice(&record).expect("JSON");
+    let memory = record["phase"]["paused"]["memory"].as_str();
+    memory.expect("a paused sandbox's record") == "spent"
+}
+
 /// Resumes a sandbox, and looks at everything in it.
 fn check(subject: &Subject) {
     roost::ok(&["resume", &subject.id]);
     assert_eq!(sh(&subject.id, CHECK), subject.boot, "the guest booted anew");
 }
 
+/// Boots a sandbox whose memory is refused, and looks at its disk.
+fn check_booted(subject: &Subject) {
+    let error = roost::fails(&["resume", &subject.id]);
+    assert!(error.contains("from its disk alone"), "{error}");
+    roost::ok(&["resume", "--disk-only", &subject.id]);
+    assert_ne!(sh(&subject.id, CHECK_BOOTED), subject.boot, "the guest did not boot");
+}
+
 /// Checks a paused sandbox's filesystem from outside.
-fn check_disk(subject: &Subject) {
-    let output = Command::new("bash").args(["-c", FSCK, "fsck", &subject.id]).output();
+fn check_disk(subject: &Subject, how: &str) {
+    let output = Command::new("bash")
+        .args(["-c", FSCK, "fsck", &subject.id, how])
+        .output();
     let output = output.expect("bash runs");
     assert!(
         output.status.success(),

@@ -62,10 +62,10 @@ fi
 ) &
 watchdog=$!
 
-# In a series of boots the command may have the power cut: it writes a line here, and the xtask kills QEMU when it is told.
+# In a series of boots the command may end one: it writes a line here. Told `cut`, the xtask kills QEMU; told `off`, it waits for its end.
 if [ "$RIG_SERIES" = 1 ]; then
     mkfifo -m 0600 /run/rig-cut
-    (read -r moment </run/rig-cut && say "cut $moment") &
+    (read -r how moment </run/rig-cut && say "$how $moment" && if [ "$how" = off ]; then systemctl poweroff; fi) &
 fi
 
 # Through a pipe: the port itself can be opened only once, and commands re-open /dev/stderr.

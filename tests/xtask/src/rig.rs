@@ -36,6 +36,8 @@ pub(crate) const STATUS_TIMEOUT: u8 = 124;
 
 /// How long after QEMU's start the host may take to be up; ten seconds on an idle machine.
 const BOOT_LIMIT: Duration = Duration::from_secs(180);
+/// How long a rig may take to shut down, for which it pauses what runs.
+const SHUTDOWN_LIMIT: Duration = Duration::from_secs(300);
 /// How long a rig that is up may not say that it runs; it says so every five seconds.
 const SILENCE_LIMIT: Duration = Duration::from_secs(120);
 /// `--timeout` and `--memory` where none is given.
@@ -77,7 +79,7 @@ pub(crate) struct Options {
     /// With --bare: install this build and the guest image all the same, but start nothing
     #[arg(long, requires = "bare")]
     pub(crate) installed: bool,
-    /// Whether what is written to /var/lib/roost outlives QEMU, and the command may ask for a power cut (see [`crate::series`])
+    /// Whether what is written to /var/lib/roost outlives QEMU, and the command may ask for another boot (see [`crate::series`])
     #[arg(skip)]
     pub(crate) series: bool,
     /// The command and its arguments
@@ -106,7 +108,7 @@ impl Options {
 pub(crate) enum Boot {
     /// With its command.
     Ended(End),
-    /// QEMU was killed because the command asked for it, saying when.
+    /// As the command wanted it, for the next boot: QEMU was killed, or the host has shut down. Which, and when.
     Cut(String),
     /// The emulated virtualisation brought down the rig's own kernel, or it hangs. The last of the command's output.
     Crashed(Vec<u8>),
@@ -137,9 +139,9 @@ pub(crate) fn run_with(options: &Options, binaries: Option<&Binaries>) -> Result
     }
 }
 
-/// The error of a power cut that was asked for where none is to be.
+/// The error of a power cut or shutdown that was asked for where none is to be.
 pub(crate) fn no_series(moment: &str) -> anyhow::Error {
-    anyhow!("the command asked for a power cut ({moment}), and this is no series of boots")
+    anyhow!("the command asked for another boot ({moment}), and this is no series of boots")
 }
 
 /// As [`run_with`], for whoever can go on after a crash.
@@ -570,11 +572,23 @@ impl Machine {
                     return Ok(Verdict::Exit(status));
                 }
                 // At once: every word here would be time for the rig to go on.
-                "cut" => return Ok(Verdict::Cut(rest.to_owned())),
+                "cut" => return Ok(Verdict::Cut(format!("power cut: {rest}"))),
+                // What its units say on their way down is not for us.
+                "off" => return self.see_off(qemu).map(|()| Verdict::Cut(format!("shutdown: {rest}"))),
                 "failed" => bail!("{rest}; journal: {}", self.run.log("journal.log").display()),
                 _ => eprintln!("rig: {line}"),
             }
         }
+    }
+
+    /// Waits for the end of a rig that shuts down.
+    fn see_off(&self, qemu: &mut Child) -> Result<()> {
+        let Some(status) = wait_until(qemu, Instant::now() + SHUTDOWN_LIMIT)? else {
+            self.show_console();
+            bail!("the rig did not shut down in {} s", SHUTDOWN_LIMIT.as_secs());
+        };
+        ensure!(status.success(), "QEMU ended at the rig's shutdown: {status}");
+        Ok(())
     }
 
     /// Whether the rig's kernel has panicked on its way in or out of a guest. An emulated processor loses a register there, once in many

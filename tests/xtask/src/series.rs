@@ -1,5 +1,6 @@
-//! A series of boots of the rig over one data disk, with the power cut in between: QEMU is killed at the moment that the command in the
-//! rig asks for it, by a line to `/run/rig-cut`, and the same command starts anew in the next boot.
+//! A series of boots of the rig over one data disk, with the power cut in between, or the host shut down: QEMU is killed at the moment
+//! that the command in the rig asks for it, by a line to `/run/rig-cut`, or ends by itself, and the same command starts anew in the next
+//! boot.
 //!
 //! Holds: what the command must remember from one boot to the next lies below /var/lib/roost; all else is as in any first boot. A series
 //! whose rig crashed begins anew, once and said aloud: what was on its disk proves nothing any more.
@@ -35,10 +36,10 @@ fn run_once(options: &Options, binaries: &Binaries) -> Result<Option<End>> {
     for number in 1..=MOST_BOOTS {
         match step(&format!("boot {number}"), || machine.boot())? {
             Boot::Ended(end) => return Ok(Some(end)),
-            Boot::Cut(moment) => eprintln!("    power cut: {moment}"),
+            Boot::Cut(moment) => eprintln!("    {moment}"),
             Boot::Crashed(_) => return Ok(None),
         }
         machine.keep_console(&number.to_string())?;
     }
-    bail!("the command asked for a power cut in each of {MOST_BOOTS} boots");
+    bail!("the command asked for another boot in each of {MOST_BOOTS}");
 }
