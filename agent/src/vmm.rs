@@ -1,6 +1,8 @@
 //! The VMM's REST API, over the Unix socket in a VM's run directory. The other end runs hostile code at worst: every answer is
 //! bounded in size and time, and nothing in it is trusted beyond being printed.
 
+pub mod version;
+
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -106,8 +108,7 @@ impl Vmm {
             version: String,
         }
         let ping: Ping = self.ask("vmm.ping").await?;
-        let printable = ping.version.chars().filter(|c| c.is_ascii_graphic()).take(64);
-        Ok(printable.collect())
+        Ok(version::printable(&ping.version))
     }
 
     /// What the VM is doing.

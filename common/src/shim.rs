@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! connect --> Hello                     (the shim's first packet; its credentials tell the VM's uid)
+//! Version --> Version | Refused         before a launch
 //! Launch  --> Started | Refused         once
 //! Status  --> Status
 //! Kill    --> Killed                    then Exited when the VMM has gone
@@ -56,6 +57,8 @@ pub const MEMORY_RANGE: RangeInclusive<Mebibytes> = Mebibytes(64)..=Mebibytes(1 
 pub const VCPUS_RANGE: RangeInclusive<Vcpus> = Vcpus(1)..=Vcpus(64);
 /// Most bytes of a console or log tail in [`Exit`].
 pub const MAX_TAIL: usize = 16 * 1024;
+/// Most bytes of [`FromShim::Version`].
+pub const MAX_VERSION: usize = 256;
 
 /// Agent to shim.
 #[derive(Debug, Serialize, Deserialize)]
@@ -73,6 +76,8 @@ pub enum ToShim {
         /// Number of the attempt's directory.
         attempt: u32,
     },
+    /// Asks for the version of the VMM that it would launch.
+    Version,
 }
 
 /// Everything a VMM is launched with.
@@ -167,6 +172,9 @@ pub enum FromShim {
     Refused(ShimError),
     /// The VMM has ended.
     Exited(Exit),
+    /// Answer to [`ToShim::Version`]: the beginning of what the VMM's program writes for `--version`, at most [`MAX_VERSION`] bytes,
+    /// unparsed.
+    Version(Vec<u8>),
 }
 
 /// A launched VMM.
@@ -363,6 +371,7 @@ pub enum LaunchStep {
     WatchProcess = 14,
     PublishFiles = 15,
     LendDescriptor = 16,
+    AskVersion = 17,
 }
 
 impl fmt::Display for LaunchStep {
@@ -385,6 +394,7 @@ impl fmt::Display for LaunchStep {
             Self::WatchProcess => "watching the VMM",
             Self::PublishFiles => "opening snapshot files to the agent",
             Self::LendDescriptor => "lending a descriptor",
+            Self::AskVersion => "asking the VMM for its version",
         })
     }
 }

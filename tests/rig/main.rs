@@ -11,6 +11,7 @@ mod isolation;
 mod lifecycle;
 mod limits;
 mod matrix;
+mod misfit;
 mod pause;
 mod power;
 mod privd;

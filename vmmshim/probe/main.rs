@@ -13,6 +13,9 @@ use std::process::Command;
 
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
+    if arguments[1..] == ["--version"] {
+        return println!("roost-cage-probe v0.1 {}", descriptors().expect("listed"));
+    }
     let kernel = arguments
         .iter()
         .position(|argument| argument == "--kernel")

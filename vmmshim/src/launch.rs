@@ -1,5 +1,6 @@
 //! From a request to a VMM that runs: everything is opened, bound and built before the fork, so that a refusal leaves nothing.
 
+use std::ffi::CString;
 use std::fs::{self, File, Permissions};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -75,8 +76,7 @@ pub(crate) fn launch(options: &Options, request: Launch) -> Result<Vm, ShimError
 
     let arguments = spec::arguments(&options.vmm, &spec);
     let process = confine::spawn(Cage {
-        program: std::ffi::CString::new(options.vmm.as_os_str().as_bytes())
-            .map_err(|_| at(LaunchStep::OpenFiles)(io::ErrorKind::InvalidInput.into()))?,
+        program: program(options)?,
         arguments,
         ruleset,
         descriptors: [
@@ -111,6 +111,12 @@ pub(crate) fn launch(options: &Options, request: Launch) -> Result<Vm, ShimError
     })
 }
 
+/// The VMM's program, for exec.
+pub(crate) fn program(options: &Options) -> Result<CString, ShimError> {
+    CString::new(options.vmm.as_os_str().as_bytes())
+        .map_err(|_| failure(LaunchStep::OpenFiles, &io::ErrorKind::InvalidInput.into()))
+}
+
 /// Rules for the files that a VM starts from.
 fn start_files(spec: &VmSpec) -> Result<Vec<(OwnedFd, Allow)>, ShimError> {
     let mut rules = Vec::new();
@@ -137,14 +143,14 @@ fn start_files(spec: &VmSpec) -> Result<Vec<(OwnedFd, Allow)>, ShimError> {
 }
 
 #[derive(Clone, Copy)]
-enum Kind {
+pub(crate) enum Kind {
     File,
     Directory,
     Device,
 }
 
 /// Opens a path for naming it, if it is what it should be.
-fn open(path: &Path, kind: Kind) -> Result<File, ShimError> {
+pub(crate) fn open(path: &Path, kind: Kind) -> Result<File, ShimError> {
     let failed = |error: io::Error| failure(LaunchStep::OpenFiles, &error);
     let file = open_path(path).map_err(failed)?;
     let found = file.metadata().map_err(failed)?.file_type();
@@ -161,7 +167,7 @@ fn open(path: &Path, kind: Kind) -> Result<File, ShimError> {
 }
 
 /// A pipe for what the VMM writes: our end, which does not block, and its end.
-fn output_pipe() -> Result<(File, OwnedFd), ShimError> {
+pub(crate) fn output_pipe() -> Result<(File, OwnedFd), ShimError> {
     let failed = |error: nix::Error| failure(LaunchStep::OpenPipes, &error.into());
     let (ours, theirs) = pipe2(OFlag::O_CLOEXEC).map_err(failed)?;
     fcntl(&ours, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(failed)?;

@@ -14,6 +14,7 @@
 //! |---|---|
 //! | `serve` | the loop, connections, requests |
 //! | `launch` | from a request to a running VMM |
+//! | `version` | what version the VMM's program says it is |
 //! | `spec` | what may be launched, and the VMM's command line |
 //! | `profile` | what a kind of VMM may open on this host |
 //! | `confine` | fork, cage, exec; all unsafe code |
@@ -27,6 +28,7 @@ mod profile;
 mod ring;
 mod serve;
 mod spec;
+mod version;
 mod vm;
 
 use std::ffi::OsString;

@@ -27,6 +27,7 @@ use roost_common::shim::{FromShim, PROTOCOL, ShimError, Status, ToShim};
 
 use crate::Options;
 use crate::launch::{self, launch};
+use crate::version::version;
 use crate::vm::{Cgroup, Vm};
 
 /// Agents at once: one, its successor, and some to look at it with.
@@ -243,6 +244,14 @@ impl Shim {
                 }
             },
             (State::Running(_), ToShim::Launch(_)) => FromShim::Refused(ShimError::AlreadyLaunched),
+            (State::Idle, ToShim::Version) => match version(&self.options) {
+                Ok(said) => FromShim::Version(said),
+                Err(error) => {
+                    crate::log!("the VMM does not say its version: {error}");
+                    FromShim::Refused(error)
+                }
+            },
+            (State::Running(_), ToShim::Version) => FromShim::Refused(ShimError::AlreadyLaunched),
             (State::Idle, ToShim::Status) => FromShim::Status(Status::Idle),
             (State::Running(vm), ToShim::Status) => FromShim::Status(vm.status()),
             (State::Idle, ToShim::Kill) => return (FromShim::Killed, Then::End),

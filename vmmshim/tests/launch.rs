@@ -18,8 +18,8 @@ use nix::sys::stat::Mode;
 use nix::unistd::{getuid, mkfifo};
 use roost_common::ring::{self, RING_BYTES};
 use roost_common::shim::{
-    API_SOCKET, CONSOLE_FILE, EXIT_FILE, Exit, FromShim, LOG_FILE, LaunchStep, Lendable, ShimError, Start, Started,
-    Status, ToShim, VmSpec, WaitStatus,
+    API_SOCKET, CONSOLE_FILE, EXIT_FILE, Exit, FromShim, LOG_FILE, LaunchStep, Lendable, MAX_VERSION, ShimError, Start,
+    Started, Status, ToShim, VmSpec, WaitStatus,
 };
 
 const PROFILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/probe-profile.json");
@@ -81,6 +81,42 @@ fn a_vmm_runs_and_its_end_is_told_to_the_agent_and_in_the_exit_record() {
     assert_eq!(shim.ended().code(), Some(0));
     assert!(shim.agent.is_closed());
     assert!(is_gone(started.pid));
+}
+
+#[test]
+fn the_vmm_says_its_version_in_its_cage_before_anything_is_launched() {
+    let place = Place::new();
+    let shim = shim();
+    let asked = || match shim.agent.ask(&ToShim::Version) {
+        FromShim::Version(said) => Ok(text(&said)),
+        FromShim::Refused(error) => Err(error),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(asked().as_deref(), Ok("roost-cage-probe v0.1 0 1 2 3 4 5\n"));
+    let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", shim.process.id()));
+    assert!(children.is_ok_and(|children| children.is_empty()), "a child is left");
+    shim.agent.started(&place.spec("wait"));
+    assert_eq!(asked(), Err(ShimError::AlreadyLaunched));
+}
+
+#[test]
+fn a_vmm_that_says_much_or_nothing_is_told_as_far_as_that_goes() {
+    let version = |vmm: &str| {
+        let shim = Shim::start(["--vmm", vmm, "--profile", PROFILE, "--child"]);
+        assert!(matches!(shim.agent.receive(), Ok(FromShim::Hello { .. })));
+        shim.agent.ask(&ToShim::Version)
+    };
+    // Its licence is longer than any version.
+    assert!(matches!(version("/usr/bin/yes"), FromShim::Version(said) if said.len() == MAX_VERSION));
+    let missing = ShimError::Step {
+        step: LaunchStep::OpenFiles,
+        errno: libc::ENOENT,
+    };
+    let answer = version("/nonexistent/vmm");
+    assert!(
+        matches!(&answer, FromShim::Refused(error) if *error == missing),
+        "{answer:?}"
+    );
 }
 
 #[test]

@@ -10,6 +10,7 @@ use crate::errors::Chain;
 use crate::guest::GuestError;
 use crate::host::images::ImageError;
 use crate::host::privd::CallError;
+use crate::host::shim::ShimFault;
 use crate::registry::Refusal;
 use crate::sandbox::plan::WishError;
 use crate::sandbox::{
@@ -144,7 +145,6 @@ fn build_code(error: &BuildError) -> ErrorCode {
         BuildError::Part(error) => part_code(error),
         // What the guest says to its identity is about the caller's default_user and default_env.
         BuildError::Guest(GuestError::Refused { status, .. }) if status.as_u16() == 400 => ErrorCode::InvalidArgument,
-        BuildError::Misfit(_) => ErrorCode::FailedPrecondition,
         BuildError::Image(ImageError::File(_) | ImageError::NotAnImage { .. } | ImageError::Replaced { .. })
         | BuildError::NoKernel { .. }
         | BuildError::Left(_)
@@ -179,6 +179,8 @@ fn resume_code(error: &ResumeError) -> ErrorCode {
 fn part_code(error: &PartError) -> ErrorCode {
     match error {
         PartError::Privd(error) => call_code(error),
+        // For whoever looks after the host: the same would fail again.
+        PartError::Shim(ShimFault::OldVmm { .. }) => ErrorCode::FailedPrecondition,
         PartError::Shim(_) | PartError::File(_) => ErrorCode::Internal,
     }
 }

@@ -13,7 +13,7 @@ pub mod shim;
 pub mod slots;
 
 use std::net::Ipv4Addr;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use crate::config::Config;
 use crate::errors::Chain;
@@ -39,7 +39,6 @@ pub struct Host {
     /// Resolvers for guests.
     pub resolvers: Vec<Ipv4Addr>,
     outbox: Option<Outbox>,
-    vmm_version: Mutex<Option<String>>,
 }
 
 impl Host {
@@ -52,7 +51,6 @@ impl Host {
             slots: Arc::new(Slots::new()),
             resolvers: config.resolvers(),
             outbox: None,
-            vmm_version: Mutex::default(),
             config,
         }
     }
@@ -78,18 +76,5 @@ impl Host {
             tracing::error!(sandbox_id = %event.sandbox_id, event = ?event.event, error = %Chain(&error), "an event is not kept");
             event
         })
-    }
-
-    /// Remembers what version the VMM of this host said it is, before it ran any guest.
-    pub fn vmm_is(&self, version: &str) {
-        *self.vmm_version.lock().expect("nothing panics while it holds this") = Some(version.to_owned());
-    }
-
-    /// The version that the VMM of this host is likely to have, where one has started yet: it may have been exchanged since.
-    pub fn vmm_version(&self) -> Option<String> {
-        self.vmm_version
-            .lock()
-            .expect("nothing panics while it holds this")
-            .clone()
     }
 }

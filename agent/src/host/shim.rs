@@ -1,4 +1,4 @@
-//! The agent's side of a vmmshim: start one, launch its VMM, hear of its end.
+//! The agent's side of a vmmshim: start one, hear what VMM it has, launch that, hear of its end.
 //!
 //! A [`ShimLink`] that has not launched ends its shim when it is dropped, because the shim sees the end of the connection. One
 //! that has launched is [killed](ShimLink::kill) by who holds it; one that is dropped all the same kills its VMM as well as a drop
@@ -18,6 +18,7 @@ use roost_common::shim::{Exit, FromShim, Launch, Lendable, PROTOCOL, ShimError, 
 use super::privd::{Credentials, connect_packets};
 use crate::config::{self, Config};
 use crate::failpoint;
+use crate::vmm::version::{self, OLDEST};
 
 /// How long a new shim may take to say hello: systemd starts a unit for it.
 const HELLO_LIMIT: Duration = Duration::from_secs(60);
@@ -50,6 +51,12 @@ pub enum ShimFault {
     /// It refused.
     #[error("the vmmshim refused")]
     Refused(#[source] ShimError),
+    /// The VMM that it would launch is one that must not run.
+    #[error("it needs cloud-hypervisor {OLDEST} or newer, this host has {found:?}")]
+    OldVmm {
+        /// Its version, as it says.
+        found: String,
+    },
     /// The VMM ended where it should have run.
     #[error("the VMM ended: {0}")]
     Ended(ExitSummary),
@@ -117,11 +124,21 @@ impl Shims {
         }
     }
 
-    /// Starts a shim and waits for its first packet.
+    /// Starts a shim, and asks it for the version of its VMM: each time, for that may have been exchanged since the last.
     ///
     /// # Errors
-    /// Any [`ShimFault`]; nothing is left.
-    pub async fn start(&self) -> Result<ShimLink, ShimFault> {
+    /// Any [`ShimFault`], [`ShimFault::OldVmm`] among them; nothing is left.
+    pub async fn start(&self) -> Result<NewShim, ShimFault> {
+        let mut link = self.greeted().await?;
+        let vmm_version = link.vmm_version().await?;
+        if version::may_run(&vmm_version) {
+            Ok(NewShim { link, vmm_version })
+        } else {
+            Err(ShimFault::OldVmm { found: vmm_version })
+        }
+    }
+
+    async fn greeted(&self) -> Result<ShimLink, ShimFault> {
         match self {
             Self::Systemd { socket } => connect(socket).await,
             Self::Child { program, args } => {
@@ -257,6 +274,15 @@ fn spawn(program: &Path, args: &[String]) -> io::Result<OwnedFd> {
     Ok(ours)
 }
 
+/// A shim that was started, and has launched nothing yet.
+#[derive(Debug)]
+pub struct NewShim {
+    /// The connection to it.
+    pub link: ShimLink,
+    /// The version of the VMM that it launches, as that says. No guest has a say in it.
+    pub vmm_version: String,
+}
+
 /// A connection to one shim.
 #[derive(Debug)]
 pub struct ShimLink {
@@ -312,6 +338,15 @@ impl ShimLink {
     /// The uid that the VM runs as.
     pub fn uid(&self) -> u32 {
         self.uid
+    }
+
+    async fn vmm_version(&mut self) -> Result<String, ShimFault> {
+        match self.ask(&ToShim::Version).await? {
+            FromShim::Version(said) => Ok(version::of_words(&said)),
+            _ => Err(ShimFault::Protocol(
+                "it did not answer a question for its VMM's version",
+            )),
+        }
     }
 
     /// Launches the VMM. From here on dropping the link kills it.
@@ -482,6 +517,24 @@ mod tests {
         let (launched, theirs) = link(Phase::Launched);
         drop(launched);
         assert!(matches!(asked(&theirs), Some(ToShim::Kill)));
+    }
+
+    #[tokio::test]
+    async fn a_shim_says_what_version_its_vmm_is_of() {
+        for (answer, version) in [
+            (FromShim::Version(b"cloud-hypervisor v52.0\n".to_vec()), Ok("v52.0")),
+            (FromShim::Version(Vec::new()), Ok("")),
+            (
+                FromShim::Killed,
+                Err("the vmmshim broke the protocol: it did not answer a question for its VMM's version"),
+            ),
+        ] {
+            let (mut idle, theirs) = link(Phase::Idle);
+            ipc::send(theirs.as_fd(), &answer).expect("sent");
+            let said = idle.vmm_version().await.map_err(|fault| fault.to_string());
+            assert_eq!(said, version.map(String::from).map_err(String::from));
+            assert!(matches!(asked(&theirs), Some(ToShim::Version)));
+        }
     }
 
     #[tokio::test]

@@ -21,7 +21,7 @@ use roost_common::units::{Bytes, Sectors};
 use super::parts::{Began, DiskFiles, Gate, MemoryLoad, PartError, Parts, Versions, Vm, boot_limit, identity, millis};
 use super::plan::Plan;
 use super::record::{Phase, Record};
-use super::wake::{Memories, Steps, WAKE_LIMIT};
+use super::wake::{Memories, Steps, WAKE_LIMIT, wake};
 use super::{BuildFailure, Ending, TeardownError, pause};
 use crate::errors::{Chain, FileError};
 use crate::failpoint::{pass, reach};
@@ -31,7 +31,7 @@ use crate::host::kernels::{self, Kernel};
 use crate::host::shim::{self, ExitSummary};
 use crate::host::slots::SlotLease;
 use crate::host::{Host, files};
-use crate::snapshot::{self, Misfit, Size};
+use crate::snapshot::{self, Size};
 use crate::vmm::{Vmm, VmmError};
 use crate::{templates, tombstone};
 
@@ -88,9 +88,6 @@ pub enum BuildError {
     /// The guest did not come up, or refused its identity.
     #[error("the guest did not come up")]
     Guest(#[from] GuestError),
-    /// The template's memory cannot be used with this host's VMM, as that said when it had loaded it.
-    #[error("the template's memory cannot be used on this host")]
-    Misfit(#[from] Misfit),
 }
 
 /// The generation that a template's memory is copied to.
@@ -112,32 +109,23 @@ pub async fn build(
     created_at_unix: i64,
     stop: impl Future<Output = ()>,
 ) -> Result<Vm, BuildFailure> {
-    tokio::pin!(stop);
-    // Why its template's memory is of no use, once that has been seen.
-    let mut cold = None;
-    loop {
-        let (mut parts, mut made) = (Parts::default(), Files::None);
-        let outcome = tokio::select! {
-            biased;
-            () = &mut stop => Err(BuildError::Stopped),
-            outcome = steps(&host, &plan, &slot, created_at_unix, cold.as_ref(), &mut parts, &mut made) => outcome,
-        };
-        let error = match outcome {
-            Ok((guest, record, memory)) => {
-                return Ok(Vm {
-                    shim: parts.into_shim().await,
-                    guest: Arc::new(guest),
-                    memory,
-                    record,
-                });
-            }
-            Err(error) => error,
-        };
-        tracing::info!(sandbox_id = %plan.id, error = %Chain(&error), "undoing a create");
-        let left = undo(&host, &plan, parts, made).await.err();
-        match error {
-            BuildError::Misfit(misfit) if left.is_none() && cold.is_none() => cold = Some(misfit.to_string()),
-            error => return Err(BuildFailure { error, left }),
+    let (mut parts, mut made) = (Parts::default(), Files::None);
+    let outcome = tokio::select! {
+        biased;
+        () = stop => Err(BuildError::Stopped),
+        outcome = steps(&host, &plan, &slot, created_at_unix, &mut parts, &mut made) => outcome,
+    };
+    match outcome {
+        Ok((guest, record, memory)) => Ok(Vm {
+            shim: parts.into_shim().await,
+            guest: Arc::new(guest),
+            memory,
+            record,
+        }),
+        Err(error) => {
+            tracing::info!(sandbox_id = %plan.id, error = %Chain(&error), "undoing a create");
+            let left = undo(&host, &plan, parts, made).await.err();
+            Err(BuildFailure { error, left })
         }
     }
 }
@@ -163,7 +151,6 @@ async fn steps(
     plan: &Plan,
     slot: &SlotLease,
     created_at_unix: i64,
-    cold: Option<&String>,
     parts: &mut Parts,
     made: &mut Files,
 ) -> Result<(Guest, Record, MemoryLoad), BuildError> {
@@ -177,8 +164,8 @@ async fn steps(
         memory,
     } = gate
         .run({
-            let (host, plan, cold) = (host.clone(), plan.clone(), cold.cloned());
-            move || find(&host, &plan, cold)
+            let (host, plan) = (host.clone(), plan.clone());
+            move || find(&host, &plan)
         })
         .await?;
     let cow_length = size.cow_length().ok_or(BuildError::DiskTooLarge(size))?;
@@ -196,18 +183,16 @@ async fn steps(
     parts.start_shim(host);
     let mut record = Record::new(slot.slot().into(), plan.clone(), size, created_at_unix, Token::random());
     record.origin = Some(image.origin);
-    let (cow, memory) = gate
+    let cow = gate
         .run({
             let (host, record) = (host.clone(), record.clone());
-            move || {
-                let cow = make_files(&host, &record, cow_length)?;
-                Ok::<_, FileError>((
-                    cow,
-                    memory.and_then(|memory| copy_memory(&host, &record.plan.id, memory)),
-                ))
-            }
+            move || make_files(&host, &record, cow_length)
         })
         .await?;
+    let memory = match memory {
+        Ok(memory) => take_memory(host, parts, &plan.id, memory).await?,
+        Err(began) => Err(began),
+    };
     let files = DiskFiles {
         origin: image.rootfs,
         cow,
@@ -218,7 +203,7 @@ async fn steps(
     reach("create.acquired").await?;
     let start = match &memory {
         Ok((memories, _)) => {
-            let uid = parts.shim.here().await.map_err(PartError::from)?.uid();
+            let uid = parts.shim().await?.link.uid();
             let offered = gate.run({
                 let (host, id, memories) = (host.clone(), plan.id.clone(), memories.clone());
                 move || memories.offer(&host, &id, CLONE, disk_minor, uid)
@@ -238,7 +223,7 @@ async fn steps(
     let up = async {
         match &memory {
             Ok((memories, token)) => {
-                let vmm = memories.wake::<BuildError>(host, &api, &STEPS).await?;
+                let vmm = wake::<BuildError>(&api, &STEPS).await?;
                 let envd = guest.wait_until_up(WAKE_LIMIT).await?;
                 guest.init(Some(token), identity(host, plan)).await?;
                 reach("clone.gated").await?;
@@ -304,18 +289,26 @@ fn ended(end: Ending) -> BuildError {
     }
 }
 
-/// Copies a template's memory for one sandbox: the VMM is given the directory, and a template is everybody's. Without the copy it begins
-/// without the memory.
-fn copy_memory(
-    host: &Host,
+/// Copies a template's memory for one sandbox, where the VMM reads it: that is given the directory, and a template is everybody's. Without
+/// the copy the sandbox begins without the memory.
+async fn take_memory(
+    host: &Arc<Host>,
+    parts: &mut Parts,
     id: &SandboxId,
     memory: (templates::Memory, Memories),
-) -> Result<(Arc<Memories>, Token), Began> {
+) -> Result<Result<(Arc<Memories>, Token), Began>, BuildError> {
     let (template, memories) = memory;
-    match snapshot::copy_generation(&template.dir, &host.layout.generation(id, CLONE)) {
+    if let Err(misfit) = memories.fits_vmm(&parts.shim().await?.vmm_version) {
+        return Ok(Err(instead(id, &misfit)));
+    }
+    let copied = parts.gate.run({
+        let to = host.layout.generation(id, CLONE);
+        move || snapshot::copy_generation(&template.dir, &to)
+    });
+    Ok(match copied.await {
         Ok(_) => Ok((Arc::new(memories), template.token)),
         Err(error) => Err(instead(id, &error)),
-    }
+    })
 }
 
 fn instead(id: &SandboxId, why: &(dyn std::error::Error + 'static)) -> Began {
@@ -333,22 +326,18 @@ pub(super) fn boot(kernel: &Kernel) -> Start {
     }
 }
 
-/// Finds image, kernel and memory, and what size the disk has. Changes nothing. `cold`: why the memory is not to be used.
-fn find(host: &Host, plan: &Plan, cold: Option<String>) -> Result<Found, BuildError> {
+/// Finds image, kernel and memory, and what size the disk has. Changes nothing.
+fn find(host: &Host, plan: &Plan) -> Result<Found, BuildError> {
     let image = images::open(&host.layout.images(), plan.template)?;
     let size = plan.disk_over(image.size).ok_or(BuildError::DiskTooSmall {
         asked: plan.disk.map_or(0, |disk| disk.0),
         image: image.size,
     })?;
-    let memory = match cold {
-        Some(why) => Err(Began::BootedInstead(why)),
-        None => memory(host, plan, &image.dir, size),
-    };
     Ok(Found {
         kernel: latest_kernel(host)?,
+        memory: memory(host, plan, &image.dir, size),
         image,
         size,
-        memory,
     })
 }
 

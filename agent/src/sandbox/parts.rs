@@ -31,7 +31,7 @@ use crate::guest::{Guest, Identity};
 use crate::host::Host;
 use crate::host::acl::{self, Access};
 use crate::host::privd::CallError;
-use crate::host::shim::{ShimFault, ShimLink};
+use crate::host::shim::{NewShim, ShimFault, ShimLink};
 
 /// A running VM with everything it has on this host. The disk and the network are held by shim and VMM, not here.
 #[derive(Debug)]
@@ -99,7 +99,7 @@ pub enum Began {
 #[derive(Default)]
 pub(super) struct Parts {
     pub(super) gate: Gate,
-    pub(super) shim: Held<ShimLink, ShimFault>,
+    shim: Held<NewShim, ShimFault>,
     disk: Held<Disk, CallError>,
     network: Held<Network, CallError>,
 }
@@ -137,6 +137,11 @@ impl Parts {
         });
     }
 
+    /// The shim that was started.
+    pub(super) async fn shim(&mut self) -> Result<&mut NewShim, PartError> {
+        Ok(self.shim.here().await?)
+    }
+
     /// Gets disk and network, both at once, for the uid of the shim that was started, and lets that uid into the sandbox's
     /// directories. The minor number of the disk's node.
     pub(super) async fn acquire(
@@ -146,7 +151,7 @@ impl Parts {
         slot: Slot,
         files: DiskFiles,
     ) -> Result<u32, PartError> {
-        let uid = self.shim.here().await?.uid();
+        let uid = self.shim.here().await?.link.uid();
         self.disk = Held::start({
             let (host, sandbox) = (host.clone(), id.clone());
             async move {
@@ -199,13 +204,13 @@ impl Parts {
             tap: network.tap.clone(),
             disk: disk.device.clone(),
         };
-        let vmm = self.shim.here().await?.launch(launch).await?;
+        let vmm = self.shim.here().await?.link.launch(launch).await?;
         tracing::info!(sandbox_id = %plan.id, vmm_pid = vmm.pid, op = "launch", elapsed_ms = millis(began), "VMM started");
         let (disk, network) = (std::mem::take(&mut self.disk), std::mem::take(&mut self.network));
         // Not on a runtime thread: closing the last copy of a tap takes its network down, which takes tens of milliseconds. Nobody
         // waits for it.
         drop(tokio::task::spawn_blocking(move || drop((disk, network))));
-        Ok(self.shim.here().await?)
+        Ok(&mut self.shim.here().await?.link)
     }
 
     /// Waits for what is under way, and lets go of all of it. The gate is returned: file work of this start may still be behind
@@ -220,7 +225,7 @@ impl Parts {
         let (shim, disk, network) = tokio::join!(shim.settled(), disk.settled(), network.settled());
         let closed = tokio::task::spawn_blocking(move || drop((disk, network)));
         let killed = match shim {
-            Some(shim) => shim.kill().await,
+            Some(shim) => shim.link.kill().await,
             None => Ok(()),
         };
         closed.await.expect("closing does not panic");
@@ -229,7 +234,8 @@ impl Parts {
 
     /// What a start that succeeded keeps.
     pub(super) async fn into_shim(self) -> ShimLink {
-        self.shim.settled().await.expect("a start that succeeded has a shim")
+        let shim = self.shim.settled().await;
+        shim.expect("a start that succeeded has a shim").link
     }
 }
 

@@ -1,7 +1,7 @@
 //! Resuming a paused sandbox: from its memory and disk, or, where its memory cannot be used, from its disk alone.
 //!
 //! ```text
-//! record, manifest, image --> parts: shim, disk, network --> config.json --> record "resuming" --> VMM restores, guest frozen
+//! record, manifest, image --> parts: shim (its VMM's version fits), disk, network --> config.json --> record "resuming" --> VMM restores, guest frozen
 //!     --> vm.resume --> envd answers, /init (the gate) --> record "thawing" --> thaw --> record "running" --> old snapshot removed
 //! '---------------------- a failure up to here ends the VMM: it is paused ----------------------'
 //! ```
@@ -24,7 +24,7 @@ use roost_common::shim::{API_SOCKET, SHIM_SOCKET};
 use super::parts::{DiskFiles, MemoryLoad, PartError, Parts, Vm, boot_limit, identity, millis};
 use super::pause::{self, tidy};
 use super::record::{Kept, Memory, Phase, Record, RecordError};
-use super::wake::{Memories, Steps, WAKE_LIMIT};
+use super::wake::{Memories, Steps, WAKE_LIMIT, wake};
 use super::{BuildError, Ending, ResumeEnd, build};
 use crate::errors::{Chain, FileError};
 use crate::failpoint::{pass, reach};
@@ -249,6 +249,9 @@ async fn steps(
     };
     reach("resume.ready").await?;
     parts.start_shim(host);
+    if let Some(memories) = &memories {
+        memories.fits_vmm(&parts.shim().await?.vmm_version)?;
+    }
     let disk_minor = parts.acquire(host, &id, slot.slot(), files).await?;
     reach("resume.acquired").await?;
     // Asked again now that the disk is ours: a VM whose end was known before may have written until its last descriptor was closed.
@@ -258,7 +261,7 @@ async fn steps(
             return Err(ResumeError::Spent);
         }
     }
-    let uid = parts.shim.here().await.map_err(PartError::from)?.uid();
+    let uid = parts.shim().await?.link.uid();
     let start = match &memories {
         Some(memories) => {
             let start = gate
@@ -287,7 +290,7 @@ async fn steps(
     let api = Vmm::new(&host.layout.vm_run(&id).join(API_SOCKET));
     let up = async {
         let (vmm, limit) = match &memories {
-            Some(memories) => (memories.wake::<ResumeError>(host, &api, &STEPS).await?, WAKE_LIMIT),
+            Some(_) => (wake::<ResumeError>(&api, &STEPS).await?, WAKE_LIMIT),
             None => (api.version().await?, boot_limit(host, &plan)),
         };
         let envd = guest.wait_until_up(limit).await?;

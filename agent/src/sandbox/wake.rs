@@ -36,17 +36,20 @@ impl Memories {
     /// Blocks.
     pub(super) fn new(host: &Host, manifest: Manifest) -> Result<Self, FileError> {
         let facts = HostFacts {
-            // Where none has been restored yet the version is told by the one that is about to be.
-            vmm_version: host.vmm_version().unwrap_or_else(|| manifest.about.vmm_version.clone()),
             cpu: Cpu::of_this_host()?,
             kernel: kernels::of_version(&host.layout.kernels(), &manifest.about.kernel_version),
         };
         Ok(Self { manifest, facts })
     }
 
-    /// Whether it can wake here as a VM of this size.
+    /// Whether it can wake here as a VM of this size, as far as can be told without a VMM.
     pub(super) fn fits(&self, size: Size) -> Result<(), Misfit> {
         self.manifest.fits(&self.facts, size)
+    }
+
+    /// Whether a VMM of this version can be given it: the last that is asked before anything of it is touched.
+    pub(super) fn fits_vmm(&self, version: &str) -> Result<(), Misfit> {
+        self.manifest.fits_vmm(version)
     }
 
     /// Writes the VMM's configuration beside the memory, a generation of the sandbox, and lets the VM's uid reach both. How the VMM is
@@ -87,25 +90,20 @@ impl Memories {
                 .map(|path| path.to_string_lossy().into_owned()),
         })
     }
+}
 
-    /// Waits until a VMM has loaded it, and lets its guest run. The VMM's version.
-    pub(super) async fn wake<E>(&self, host: &Host, api: &Vmm, steps: &Steps) -> Result<String, E>
-    where
-        E: From<VmmError> + From<Misfit> + From<FileError>,
-    {
-        api.restored().await?;
-        // Asked before it runs its guest, so the guest has no say in it.
-        let facts = HostFacts {
-            vmm_version: api.version().await?,
-            ..self.facts.clone()
-        };
-        host.vmm_is(&facts.vmm_version);
-        self.manifest.fits(&facts, self.manifest.about.size)?;
-        reach(steps.restored).await?;
-        api.resume().await?;
-        reach(steps.woken).await?;
-        Ok(facts.vmm_version)
-    }
+/// Waits until a VMM has loaded what it was [offered](Memories::offer), and lets its guest run. The VMM's version.
+pub(super) async fn wake<E>(api: &Vmm, steps: &Steps) -> Result<String, E>
+where
+    E: From<VmmError> + From<FileError>,
+{
+    api.restored().await?;
+    // Asked before it runs its guest, so the guest has no say in it.
+    let version = api.version().await?;
+    reach(steps.restored).await?;
+    api.resume().await?;
+    reach(steps.woken).await?;
+    Ok(version)
 }
 
 /// On demand where that is wanted, and the snapshot and the host can.

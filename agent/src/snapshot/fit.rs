@@ -1,12 +1,11 @@
-//! Whether a snapshot can wake here, told before anything is started.
-
-use std::cmp::Ordering;
+//! Whether a snapshot can wake here, told before a VMM is given it.
 
 use roost_common::units::{Mebibytes, Sectors, Vcpus};
 
 use super::cpu::Cpu;
 use super::manifest::{Manifest, Size};
 use crate::host::kernels::Kernel;
+use crate::vmm::version::reads_state;
 
 /// Most flags that a [`Misfit`] names.
 const MAX_NAMED: usize = 8;
@@ -14,8 +13,6 @@ const MAX_NAMED: usize = 8;
 /// What a snapshot meets on a host.
 #[derive(Debug, Clone)]
 pub struct HostFacts {
-    /// The VMM's version.
-    pub vmm_version: String,
     /// The CPU.
     pub cpu: Cpu,
     /// The kernel of the snapshot's version, where this host has it: [`kernels::of_version`](crate::host::kernels::of_version).
@@ -95,18 +92,28 @@ fn more(unnamed: usize) -> String {
 }
 
 impl Manifest {
-    /// Whether the snapshot can wake on `host` as a sandbox of this size.
+    /// Whether a VMM of this version can be given the snapshot.
+    ///
+    /// # Errors
+    /// [`Misfit::Vmm`].
+    pub fn fits_vmm(&self, version: &str) -> Result<(), Misfit> {
+        let snapshot = &self.about.vmm_version;
+        if reads_state(version, snapshot) {
+            Ok(())
+        } else {
+            Err(Misfit::Vmm {
+                snapshot: snapshot.clone(),
+                host: version.to_owned(),
+            })
+        }
+    }
+
+    /// Whether the snapshot can wake on `host` as a sandbox of this size, whatever VMM that has.
     ///
     /// # Errors
     /// The first [`Misfit`].
     pub fn fits(&self, host: &HostFacts, wanted: Size) -> Result<(), Misfit> {
         let about = &self.about;
-        if !reads_state(&host.vmm_version, &about.vmm_version) {
-            return Err(Misfit::Vmm {
-                snapshot: about.vmm_version.clone(),
-                host: host.vmm_version.clone(),
-            });
-        }
         let version = || about.kernel_version.clone();
         match &host.kernel {
             Some(kernel) if kernel.version == about.kernel_version => {
@@ -138,33 +145,6 @@ impl Manifest {
         }
         Ok(())
     }
-}
-
-/// Whether a VMM of version `host` reads a state that `snapshot` wrote: the same one always, a newer one of the same major
-/// version. Cloud-hypervisor promises nothing across major versions (`docs/releases.md`), and within one it releases fixes alone;
-/// a fix may add to the state what an older one ignores, so there is no way back.
-fn reads_state(host: &str, snapshot: &str) -> bool {
-    if host == snapshot {
-        return true;
-    }
-    match (numbers(host), numbers(snapshot)) {
-        (Some(host), Some(snapshot)) => host.first() == snapshot.first() && host.cmp(&snapshot) != Ordering::Less,
-        _ => false,
-    }
-}
-
-/// The numbers of a version such as `53.0.1`, `v53.1` or `53.0.0-dirty`, without zeros at the end.
-fn numbers(version: &str) -> Option<Vec<u32>> {
-    let version = version.strip_prefix('v').unwrap_or(version);
-    let end = version.find(['-', '+']).unwrap_or(version.len());
-    let mut numbers = version[..end]
-        .split('.')
-        .map(|number| number.parse().ok())
-        .collect::<Option<Vec<u32>>>()?;
-    while numbers.len() > 1 && numbers.last() == Some(&0) {
-        numbers.pop();
-    }
-    Some(numbers)
 }
 
 /// A guest sees the host's CPU, and has chosen code by what it saw when it booted. The stepping may differ: what a guest could
@@ -206,7 +186,6 @@ mod tests {
 
     fn host() -> HostFacts {
         HostFacts {
-            vmm_version: "53.0.0".into(),
             cpu: about().cpu,
             kernel: Some(Kernel {
                 version: "6.1.0-41".into(),
@@ -225,13 +204,17 @@ mod tests {
     #[test]
     fn a_snapshot_fits_where_it_was_made() {
         assert_eq!(manifest().fits(&host(), about().size), Ok(()));
+        assert_eq!(manifest().fits_vmm("v53.0"), Ok(()));
     }
 
     #[test]
     fn every_misfit_says_what_it_is() {
         for (found, clause) in [
             (
-                misfit(|host, _| host.vmm_version = "54.0.0".into()),
+                manifest()
+                    .fits_vmm("54.0.0")
+                    .expect_err("another major version")
+                    .to_string(),
                 "it was made by version 53.0.0 of the VMM, whose state version 54.0.0 may not understand",
             ),
             (
@@ -298,30 +281,5 @@ mod tests {
         manifest.about.initramfs = false;
         host.kernel.as_mut().expect("set").initramfs = None;
         assert_eq!(manifest.fits(&host, about().size), Ok(()));
-    }
-
-    #[test]
-    fn a_state_is_read_by_the_same_version_or_a_newer_one_of_its_major() {
-        for (host, snapshot) in [
-            ("53.0.0", "53.0.0"),
-            ("53.0.1", "53.0.0"),
-            ("v53.1", "53.0.9"),
-            ("53.0", "v53.0.0"),
-            ("53.0.0-dirty", "53.0.0"),
-            ("a build of ours", "a build of ours"),
-        ] {
-            assert!(reads_state(host, snapshot), "{host} reads {snapshot}");
-        }
-        for (host, snapshot) in [
-            ("53.0.0", "53.0.1"),
-            ("54.0.0", "53.0.0"),
-            ("52.9.0", "53.0.0"),
-            ("53.0.0", "a build of ours"),
-            ("", "53.0.0"),
-            ("53..0", "53.0.0"),
-            ("99999999999.0", "53.0.0"),
-        ] {
-            assert!(!reads_state(host, snapshot), "{host} does not read {snapshot}");
-        }
     }
 }

@@ -35,6 +35,10 @@ fn main() -> ExitCode {
         env!("CARGO_PKG_VERSION")
     );
     let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if arguments == ["--version"] {
+        println!("cloud-hypervisor v{}", vm::version());
+        return ExitCode::SUCCESS;
+    }
     match Options::parse(&arguments).context("bad command line").and_then(run) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -30,6 +30,8 @@ use crate::qemu::{Entry, Qemu};
 
 /// Version of the real one whose interface this is.
 const VERSION: &str = "53.0.0";
+/// Where a test says that it is to be another one.
+const OTHER_VERSION: &str = "/usr/share/roost-tests/standin-version";
 /// Names of a snapshot's files.
 const CONFIG: &str = "config.json";
 const STATE: &str = "state.json";
@@ -108,6 +110,13 @@ pub(crate) struct Driver {
     launches: u64,
 }
 
+/// The version that it says it is.
+pub(crate) fn version() -> String {
+    let other = fs::read_to_string(OTHER_VERSION);
+    let version = other.as_deref().map_or(VERSION, str::trim);
+    format!("{version}-standin")
+}
+
 impl Vmm {
     /// A VMM and the part of it that must stay on the main thread.
     pub(crate) fn new(start: Start, events: Events) -> (Arc<Self>, Driver) {
@@ -131,8 +140,8 @@ impl Vmm {
     /// `vmm.ping`.
     pub(crate) fn ping(&self) -> Value {
         json!({
-            "build_version": format!("v{VERSION}-standin"),
-            "version": format!("{VERSION}-standin"),
+            "build_version": format!("v{}", version()),
+            "version": version(),
             "pid": std::process::id(),
             "features": ["kvm", "standin"],
         })
