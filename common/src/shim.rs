@@ -13,8 +13,10 @@
 //! ```
 
 use std::borrow::Cow;
-use std::fmt;
 use std::ops::RangeInclusive;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::{fmt, fs, io};
 
 use serde::{Deserialize, Serialize};
 
@@ -150,6 +152,32 @@ pub enum Lendable {
     Tap,
 }
 
+/// Which file a program is. One that is exchanged, or written in place, is another: what it said before may hold no more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProgramId {
+    /// The device that it is on.
+    pub device: u64,
+    /// Its inode.
+    pub inode: u64,
+    /// When that last changed, in nanoseconds since 1970.
+    pub changed_at: i128,
+}
+
+impl ProgramId {
+    /// Of the file that a path leads to.
+    ///
+    /// # Errors
+    /// Whatever `stat` fails with.
+    pub fn of(path: &Path) -> io::Result<Self> {
+        let metadata = fs::metadata(path)?;
+        Ok(Self {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            changed_at: i128::from(metadata.ctime()) * 1_000_000_000 + i128::from(metadata.ctime_nsec()),
+        })
+    }
+}
+
 /// Shim to agent.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum FromShim {
@@ -157,6 +185,8 @@ pub enum FromShim {
     Hello {
         /// [`PROTOCOL`] of the shim.
         protocol: u32,
+        /// Which file its VMM's program is; `None` where there is none.
+        vmm: Option<ProgramId>,
     },
     /// The VMM runs: it has been executed under its confinement.
     Started(Started),

@@ -12,19 +12,28 @@ use serde_json::Value;
 const OTHER_VERSION: &str = "/usr/share/roost-tests/standin-version";
 const KERNELS: &str = "/var/lib/roost/kernels";
 
-/// A VMM of another version, until it is dropped.
+/// A VMM of another version, until it is dropped. An agent asks the same file once, so it becomes another.
 struct OtherVersion;
 
 impl OtherVersion {
     fn set(version: &str) -> Self {
         std::fs::write(OTHER_VERSION, version).expect("written");
+        Self::exchange();
         Self
+    }
+
+    fn exchange() {
+        let vmm = std::fs::canonicalize("/usr/share/roost-tests/vmm").expect("there is one");
+        let new = vmm.with_extension("new");
+        std::fs::copy(&vmm, &new).expect("copied");
+        std::fs::rename(new, vmm).expect("renamed");
     }
 }
 
 impl Drop for OtherVersion {
     fn drop(&mut self) {
         std::fs::remove_file(OTHER_VERSION).expect("removed");
+        Self::exchange();
     }
 }
 

@@ -50,7 +50,10 @@ impl Shim {
         let hello = ipc::receive::<FromShim>(socket.as_fd());
         fs::write(ARGUMENTS, before).expect("restored");
         let (message, sender) = hello.expect("a hello");
-        assert!(matches!(message, FromShim::Hello { protocol: PROTOCOL }), "{message:?}");
+        assert!(
+            matches!(message, FromShim::Hello { protocol: PROTOCOL, .. }),
+            "{message:?}"
+        );
         let uid = sender.expect("credentials").uid;
         let sandbox_dir = PathBuf::from("/var/lib/roost/sandboxes").join(id);
         let shim = Self {

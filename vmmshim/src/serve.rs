@@ -23,7 +23,7 @@ use nix::sys::socket::{Shutdown, getsockopt, shutdown, sockopt};
 use nix::unistd::getuid;
 use roost_common::ipc::{self, IpcError};
 use roost_common::ring::MAX_WRITE;
-use roost_common::shim::{FromShim, PROTOCOL, ShimError, Status, ToShim};
+use roost_common::shim::{FromShim, PROTOCOL, ProgramId, ShimError, Status, ToShim};
 
 use crate::Options;
 use crate::launch::{self, launch};
@@ -173,7 +173,11 @@ impl Shim {
         if self.connections.len() == MAX_CONNECTIONS {
             self.connections.pop_front();
         }
-        match ipc::send(connection.as_fd(), &FromShim::Hello { protocol: PROTOCOL }) {
+        let hello = FromShim::Hello {
+            protocol: PROTOCOL,
+            vmm: ProgramId::of(&self.options.vmm).ok(),
+        };
+        match ipc::send(connection.as_fd(), &hello) {
             Ok(()) => self.connections.push_back(connection),
             Err(error) => crate::log!("connection dropped: {error}"),
         }

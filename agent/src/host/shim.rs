@@ -9,11 +9,14 @@ use std::os::fd::AsFd;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt};
 use roost_common::ipc::{self, IpcError, PacketSocket, PassedFd};
-use roost_common::shim::{Exit, FromShim, Launch, Lendable, PROTOCOL, ShimError, Started, Status, ToShim, VmSpec};
+use roost_common::shim::{
+    Exit, FromShim, Launch, Lendable, PROTOCOL, ProgramId, ShimError, Started, Status, ToShim, VmSpec,
+};
 
 use super::privd::{Credentials, connect_packets};
 use crate::config::{self, Config};
@@ -95,7 +98,14 @@ fn last_lines(tail: &[u8]) -> String {
 
 /// Starts shims.
 #[derive(Debug)]
-pub enum Shims {
+pub struct Shims {
+    starter: Starter,
+    /// What the program of the VMM said its version is, for as long as it is the same file.
+    version: Mutex<Option<(ProgramId, String)>>,
+}
+
+#[derive(Debug)]
+enum Starter {
     /// systemd does, one for each connection.
     Systemd {
         /// The socket.
@@ -113,24 +123,39 @@ pub enum Shims {
 impl Shims {
     /// As the configuration says.
     pub fn new(config: &Config) -> Self {
-        match config.shim {
-            config::Shim::Systemd => Self::Systemd {
+        let starter = match config.shim {
+            config::Shim::Systemd => Starter::Systemd {
                 socket: config.shim_socket.clone(),
             },
-            config::Shim::Child => Self::Child {
+            config::Shim::Child => Starter::Child {
                 program: config.shim_program.clone(),
                 args: config.shim_args.clone(),
             },
+        };
+        Self {
+            starter,
+            version: Mutex::default(),
         }
     }
 
-    /// Starts a shim, and asks it for the version of its VMM: each time, for that may have been exchanged since the last.
+    /// Starts a shim. Asks it for the version of its VMM where that may have been exchanged since another shim was asked.
     ///
     /// # Errors
     /// Any [`ShimFault`], [`ShimFault::OldVmm`] among them; nothing is left.
     pub async fn start(&self) -> Result<NewShim, ShimFault> {
-        let mut link = self.greeted().await?;
-        let vmm_version = link.vmm_version().await?;
+        let (mut link, vmm) = self.greeted().await?;
+        let known = self
+            .version()
+            .clone()
+            .filter(|(program, _)| vmm.as_ref() == Some(program));
+        let vmm_version = match known {
+            Some((_, version)) => version,
+            None => {
+                let version = link.vmm_version().await?;
+                *self.version() = vmm.map(|vmm| (vmm, version.clone()));
+                version
+            }
+        };
         if version::may_run(&vmm_version) {
             Ok(NewShim { link, vmm_version })
         } else {
@@ -138,10 +163,15 @@ impl Shims {
         }
     }
 
-    async fn greeted(&self) -> Result<ShimLink, ShimFault> {
-        match self {
-            Self::Systemd { socket } => connect(socket).await,
-            Self::Child { program, args } => {
+    /// Held for moments.
+    fn version(&self) -> MutexGuard<'_, Option<(ProgramId, String)>> {
+        self.version.lock().expect("nothing panics while it holds this")
+    }
+
+    async fn greeted(&self) -> Result<(ShimLink, Option<ProgramId>), ShimFault> {
+        match &self.starter {
+            Starter::Systemd { socket } => connect(socket).await,
+            Starter::Child { program, args } => {
                 let failed = |source| ShimFault::Unreachable {
                     at: program.clone(),
                     source,
@@ -153,7 +183,7 @@ impl Shims {
     }
 }
 
-async fn connect(socket: &Path) -> Result<ShimLink, ShimFault> {
+async fn connect(socket: &Path) -> Result<(ShimLink, Option<ProgramId>), ShimFault> {
     let failed = |source| ShimFault::Unreachable {
         at: socket.into(),
         source,
@@ -172,7 +202,7 @@ async fn connect(socket: &Path) -> Result<ShimLink, ShimFault> {
 /// Any [`ShimFault`]; the VM is as it was.
 pub async fn adopt(socket: &Path) -> Result<Option<(ShimLink, VmSpec)>, ShimFault> {
     let mut link = match connect(socket).await {
-        Ok(link) => link,
+        Ok((link, _)) => link,
         Err(ShimFault::Unreachable { source, .. })
             if matches!(
                 source.kind(),
@@ -200,7 +230,7 @@ pub async fn adopt(socket: &Path) -> Result<Option<(ShimLink, VmSpec)>, ShimFaul
 /// # Errors
 /// Any [`ShimFault`].
 pub async fn lend_at(socket: &Path, what: Lendable) -> Result<PassedFd, ShimFault> {
-    let mut link = connect(socket).await?;
+    let (mut link, _) = connect(socket).await?;
     match link.ask(&ToShim::Lend(what)).await? {
         FromShim::Lent(descriptor) => Ok(descriptor),
         _ => Err(ShimFault::Protocol("it did not lend what it was asked for")),
@@ -313,12 +343,13 @@ pub enum VmmEnd {
 }
 
 impl ShimLink {
-    async fn greet(socket: PacketSocket) -> Result<Self, ShimFault> {
+    /// Takes a shim's first packet: the link, and which VMM it has.
+    async fn greet(socket: PacketSocket) -> Result<(Self, Option<ProgramId>), ShimFault> {
         let hello = tokio::time::timeout(HELLO_LIMIT, socket.receive::<FromShim>()).await;
         let (message, sender) = hello
             .map_err(|_| ShimFault::Timeout("say hello"))?
             .map_err(ShimFault::Connection)?;
-        let FromShim::Hello { protocol } = message else {
+        let FromShim::Hello { protocol, vmm } = message else {
             return Err(ShimFault::Protocol("its first packet is no hello"));
         };
         if protocol != PROTOCOL {
@@ -327,12 +358,13 @@ impl ShimLink {
         let uid = sender
             .ok_or(ShimFault::Protocol("its first packet has no credentials"))?
             .uid;
-        Ok(Self {
+        let link = Self {
             socket,
             uid,
             phase: Phase::Idle,
             cgroup: None,
-        })
+        };
+        Ok((link, vmm))
     }
 
     /// The uid that the VM runs as.

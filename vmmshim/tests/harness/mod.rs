@@ -52,7 +52,7 @@ impl Agent {
 
     pub(crate) fn hello(self) -> Self {
         match self.receive() {
-            Ok(FromShim::Hello { protocol: PROTOCOL }) => self,
+            Ok(FromShim::Hello { protocol: PROTOCOL, .. }) => self,
             other => panic!("no hello but {other:?}"),
         }
     }
