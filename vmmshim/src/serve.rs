@@ -8,7 +8,11 @@
 //! ```
 //!
 //! A connection that cannot take a packet, or sends one that does not decode, is dropped; so is the oldest one where there are
-//! [`MAX_CONNECTIONS`] already, so that a new agent always gets in.
+//! [`MAX_CONNECTIONS`] already, so that a new agent always gets in. One whose peer has gone is served to its end: the last that an agent
+//! has said may be Kill, and nobody else would say it again before the next agent starts.
+//!
+//! A launch that nobody can be told of is undone at once: an agent that has not heard of it ends it when it finds it, whatever its record
+//! says, and until there is one it would run for nobody. (Where the agent goes with the answer unread, that is left to the next.)
 
 use std::collections::VecDeque;
 use std::io;
@@ -178,7 +182,7 @@ impl Shim {
             vmm: ProgramId::of(&self.options.vmm).ok(),
         };
         match ipc::send(connection.as_fd(), &hello) {
-            Ok(()) => self.connections.push_back(connection),
+            Ok(()) | Err(IpcError::Closed) => self.connections.push_back(connection),
             Err(error) => crate::log!("connection dropped: {error}"),
         }
         Ok(())
@@ -213,9 +217,15 @@ impl Shim {
 
     /// Answers one request of one connection, which is dropped where it breaks the rules or cannot take the answer.
     fn serve(&mut self, index: usize) -> Then {
-        let request = match ipc::receive(self.connections[index].as_fd()) {
-            Ok((request, _)) => request,
+        let receive = || ipc::receive(self.connections[index].as_fd());
+        let received = match receive() {
             Err(IpcError::Socket(error)) if error.kind() == io::ErrorKind::WouldBlock => return Then::Go,
+            // A peer that goes with something of ours unread is told as gone first, and then what it had said.
+            Err(IpcError::Closed) => receive().map_err(|_| IpcError::Closed),
+            received => received,
+        };
+        let request = match received {
+            Ok((request, _)) => request,
             Err(error) => {
                 if !matches!(error, IpcError::Closed) {
                     crate::log!("connection dropped: {error}");
@@ -225,9 +235,20 @@ impl Shim {
             }
         };
         let (answer, then) = self.answer(request);
-        if let Err(error) = ipc::send(self.connections[index].as_fd(), &answer) {
-            crate::log!("connection dropped: {error}");
-            self.connections.remove(index);
+        match ipc::send(self.connections[index].as_fd(), &answer) {
+            Ok(()) => return then,
+            Err(IpcError::Closed) => {}
+            Err(error) => {
+                crate::log!("connection dropped: {error}");
+                self.connections.remove(index);
+            }
+        }
+        if let (FromShim::Started(_), State::Running(vm)) = (answer, &self.state) {
+            crate::log!(
+                "sandbox_id={}: nobody can be told that its VMM runs, it is killed",
+                vm.spec.sandbox
+            );
+            vm.kill();
         }
         then
     }

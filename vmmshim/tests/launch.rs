@@ -18,8 +18,8 @@ use nix::sys::stat::Mode;
 use nix::unistd::{getuid, mkfifo};
 use roost_common::ring::{self, RING_BYTES};
 use roost_common::shim::{
-    API_SOCKET, CONSOLE_FILE, EXIT_FILE, Exit, FromShim, LOG_FILE, LaunchStep, Lendable, MAX_VERSION, ShimError, Start,
-    Started, Status, ToShim, VmSpec, WaitStatus,
+    API_SOCKET, CONSOLE_FILE, EXIT_FILE, Exit, FromShim, LOG_FILE, Launch, LaunchStep, Lendable, MAX_VERSION,
+    ShimError, Start, Started, Status, ToShim, VmSpec, WaitStatus,
 };
 
 const PROFILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/probe-profile.json");
@@ -429,6 +429,62 @@ fn an_agent_that_goes_after_the_launch_changes_nothing_and_another_takes_over() 
     next.send(&ToShim::Kill);
     assert!(matches!(next.receive(), Ok(FromShim::Killed)));
     assert_eq!(next.exited().wait, WaitStatus::Signaled(libc::SIGKILL));
+}
+
+/// What an agent that goes at once leaves to be read, in a shim that is held until it has gone.
+fn after_the_agent_has_gone(shim: &Shim, leaves: impl FnOnce()) {
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(shim.process.id()).expect("a pid"));
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP).expect("stopped");
+    leaves();
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGCONT).expect("continued");
+}
+
+#[test]
+fn a_launch_that_nobody_can_be_told_of_is_undone() {
+    let place = Place::new();
+    let mut shim = shim();
+    let agent = std::mem::replace(&mut shim.agent, Agent(null()));
+    after_the_agent_has_gone(&shim, || {
+        agent.send(&ToShim::Launch(Box::new(Launch {
+            spec: place.spec("wait"),
+            tap: null().into(),
+            disk: null().into(),
+        })));
+        drop(agent);
+    });
+    assert_eq!(shim.ended().code(), Some(0));
+    let record = fs::read(place.run_dir.join(EXIT_FILE)).expect("an exit record");
+    let exit = Exit::from_json(&record).expect("a record");
+    assert_eq!(exit.wait, WaitStatus::Signaled(libc::SIGKILL));
+}
+
+#[test]
+fn a_kill_is_heard_of_an_agent_that_has_gone_before_it_was_greeted_or_with_answers_unread() {
+    for greeted in [false, true] {
+        let place = Place::new();
+        let (mut shim, ..) = waiting(&place);
+        let other = if greeted {
+            // Its answer to this stays unread.
+            let other = place.connect().expect("connected").hello();
+            other.send(&ToShim::Status);
+            other.send(&ToShim::Status);
+            assert!(matches!(other.receive(), Ok(FromShim::Status(_))));
+            Some(other)
+        } else {
+            None
+        };
+        after_the_agent_has_gone(&shim, || {
+            let other = other.unwrap_or_else(|| place.connect().expect("connected"));
+            other.send(&ToShim::Kill);
+            drop(other);
+        });
+        assert_eq!(
+            shim.agent.exited().wait,
+            WaitStatus::Signaled(libc::SIGKILL),
+            "greeted: {greeted}"
+        );
+        assert_eq!(shim.ended().code(), Some(0));
+    }
 }
 
 #[test]
