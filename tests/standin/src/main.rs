@@ -5,6 +5,7 @@
 //! options  the command line      config  its VmConfig, as vm.info and config.json show it
 //! api      HTTP on the passed listener  -->  vm  what there is and may happen  -->  qemu  the process and its QMP
 //! events   the event monitor     sys     the one thing that needs unsafe
+//! holes    what a snapshot misses of memory that was still being loaded
 //! ```
 //!
 //! Holds: QEMU dies with this process (PDEATHSIG); this process ends when QEMU does. It opens no socket by path and
@@ -14,6 +15,7 @@
 mod api;
 mod config;
 mod events;
+mod holes;
 mod options;
 mod qemu;
 mod sys;

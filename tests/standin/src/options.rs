@@ -200,7 +200,7 @@ fn boot(given: &mut Given) -> Result<VmConfig> {
 fn restore(value: &str) -> Result<Restore> {
     let known = ["source_url", "prefault", "memory_restore_mode", "net_fds", "resume"];
     let fields = fields(value, &known)?;
-    // QEMU loads all memory up front; the mode decides what is said of it.
+    // QEMU loads all memory up front; the mode decides what a snapshot has of it.
     let on_demand = match fields.get("memory_restore_mode").map(String::as_str) {
         None | Some("copy") => false,
         Some("ondemand") => true,
