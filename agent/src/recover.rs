@@ -187,13 +187,9 @@ pub(crate) async fn reach(host: Arc<Host>, record: Record, slot: Slot) -> ReachE
     for attempt in 1..=ADOPT_ATTEMPTS {
         match shim::adopt(&socket).await {
             Ok(Some((shim, spec))) if spec.sandbox == id => {
-                let vm = Vm {
-                    shim,
-                    guest: Arc::new(Guest::new(SlotAddresses::of(slot).host, record.token.clone())),
-                    memory: MemoryLoad::of(&spec.start),
-                    record,
-                };
-                return run_on(host, vm).await;
+                let guest = Arc::new(Guest::new(SlotAddresses::of(slot).host, record.token.clone()));
+                return run_on(host, Vm::new(shim, guest, MemoryLoad::of(&spec.start), record)).await;
+            }
             }
             Ok(_) => return gone(&host, &record).await,
             // It is no shim that we know how to talk to; whatever it holds is ended with it.

@@ -116,12 +116,7 @@ pub async fn build(
         outcome = steps(&host, &plan, &slot, created_at_unix, &mut parts, &mut made) => outcome,
     };
     match outcome {
-        Ok((guest, record, memory)) => Ok(Vm {
-            shim: parts.into_shim().await,
-            guest: Arc::new(guest),
-            memory,
-            record,
-        }),
+        Ok((guest, record, memory)) => Ok(Vm::new(parts.into_shim().await, Arc::new(guest), memory, record)),
         Err(error) => {
             tracing::info!(sandbox_id = %plan.id, error = %Chain(&error), "undoing a create");
             let left = undo(&host, &plan, parts, made).await.err();

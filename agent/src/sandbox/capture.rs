@@ -10,7 +10,7 @@
 //! disk read, and no longer; a failure anywhere lets it run on, and leaves no template. Its processors are stopped for the disk alone,
 //! too: a guest could thaw itself, and what is read is to be of one moment.
 //!
-//! A capture is not cancelled. Every step is bounded, but for the copies, which take as long as the disk needs.
+//! A capture is not cancelled. Every step is bounded.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;

@@ -44,6 +44,21 @@ pub struct Vm {
     pub memory: MemoryLoad,
     /// Its record, as it is on disk: *running*.
     pub record: Record,
+    /// What is written of it while it runs goes through here, in turn: one that takes too long goes on, and must not be the last.
+    pub(super) writes: Gate,
+}
+
+impl Vm {
+    /// A VM that runs, and whose record says so.
+    pub(crate) fn new(shim: ShimLink, guest: Arc<Guest>, memory: MemoryLoad, record: Record) -> Self {
+        Self {
+            shim,
+            guest,
+            memory,
+            record,
+            writes: Gate::default(),
+        }
+    }
 }
 
 /// Whether all of a VM's memory is there.
@@ -309,7 +324,8 @@ impl<T: Send + 'static, E: Send + 'static> Held<T, E> {
 }
 
 /// File work of one start or stop, a piece at a time. A piece runs on a blocking thread to its end even when whoever waits for it
-/// is dropped; the undo that follows comes through the same gate, so it never overtakes that piece.
+/// is dropped; the undo that follows comes through the same gate, so it never overtakes that piece. So a start sets no limit to its
+/// pieces, but where a piece keeps one itself: an undo would wait for what was given up all the same.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Gate(Arc<tokio::sync::Mutex<()>>);
 

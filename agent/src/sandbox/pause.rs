@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use roost_common::ids::SandboxId;
 use roost_common::shim::{API_SOCKET, RestoreMode, SHIM_SOCKET};
 
-use super::parts::{self, MemoryLoad, Versions, Vm, millis};
+use super::parts::{self, Gate, MemoryLoad, Versions, Vm, millis};
 use super::record::{Kept, Memory, PauseReason, Phase, Record};
 use super::{Ending, PauseEnd, unix_now};
 use crate::errors::{Chain, FileError};
@@ -39,6 +39,8 @@ use crate::vmm::{self, State, Vmm, VmmError};
 const SYNC_LIMIT: Duration = Duration::from_secs(120);
 /// How long a snapshot may take to be taken over: its memory is written out here.
 const SEAL_LIMIT: Duration = Duration::from_secs(240);
+/// How long a record may take to be written while its guest stands still: it is a few blocks, behind whatever else the disk has to do.
+const RECORD_LIMIT: Duration = Duration::from_secs(120);
 /// How long a VMM may take to let its guest's processors run on: longer than the snapshot takes that it may still be writing.
 const RUN_ON_LIMIT: Duration = Duration::from_secs(300);
 /// How long a guest whose processors run may take to thaw.
@@ -176,14 +178,12 @@ async fn steps(
         disk_written_at,
     };
     progress.recorded = true;
-    blocking({
-        let (host, record) = (host.clone(), vm.record.with(Phase::Paused(kept)));
-        move || {
-            // That the sandbox's directory is there at all has not been on disk so far: a sandbox that only runs does not survive a
-            // power cut anyway.
-            files::sync_dir(&host.layout.sandboxes())?;
-            record.write(&host.layout)
-        }
+    let (host, record) = (host.clone(), vm.record.with(Phase::Paused(kept)));
+    in_turn(&vm.writes, RECORD_LIMIT, move || {
+        // That the sandbox's directory is there at all has not been on disk so far: a sandbox that only runs does not survive a
+        // power cut anyway.
+        files::sync_dir(&host.layout.sandboxes())?;
+        record.write(&host.layout)
     })
     .await?;
     pass("pause.recorded").await;
@@ -429,15 +429,17 @@ pub(crate) fn remove_snapshots(host: &Host, id: &SandboxId, keep: Option<u32>) -
 /// Lets a guest run on whose pause failed: its processors, then its filesystems. Its VMM's end, where that came first.
 async fn undo(host: &Arc<Host>, vm: &mut Vm, progress: Progress) -> Option<Ending> {
     let Vm {
-        shim, guest, record, ..
+        shim,
+        guest,
+        record,
+        writes,
+        ..
     } = vm;
     let id = &record.plan.id;
     // First of all, so that an agent that starts meanwhile does not take it for paused.
     if progress.recorded {
-        let written = blocking({
-            let (host, record) = (host.clone(), record.clone());
-            move || record.write(&host.layout)
-        });
+        let (host, record) = (host.clone(), record.clone());
+        let written = in_turn(writes, RECORD_LIMIT, move || record.write(&host.layout));
         if let Err(error) = written.await {
             tracing::error!(sandbox_id = %id, error = %Chain(&error), "the record of a sandbox that runs on may say that it is paused");
         }
@@ -552,9 +554,108 @@ pub(super) fn ending(end: VmmEnd) -> Ending {
     }
 }
 
+/// Writes something of a VM that goes on whatever becomes of that. What takes too long is still written, and before anything that is
+/// written after it.
+async fn in_turn(
+    writes: &Gate,
+    limit: Duration,
+    work: impl FnOnce() -> Result<(), FileError> + Send + 'static,
+) -> Result<(), PauseError> {
+    let writes = writes.clone();
+    // A task of its own: it keeps its turn when nobody waits for it any more.
+    let written = tokio::spawn(async move { writes.run(work).await });
+    let written = tokio::time::timeout(limit, written)
+        .await
+        .map_err(|_| PauseError::SyncTimeout(limit))?;
+    Ok(written.expect("file work does not panic")?)
+}
+
 /// File work, to its end.
 pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     tokio::task::spawn_blocking(work)
         .await
         .expect("file work does not panic")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::super::plan::{Plan, Wish};
+    use super::*;
+    use crate::config::Config;
+    use crate::guest::Token;
+    use crate::outbox::{Limits, Outbox};
+
+    #[tokio::test]
+    async fn what_is_written_too_late_is_written_before_what_comes_after_it() {
+        let (writes, written) = (Gate::default(), Arc::new(Mutex::new(Vec::new())));
+        let write = |what: &'static str| {
+            let written = written.clone();
+            move || {
+                written.lock().expect("no panic").push(what);
+                Ok(())
+            }
+        };
+        let (go, held) = std::sync::mpsc::channel::<()>();
+        let first = write("paused");
+        let slow = move || {
+            held.recv().expect("let go");
+            first()
+        };
+        let limit = Duration::from_millis(20);
+        for outcome in [
+            in_turn(&writes, limit, slow).await,
+            in_turn(&writes, limit, write("running")).await,
+        ] {
+            assert!(matches!(outcome, Err(PauseError::SyncTimeout(_))), "{outcome:?}");
+        }
+        assert!(written.lock().expect("no panic").is_empty());
+        go.send(()).expect("awaited");
+        let last = in_turn(&writes, Duration::from_secs(60), write("paused again"));
+        last.await.expect("written");
+        assert_eq!(
+            *written.lock().expect("no panic"),
+            ["paused", "running", "paused again"]
+        );
+    }
+
+    #[tokio::test]
+    async fn a_pause_that_nobody_could_be_told_of_is_told_of_by_the_next_start() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let config = || Config {
+            dir: dir.path().into(),
+            vm_run_dir: dir.path().into(),
+            ..Config::default()
+        };
+        let id: SandboxId = "x".parse().expect("an id");
+        let plan = Plan::check(Wish::default(), &config(), |_| None, || id.clone()).expect("checked");
+        let mut kept = Kept {
+            generation: 2,
+            memory: Memory::Whole,
+            reason: PauseReason::Idle,
+            told: false,
+            paused_at_unix: 5,
+            disk_written_at: 5,
+        };
+        let record = Record::new(7, plan, roost_common::units::Sectors(16), 5, Token::random());
+        let paused = record.with(Phase::Paused(kept));
+        let mute = Arc::new(Host::new(config()));
+        std::fs::create_dir_all(mute.layout.sandbox(&id)).expect("made");
+        paused.write(&mute.layout).expect("written");
+
+        tell(&mute, &paused, &mut kept).await;
+        assert!(!kept.told);
+        assert_eq!(Record::read(&mute.layout, &id).expect("read"), paused);
+
+        let host = Host::new(config());
+        let outbox = Outbox::open(&host.layout.outbox(), Limits::default()).expect("opened");
+        let host = Arc::new(host.with_outbox(outbox));
+        tell(&host, &paused, &mut kept).await;
+        assert!(kept.told);
+        let told = Record::read(&host.layout, &id).expect("read");
+        assert_eq!(told.phase, Phase::Paused(kept));
+        let events = std::fs::read_to_string(host.layout.outbox().join("events.log")).expect("read");
+        assert!(events.contains("sandbox.auto_paused"), "{events}");
+    }
 }

@@ -160,12 +160,7 @@ pub async fn resume(
     match outcome {
         Ok((guest, record, memory)) => {
             tracing::info!(sandbox_id = %id, op = "resume", elapsed_ms = millis(began), "guest is up");
-            ResumeEnd::Running(Vm {
-                shim: parts.into_shim().await,
-                guest: Arc::new(guest),
-                memory,
-                record,
-            })
+            ResumeEnd::Running(Vm::new(parts.into_shim().await, Arc::new(guest), memory, record))
         }
         Err(error) => {
             tracing::warn!(sandbox_id = %id, op = "resume", error = %Chain(&error), "undoing a resume");

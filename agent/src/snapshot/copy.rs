@@ -5,6 +5,7 @@ use std::io;
 use std::num::NonZeroU64;
 use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use roost_common::units::Bytes;
 use rustix::fs::{Advice, SeekFrom, copy_file_range, fadvise, ioctl_ficlone, seek};
@@ -21,12 +22,19 @@ const BLOCK: usize = 4096;
 /// How much may be dirty in the page cache, and how much read ahead stays there.
 const WINDOW: u64 = 32 << 20;
 
+/// How long a copy of memory may take at least. The limit is heeded by the copy itself and not by who waits for it: a copy that nobody
+/// waits for would go on, and so would everything that must come behind it.
+const COPY_LEAST: Duration = Duration::from_secs(120);
+/// And for each MiB of memory: a slow disk, shared by others that do the same.
+const COPY_PER_MEBIBYTE: Duration = Duration::from_millis(50);
+
 /// Copies a file to a new one that is ours alone (0600) and on disk: as a reflink where the filesystem can, else extent by extent,
 /// so that holes stay holes. Returns what the copy takes on disk. Moves the position of `from`.
 ///
 /// # Errors
-/// [`FileError`] naming the copy, or its source; there is no copy then. The length is the one that `from` had at first.
-pub fn copy_sparse(from: &File, to: &Path) -> Result<Bytes, FileError> {
+/// [`FileError`] naming the copy, or its source, also where it is not done `until` then; there is no copy then. The length is the
+/// one that `from` had at first.
+pub fn copy_sparse(from: &File, to: &Path, until: Instant) -> Result<Bytes, FileError> {
     fill(to, |file| {
         // Whatever speaks against it, the copy below says so if it matters.
         if ioctl_ficlone(file, from).is_ok() {
@@ -36,7 +44,7 @@ pub fn copy_sparse(from: &File, to: &Path) -> Result<Bytes, FileError> {
         let length = from.metadata().map_err(reading)?.len();
         file.set_len(length)
             .map_err(|error| FileError::new("extending", to, error))?;
-        copy_extents(Way::Kernel, &mut Pace::new(from, file, to), length)
+        copy_extents(Way::Kernel, &mut Pace::new(from, file, to), length, until)
     })
 }
 
@@ -52,7 +60,8 @@ pub fn copy_generation(from: &Path, to: &Path) -> Result<Manifest, SnapshotError
     let dir = &unkept.dir;
     let inspect = |file: &File, name| file.metadata().map_err(|error| dir.error("inspecting", name, error));
     let written = dir.write_new(STATE, SHARED, &state)?;
-    copy_sparse(&memory, &to.join(MEMORY))?;
+    let limit = COPY_LEAST + COPY_PER_MEBIBYTE * manifest.about.size.memory.0;
+    copy_sparse(&memory, &to.join(MEMORY), Instant::now() + limit)?;
     let copied = dir.open_regular(MEMORY)?;
     copied
         .set_permissions(PermissionsExt::from_mode(SHARED))
@@ -179,12 +188,15 @@ enum Way {
     Buffer(Vec<u8>),
 }
 
-fn copy_extents(mut way: Way, pace: &mut Pace<'_>, length: u64) -> Result<(), FileError> {
+fn copy_extents(mut way: Way, pace: &mut Pace<'_>, length: u64, until: Instant) -> Result<(), FileError> {
     let reading = |source| FileError::new("reading the source of", pace.path, source);
     let mut at = 0;
     while let Some((start, end)) = next_data(pace.from, at, length).map_err(reading)? {
         at = start;
         while at < end {
+            if Instant::now() >= until {
+                return Err(FileError::new("copying to", pace.path, io::ErrorKind::TimedOut.into()));
+            }
             at += copy_some(&mut way, pace, at, clamp(end - at, BUFFER))?;
             pace.reached(at)?;
         }
@@ -269,6 +281,11 @@ mod tests {
         file
     }
 
+    /// None of these copies takes that long.
+    fn late() -> Instant {
+        Instant::now() + Duration::from_secs(600)
+    }
+
     fn content(file: &File) -> Vec<u8> {
         let mut content = vec![0; usize::try_from(file.metadata().expect("metadata").len()).expect("small")];
         file.read_exact_at(&mut content, 0).expect("read");
@@ -280,7 +297,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         let from = sample(dir.path());
         let to = dir.path().join("to");
-        let taken = copy_sparse(&from, &to).expect("copied");
+        let taken = copy_sparse(&from, &to, late()).expect("copied");
         let copy = File::open(&to).expect("opened");
         assert!(content(&copy) == content(&from), "another content");
         let metadata = copy.metadata().expect("metadata");
@@ -297,10 +314,23 @@ mod tests {
         for way in [Way::Kernel, Way::Buffer(vec![0; BUFFER])] {
             let copy = tempfile::tempfile_in(dir.path()).expect("made");
             copy.set_len(length).expect("extended");
-            copy_extents(way, &mut Pace::new(&from, &copy, dir.path()), length).expect("copied");
+            copy_extents(way, &mut Pace::new(&from, &copy, dir.path()), length, late()).expect("copied");
             assert!(content(&copy) == content(&from), "another content");
             assert!(copy.metadata().expect("metadata").blocks() * 512 < 42 << 20);
         }
+    }
+
+    #[test]
+    fn a_copy_that_takes_too_long_is_none() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let from = sample(dir.path());
+        let length = from.metadata().expect("metadata").len();
+        let to = dir.path().join("to");
+        let copied = fill(&to, |file| {
+            copy_extents(Way::Kernel, &mut Pace::new(&from, file, &to), length, Instant::now())
+        });
+        assert_eq!(copied.expect_err("late").source.kind(), io::ErrorKind::TimedOut);
+        assert!(!to.exists());
     }
 
     #[test]
@@ -310,7 +340,7 @@ mod tests {
             let from = tempfile::tempfile_in(dir.path()).expect("made");
             from.set_len(length).expect("extended");
             let to = dir.path().join(format!("to-{length}"));
-            copy_sparse(&from, &to).expect("copied");
+            copy_sparse(&from, &to, late()).expect("copied");
             let metadata = fs::metadata(&to).expect("there");
             assert_eq!((metadata.len(), metadata.blocks()), (length, 0));
         }
@@ -322,7 +352,7 @@ mod tests {
         let from = sample(dir.path());
         let to = dir.path().join("to");
         fs::write(&to, "keep").expect("written");
-        for error in [copy_sparse(&from, &to), flatten(&from, Bytes(4096), &to)] {
+        for error in [copy_sparse(&from, &to, late()), flatten(&from, Bytes(4096), &to)] {
             let error = error.expect_err("it exists");
             assert_eq!(error.doing, "making");
         }
