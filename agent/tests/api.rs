@@ -10,6 +10,7 @@ use roost_agent::api::service::Service;
 use roost_agent::config::Config;
 use roost_agent::guest::Token;
 use roost_agent::host::Host;
+use roost_agent::outbox::{self, Outbox};
 use roost_agent::registry::Registry;
 use roost_agent::sandbox::plan::{Plan, Wish};
 use roost_agent::sandbox::record::{Kept, Memory, PauseReason, Phase, Record};
@@ -59,7 +60,9 @@ impl Agent {
         };
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
         let address = listener.local_addr().expect("an address");
-        let host = Arc::new(Host::new(config));
+        let host = Host::new(config);
+        let outbox = Outbox::open(&host.layout.outbox(), outbox::Limits::default()).expect("opened");
+        let host = Arc::new(host.with_outbox(outbox));
         let registry = Registry::new(host.clone());
         let service = Service::new(registry.clone());
         tokio::spawn(serve(listener, access, service.clone()));

@@ -68,9 +68,9 @@ impl Host {
     /// learns of it all the same, only later.
     ///
     /// # Errors
-    /// The event, where it was not kept.
+    /// The event, where it was not kept; also where there is no outbox, which was logged when it could not be opened.
     pub async fn tell(&self, event: Event) -> Result<(), Event> {
-        let Some(outbox) = &self.outbox else { return Ok(()) };
+        let Some(outbox) = &self.outbox else { return Err(event) };
         let put = outbox.put(event.clone()).await;
         put.map_err(|error| {
             tracing::error!(sandbox_id = %event.sandbox_id, event = ?event.event, error = %Chain(&error), "an event is not kept");
