@@ -111,6 +111,9 @@ pub enum GuestError {
     /// envd repeated another nonce than the one it was sent: this is an answer to something else.
     #[error("the guest's envd acknowledged something else than what it was told")]
     WrongNonce,
+    /// envd repeated none, though it has before: nothing says that it has taken in what it was told.
+    #[error("the guest's envd did not acknowledge what it was told")]
+    NoNonce,
 }
 
 /// What envd asks of callers, known to nobody but the agent. Not shown in logs.
@@ -140,6 +143,17 @@ pub enum Freeze {
     /// They are: nothing of the guest's is written until they are thawed.
     Frozen,
     /// This envd knows nothing of it.
+    Unknown,
+}
+
+/// Whether an envd repeats the nonce that `/init` sends it, once it has taken in the rest.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Nonces {
+    /// It has, so it is asked for.
+    Repeated,
+    /// It knows nothing of them, as far as anybody knows.
+    #[default]
     Unknown,
 }
 
@@ -259,12 +273,13 @@ impl Guest {
     }
 
     /// Tells envd who it is, and waits until it has taken that in: its clock, its entropy, its identity. An envd that knows of
-    /// nonces repeats the one it was sent, and has read from its disk before. `known` is the token that it asks for where that is not
-    /// ours yet, as in a clone. A guest that takes its time is told the time once more.
+    /// nonces repeats the one it was sent, and has read from its disk before; whether this one does. `known` is the token that it asks
+    /// for where that is not ours yet, as in a clone; `nonces`, whether it has repeated one before: the same envd, woken, does so
+    /// again. A guest that takes its time is told the time once more.
     ///
     /// # Errors
-    /// [`GuestError::Http`], [`GuestError::Refused`], [`GuestError::WrongNonce`].
-    pub async fn init(&self, known: Option<&Token>, identity: Identity) -> Result<(), GuestError> {
+    /// [`GuestError::Http`], [`GuestError::Refused`], [`GuestError::WrongNonce`], [`GuestError::NoNonce`].
+    pub async fn init(&self, known: Option<&Token>, identity: Identity, nonces: Nonces) -> Result<Nonces, GuestError> {
         let nonce = crate::sandbox::build::random_hex();
         let (sandbox, lifecycle) = (identity.sandbox, identity.lifecycle);
         let request = InitRequest {
@@ -286,12 +301,14 @@ impl Guest {
             connect_limit: CONNECT_LIMIT,
         };
         let (answer, took) = self.init_now(call, request, ANSWER_LIMIT).await?;
-        match answer.headers().get(NONCE_HEADER) {
+        let nonces = match answer.headers().get(NONCE_HEADER) {
             Some(repeated) if repeated.as_bytes() != nonce.as_bytes() => return Err(GuestError::WrongNonce),
-            Some(_) | None => {}
-        }
+            Some(_) => Nonces::Repeated,
+            None if nonces == Nonces::Repeated => return Err(GuestError::NoNonce),
+            None => Nonces::Unknown,
+        };
         self.set_clock(&sandbox, &lifecycle, took).await;
-        Ok(())
+        Ok(nonces)
     }
 
     /// Tells envd the time until that is quick enough; it was told it once, which took `took`. An attempt that comes out worse does no
@@ -775,7 +792,7 @@ mod tests {
         ] {
             let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
             let guest = Guest::at(listener.local_addr().expect("an address"), Token::random());
-            let (told, outcome) = tokio::join!(slow(listener, delays), guest.init(None, identity()));
+            let (told, outcome) = tokio::join!(slow(listener, delays), guest.init(None, identity(), Nonces::Unknown));
             outcome.expect("it was told");
             assert_eq!(told.len(), calls);
             for (number, (request, _)) in told.iter().enumerate() {
@@ -809,7 +826,7 @@ mod tests {
             slow(listener, vec![Duration::ZERO]).await
         };
         let began = SystemTime::now();
-        let (told, outcome) = tokio::join!(accepted, guest.init(None, identity()));
+        let (told, outcome) = tokio::join!(accepted, guest.init(None, identity(), Nonces::Unknown));
         outcome.expect("it was told");
         let (request, read) = &told[0];
         let connecting = read.duration_since(began).expect("later");
@@ -819,6 +836,48 @@ mod tests {
         );
         let age = read.duration_since(request.timestamp.expect("a time")).expect("later");
         assert!(age < Duration::from_millis(300), "{age:?} old when it was read");
+    }
+
+    /// An envd that answers `/init` with these headers, of which `%` is the nonce that it was sent.
+    async fn acknowledges(headers: &'static str, nonces: Nonces) -> Result<Nonces, GuestError> {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
+        let guest = Guest::at(listener.local_addr().expect("an address"), Token::random());
+        let envd = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.expect("accepted");
+            let (mut request, mut buffer) = (String::new(), [0; 4096]);
+            let nonce = loop {
+                let length = stream.read(&mut buffer).await.expect("a request");
+                request.push_str(std::str::from_utf8(&buffer[..length]).expect("ASCII"));
+                if let Some((_, body)) = request.split_once("\r\n\r\n")
+                    && let Ok(body) = serde_json::from_str::<serde_json::Value>(body)
+                {
+                    break body["nonce"].as_str().expect("a nonce").to_owned();
+                }
+            };
+            let headers = headers.replace('%', &nonce);
+            let answer = format!("HTTP/1.1 204 No Content\r\n{headers}\r\n");
+            stream.write_all(answer.as_bytes()).await.expect("answered");
+        });
+        let outcome = guest.init(None, identity(), nonces).await;
+        envd.await.expect("no panic");
+        outcome
+    }
+
+    #[tokio::test]
+    async fn an_envd_that_has_repeated_a_nonce_must_do_so_again_and_no_other_one() {
+        let right = format!("{NONCE_HEADER}: %\r\n").leak();
+        let wrong = format!("{NONCE_HEADER}: %0\r\n").leak();
+        for nonces in [Nonces::Unknown, Nonces::Repeated] {
+            assert_eq!(
+                acknowledges(right, nonces).await.expect("acknowledged"),
+                Nonces::Repeated
+            );
+            let outcome = acknowledges(wrong, nonces).await;
+            assert!(matches!(outcome, Err(GuestError::WrongNonce)), "{outcome:?}");
+        }
+        assert_eq!(acknowledges("", Nonces::Unknown).await.expect("taken"), Nonces::Unknown);
+        let outcome = acknowledges("", Nonces::Repeated).await;
+        assert!(matches!(outcome, Err(GuestError::NoNonce)), "{outcome:?}");
     }
 
     #[test]

@@ -190,7 +190,6 @@ pub(crate) async fn reach(host: Arc<Host>, record: Record, slot: Slot) -> ReachE
                 let guest = Arc::new(Guest::new(SlotAddresses::of(slot).host, record.token.clone()));
                 return run_on(host, Vm::new(shim, guest, MemoryLoad::of(&spec.start), record)).await;
             }
-            }
             Ok(_) => return gone(&host, &record).await,
             // It is no shim that we know how to talk to; whatever it holds is ended with it.
             Err(error @ ShimFault::Protocol(_)) => {

@@ -219,7 +219,8 @@ fn guest_code(error: &GuestError) -> ErrorCode {
         | GuestError::Http { .. }
         | GuestError::Refused { .. }
         | GuestError::BadStream(_)
-        | GuestError::WrongNonce => ErrorCode::Internal,
+        | GuestError::WrongNonce
+        | GuestError::NoNonce => ErrorCode::Internal,
     }
 }
 

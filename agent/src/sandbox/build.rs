@@ -25,7 +25,7 @@ use super::wake::{Memories, Steps, WAKE_LIMIT, wake};
 use super::{BuildFailure, Ending, TeardownError, pause};
 use crate::errors::{Chain, FileError};
 use crate::failpoint::{pass, reach};
-use crate::guest::{Guest, GuestError, Token};
+use crate::guest::{Guest, GuestError, Nonces, Token};
 use crate::host::images::{self, Image, ImageError};
 use crate::host::kernels::{self, Kernel};
 use crate::host::shim::{self, ExitSummary};
@@ -220,12 +220,14 @@ async fn steps(
             Ok((memories, token)) => {
                 let vmm = wake::<BuildError>(&api, &STEPS).await?;
                 let envd = guest.wait_until_up(WAKE_LIMIT).await?;
-                guest.init(Some(token), identity(host, plan)).await?;
+                let known = memories.manifest.about.nonces;
+                let nonces = guest.init(Some(token), identity(host, plan), known).await?;
                 reach("clone.gated").await?;
                 Ok(Versions {
                     kernel: memories.manifest.about.kernel_version.clone(),
                     vmm,
                     envd,
+                    nonces,
                     began: Began::Restored,
                 })
             }
@@ -234,11 +236,12 @@ async fn steps(
                     let limit = boot_limit(host, plan);
                     guest.wait_until_up(limit).await.map_err(BuildError::from)
                 })?;
-                guest.init(None, identity(host, plan)).await?;
+                let nonces = guest.init(None, identity(host, plan), Nonces::Unknown).await?;
                 Ok::<_, BuildError>(Versions {
                     kernel: kernel.version.clone(),
                     vmm,
                     envd,
+                    nonces,
                     began: began.clone(),
                 })
             }

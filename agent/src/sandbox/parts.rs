@@ -27,7 +27,7 @@ use super::build::fill_random;
 use super::plan::Plan;
 use super::record::Record;
 use crate::errors::FileError;
-use crate::guest::{Guest, Identity};
+use crate::guest::{Guest, Identity, Nonces};
 use crate::host::Host;
 use crate::host::acl::{self, Access};
 use crate::host::privd::CallError;
@@ -92,6 +92,9 @@ pub struct Versions {
     pub vmm: String,
     /// The guest's envd.
     pub envd: String,
+    /// Whether that repeats nonces, as its last `/init` showed. Of records before this was looked at nobody knows.
+    #[serde(default)]
+    pub nonces: Nonces,
     /// How the sandbox began.
     #[serde(default)]
     pub began: Began,

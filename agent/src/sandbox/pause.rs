@@ -338,12 +338,19 @@ pub(crate) async fn tell(host: &Arc<Host>, record: &Record, kept: &mut Kept) {
 
 /// What a snapshot of a running sandbox is of.
 fn about(host: &Host, record: &Record, freeze: Freeze) -> Result<About, SnapshotError> {
-    let Versions { kernel, vmm, envd, .. } = &record.versions;
+    let Versions {
+        kernel,
+        vmm,
+        envd,
+        nonces,
+        ..
+    } = &record.versions;
     Ok(About {
         vmm_version: vmm.clone(),
         kernel_version: kernel.clone(),
         initramfs: kernels::of_version(&host.layout.kernels(), kernel).is_some_and(|kernel| kernel.initramfs.is_some()),
         envd_version: envd.clone(),
+        nonces: *nonces,
         cpu: Cpu::of_this_host()?,
         size: record.size(),
         devices: Devices::RootfsNet0BalloonSerial,

@@ -28,7 +28,7 @@ use super::wake::{Memories, Steps, WAKE_LIMIT, wake};
 use super::{BuildError, Ending, ResumeEnd, build};
 use crate::errors::{Chain, FileError};
 use crate::failpoint::{pass, reach};
-use crate::guest::{Guest, GuestError};
+use crate::guest::{Guest, GuestError, Nonces};
 use crate::host::files;
 use crate::host::kernels::Kernel;
 use crate::host::shim::{self, ExitSummary, ShimFault};
@@ -283,24 +283,29 @@ async fn steps(
     reach("resume.launched").await?;
     let guest = Guest::new(SlotAddresses::of(slot.slot()).host, record.token.clone());
     let api = Vmm::new(&host.layout.vm_run(&id).join(API_SOCKET));
+    // The envd of its memory is the one that there was; from its disk another may boot.
+    let known_nonces = match &memories {
+        Some(_) => record.versions.nonces,
+        None => Nonces::Unknown,
+    };
     let up = async {
         let (vmm, limit) = match &memories {
             Some(_) => (wake::<ResumeError>(&api, &STEPS).await?, WAKE_LIMIT),
             None => (api.version().await?, boot_limit(host, &plan)),
         };
         let envd = guest.wait_until_up(limit).await?;
-        guest.init(None, identity(host, &plan)).await?;
+        let nonces = guest.init(None, identity(host, &plan), known_nonces).await?;
         reach("resume.gated").await?;
-        Ok::<_, ResumeError>((vmm, envd))
+        Ok::<_, ResumeError>((vmm, envd, nonces))
     };
-    let (vmm, envd) = tokio::select! {
+    let (vmm, envd, nonces) = tokio::select! {
         versions = up => versions?,
         end = shim.ended() => return Err(ended(pause::ending(end))),
     };
     if memories.is_none() {
         record.versions.kernel = kernel.version;
     }
-    (record.versions.vmm, record.versions.envd) = (vmm, envd);
+    (record.versions.vmm, record.versions.envd, record.versions.nonces) = (vmm, envd, nonces);
     if memories.is_some() {
         write(record.with(Phase::Thawing(*kept))).await?;
         // From here on the guest may write. Whether it has, its disk says: a VM that is lost may still be a sandbox that is paused.

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::cpu::Cpu;
 use super::seal::MAX_STATE;
 use super::{CONFIG, MANIFEST, MEMORY, STATE, SnapshotDir, SnapshotError, check_length};
+use crate::guest::Nonces;
 
 /// Version of the format.
 pub(super) const VERSION: u32 = 1;
@@ -37,6 +38,9 @@ pub struct About {
     pub initramfs: bool,
     /// The version of the envd in it.
     pub envd_version: String,
+    /// Whether that envd repeats nonces. Of manifests before this was looked at nobody knows.
+    #[serde(default)]
+    pub nonces: Nonces,
     /// The CPU that it ran on.
     pub cpu: Cpu,
     /// What the VM has.
@@ -234,6 +238,7 @@ pub(super) mod tests {
             kernel_version: "6.1.0-41".into(),
             initramfs: true,
             envd_version: "0.1.0".into(),
+            nonces: Nonces::Repeated,
             cpu: Cpu {
                 vendor: "GenuineIntel".into(),
                 model_name: "Intel(R) Xeon(R) Gold 6230 CPU @ 2.10GHz".into(),
@@ -268,6 +273,7 @@ pub(super) mod tests {
                 "kernel_version": "6.1.0-41",
                 "initramfs": true,
                 "envd_version": "0.1.0",
+                "nonces": "repeated",
                 "cpu": {
                     "vendor": "GenuineIntel",
                     "model_name": "Intel(R) Xeon(R) Gold 6230 CPU @ 2.10GHz",
@@ -294,6 +300,17 @@ pub(super) mod tests {
             },
         });
         assert_eq!(text, golden);
+    }
+
+    #[test]
+    fn a_manifest_of_an_earlier_agent_is_read() {
+        let files = Files::new(b"{}", Bytes(4096), Bytes(64 << 20), Bytes(8192));
+        let mut earlier = serde_json::to_value(Manifest::new(about(), files)).expect("serialised");
+        let of = earlier["about"].as_object_mut().expect("an object");
+        of.remove("nonces");
+        of.remove("held");
+        let read: Manifest = serde_json::from_value(earlier).expect("read");
+        assert_eq!((read.about.nonces, read.about.held), (Nonces::Unknown, false));
     }
 
     #[test]
