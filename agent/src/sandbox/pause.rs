@@ -355,7 +355,6 @@ fn about(host: &Host, record: &Record, freeze: Freeze) -> Result<About, Snapshot
         size: record.size(),
         devices: Devices::RootfsNet0BalloonSerial,
         memory_file: MemoryFile::of_version(vmm),
-        frozen: freeze != Freeze::Unknown,
         held: freeze == Freeze::Held,
         restore: RestoreMode::OnDemand,
         made_at_unix: unix_now(),

@@ -10,6 +10,9 @@
 //! the disk. That is checked and not believed: a guest could thaw itself. The exception store's time of change tells, and a
 //! memory that the disk has left behind is never offered again.
 //!
+//! An envd that knows nothing of freezing lets its guest write as soon as it runs, and has nothing to thaw; a resume of such a guest that
+//! fails, fails alike: its disk tells whether it has written.
+//!
 //! A guest that boots from its disk alone writes at once, so there its memory is given up before it starts.
 
 use std::collections::BTreeMap;

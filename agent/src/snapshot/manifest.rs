@@ -49,8 +49,6 @@ pub struct About {
     pub devices: Devices,
     /// What the memory file is.
     pub memory_file: MemoryFile,
-    /// Whether the guest's filesystems are frozen, so that it wakes without writing.
-    pub frozen: bool,
     /// Whether all of the guest's programs had stopped, so that it may be woken more than once: none of them runs before it has been told
     /// who it is, and draws the random numbers that its twin draws.
     #[serde(default)]
@@ -254,7 +252,6 @@ pub(super) mod tests {
             },
             devices: Devices::RootfsNet0BalloonSerial,
             memory_file: MemoryFile::Raw,
-            frozen: true,
             held: true,
             restore: RestoreMode::OnDemand,
             made_at_unix: 1_700_000_000,
@@ -285,7 +282,6 @@ pub(super) mod tests {
                 "size": { "vcpus": 2, "memory": 64, "disk": 2_097_152 },
                 "devices": "rootfs_net0_balloon_serial",
                 "memory_file": "raw",
-                "frozen": true,
                 "held": true,
                 "restore": "OnDemand",
                 "made_at_unix": 1_700_000_000,
@@ -309,6 +305,7 @@ pub(super) mod tests {
         let of = earlier["about"].as_object_mut().expect("an object");
         of.remove("nonces");
         of.remove("held");
+        of.insert("frozen".into(), true.into());
         let read: Manifest = serde_json::from_value(earlier).expect("read");
         assert_eq!((read.about.nonces, read.about.held), (Nonces::Unknown, false));
     }
