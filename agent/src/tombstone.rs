@@ -345,6 +345,20 @@ mod tests {
     }
 
     #[test]
+    fn a_tombstone_that_is_a_day_old_is_none() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let layout = Layout::new(dir.path(), dir.path());
+        std::fs::create_dir(layout.tombstones()).expect("made");
+        let id: SandboxId = "x".parse().expect("an id");
+        for (hours, is_there) in [(23, true), (24, false), (1000, false)] {
+            let mut old = Tombstone::new(&id, 5, End::ShimLost);
+            old.ended_at_unix -= hours * 3600;
+            bury(&layout, &old).expect("written");
+            assert_eq!(find(&layout, &id).is_some(), is_there, "{hours} h old");
+        }
+    }
+
+    #[test]
     fn a_reason_has_one_name() {
         for reason in [
             Reason::GuestPanic,
