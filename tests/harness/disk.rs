@@ -100,8 +100,10 @@ pub fn preallocate(path: &Path) {
 pub enum Health {
     /// It reads and writes.
     Good,
-    /// It reads, and every write is an error.
+    /// It reads, and every write is an error. A filesystem takes no more changes after that.
     FailsWrites,
+    /// Writes of what files hold are errors, and the filesystem itself lives on.
+    FailsData,
     /// Everything is an error.
     Fails,
 }
@@ -118,6 +120,8 @@ pub struct FaultyDisk {
 
 impl FaultyDisk {
     const NAME: &str = "faulty";
+    /// Where an ext4 of up to 600 MiB has its journal and its tables, in sectors: what lies behind it is files' and directories'.
+    const TABLES: u64 = 32 << 11;
 
     /// Makes one of so many MiB; there is one at a time.
     ///
@@ -137,7 +141,10 @@ impl FaultyDisk {
             file,
         };
         run("dmsetup", &["create", Self::NAME, "--table", &disk.table(Health::Good)]);
-        run("mkfs.ext4", &["-q", "-m", "0", &disk.node()]);
+        run(
+            "mkfs.ext4",
+            &["-q", "-m", "0", "-E", "packed_meta_blocks=1", &disk.node()],
+        );
         disk
     }
 
@@ -151,6 +158,12 @@ impl FaultyDisk {
             Health::Good => format!("0 {length} linear {device} 0"),
             // Up for no second, down for longer than any test.
             Health::FailsWrites => format!("0 {length} flakey {device} 0 0 100000 1 error_writes"),
+            Health::FailsData => {
+                let (tables, rest) = (Self::TABLES, length - Self::TABLES);
+                format!(
+                    "0 {tables} linear {device} 0\n{tables} {rest} flakey {device} {tables} 0 100000 1 error_writes"
+                )
+            }
             Health::Fails => format!("0 {length} error"),
         }
     }
@@ -175,13 +188,43 @@ impl FaultyDisk {
         self.mounted_at = Some(at.to_owned());
     }
 
+    /// Mounts it in place of a directory whose content it gets, with owners, modes and holes.
+    ///
+    /// # Panics
+    /// When that fails.
+    pub fn take_over(&mut self, dir: &Path) {
+        self.mount(Path::new("/mnt"));
+        run("rmdir", &["/mnt/lost+found"]);
+        copy(dir, Path::new("/mnt"));
+        self.unmount();
+        self.mount(dir);
+    }
+
+    /// Unmounts it, and leaves its content in the directory behind it.
+    ///
+    /// # Panics
+    /// When that fails, or it is not mounted.
+    pub fn give_back(&mut self) {
+        let dir = self.unmount();
+        self.mount(Path::new("/mnt"));
+        run("find", &[dir.to_str().expect("ASCII"), "-mindepth", "1", "-delete"]);
+        copy(Path::new("/mnt"), &dir);
+        self.unmount();
+    }
+
+    /// Unmounts it; from where.
+    fn unmount(&mut self) -> PathBuf {
+        let at = self.mounted_at.take().expect("it was mounted");
+        run("umount", &[at.to_str().expect("ASCII")]);
+        at
+    }
+
     /// Unmounts it, repairs its filesystem as an operator does after a failure, and mounts it again.
     ///
     /// # Panics
     /// When that fails, or there is nothing to mount.
     pub fn repair(&mut self) {
-        let at = self.mounted_at.take().expect("it was mounted");
-        run("umount", &[at.to_str().expect("ASCII")]);
+        let at = self.unmount();
         let output = Command::new("e2fsck")
             .args(["-f", "-y", &self.node()])
             .output()
@@ -217,6 +260,14 @@ impl Drop for FaultyDisk {
             removed.expect("removed");
         }
     }
+}
+
+/// Copies what a directory holds, and its own owner and mode.
+fn copy(from: &Path, to: &Path) {
+    let [from, to] = [from, to].map(|path| path.to_str().expect("ASCII"));
+    run("cp", &["--archive", "--sparse=always", &format!("{from}/."), to]);
+    run("chown", &["--reference", from, to]);
+    run("chmod", &["--reference", from, to]);
 }
 
 fn output(program: &str, arguments: &[&str]) -> Output {
