@@ -798,7 +798,10 @@ mod tests {
             let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
             let guest = Guest::at(listener.local_addr().expect("an address"), Token::random());
             let told = slow(listener, delays);
-            guest.init(None, identity(), Nonces::Unknown).await.expect("it was told");
+            guest
+                .init(None, identity(), Nonces::Unknown)
+                .await
+                .expect("it was told");
             let told = told.lock().expect("no panic");
             assert!(calls.contains(&told.len()), "told {} times", told.len());
             for (number, (request, _)) in told.iter().enumerate() {
@@ -837,7 +840,10 @@ mod tests {
         let told = told.lock().expect("no panic");
         let time = told[0].0.timestamp.expect("a time");
         let age = time.duration_since(began).expect("later");
-        assert!(age >= Duration::from_millis(500), "taken after {age:?}, before there was a connection");
+        assert!(
+            age >= Duration::from_millis(500),
+            "taken after {age:?}, before there was a connection"
+        );
     }
 
     /// An envd that answers `/init` with these headers, of which `%` is the nonce that it was sent.
