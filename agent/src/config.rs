@@ -8,6 +8,8 @@ use roost_common::shim::{MEMORY_RANGE, VCPUS_RANGE};
 use roost_common::units::{MAX_DISK, Mebibytes, Vcpus};
 use serde::Deserialize;
 
+use crate::guest::GuestNet;
+
 /// Where the configuration is looked for when nothing else is said.
 pub const DEFAULT_FILE: &str = "/etc/roost/agent.toml";
 /// Highest floor of a busy guest's network and disk, in bytes a second: above it, none would ever count as busy.
@@ -102,6 +104,10 @@ pub struct Config {
     /// Bytes a second to and from its disk above which a guest counts as used. An idle guest's journal and logs may be above, but
     /// not for three seconds in five.
     pub busy_disk_bytes: u64,
+    /// Where guests are reached. Not a key of the file: privd makes the network plan, and there is no other. A test that has no guests of
+    /// privd's has its own.
+    #[serde(skip)]
+    pub guests: GuestNet,
 }
 
 /// How shims are started.
@@ -151,6 +157,7 @@ impl Default for Config {
             busy_cpu_percent: 5,
             busy_network_bytes: 16 << 10,
             busy_disk_bytes: 64 << 10,
+            guests: GuestNet::default(),
         }
     }
 }
@@ -253,6 +260,9 @@ fn host_resolvers(resolv_conf: &str) -> Vec<Ipv4Addr> {
 
 #[cfg(test)]
 mod tests {
+    use roost_common::ids::Slot;
+    use roost_common::net::SlotAddresses;
+
     use super::*;
 
     fn parse(text: &str) -> Result<Config, ConfigError> {
@@ -264,6 +274,9 @@ mod tests {
         let config = parse("").expect("parsed");
         assert_eq!(config.listen.port(), 50051);
         assert_eq!(config.shim, Shim::Systemd);
+        let slot = Slot::MAX;
+        let planned = (SlotAddresses::of(slot).host, roost_common::guest::PORT);
+        assert_eq!(config.guests.address_of(slot), SocketAddr::from(planned));
     }
 
     #[test]

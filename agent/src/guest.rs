@@ -19,7 +19,8 @@ use roost_common::guest::{
     ACCESS_TOKEN_HEADER, FSFREEZE_PATH, FSTHAW_PATH, HEALTH_PATH, HELD_HEADER, Held, INIT_PATH, InitRequest,
     KEEPALIVE_HEADER, NONCE_HEADER, PORT, SNAPSHOT_PREPARE_PATH, VERSION_HEADER,
 };
-use roost_common::ids::SandboxId;
+use roost_common::ids::{SandboxId, Slot};
+use roost_common::net::HOST_NET;
 use tokio::net::TcpStream;
 
 use crate::errors::Chain;
@@ -116,6 +117,33 @@ pub enum GuestError {
     NoNonce,
 }
 
+/// Where guests are reached from this host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GuestNet {
+    /// The address of slot n is n more than this.
+    pub base: Ipv4Addr,
+    /// envd's.
+    pub port: u16,
+}
+
+/// The network plan's.
+impl Default for GuestNet {
+    fn default() -> Self {
+        Self {
+            base: HOST_NET.0,
+            port: PORT,
+        }
+    }
+}
+
+impl GuestNet {
+    /// Where the guest in a slot is reached.
+    pub fn address_of(self, slot: Slot) -> SocketAddr {
+        let address = Ipv4Addr::from_bits(self.base.to_bits() + u32::from(slot));
+        SocketAddr::from((address, self.port))
+    }
+}
+
 /// What envd asks of callers, known to nobody but the agent. Not shown in logs.
 #[derive(Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(transparent)]
@@ -206,12 +234,8 @@ impl std::fmt::Debug for Guest {
 }
 
 impl Guest {
-    /// The guest behind a host address. Connects to nothing yet.
-    pub fn new(address: Ipv4Addr, token: Token) -> Self {
-        Self::at(SocketAddr::from((address, PORT)), token)
-    }
-
-    fn at(address: SocketAddr, token: Token) -> Self {
+    /// The guest behind an address. Connects to nothing yet.
+    pub fn new(address: SocketAddr, token: Token) -> Self {
         let base = format!("http://{address}").parse().expect("an address is an authority");
         let config = ClientConfig::new(base)
             .with_default_max_message_size(MAX_MESSAGE)
@@ -695,7 +719,7 @@ mod tests {
                 });
             }
         });
-        Guest::at(address, Token::random())
+        Guest::new(address, Token::random())
     }
 
     #[tokio::test]
@@ -718,7 +742,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
         let address = listener.local_addr().expect("an address");
         drop(listener);
-        let guest = Guest::at(address, Token::random());
+        let guest = Guest::new(address, Token::random());
         let outcome = guest.exec("x".into(), Vec::new(), Duration::from_secs(5), 1000).await;
         let error = outcome.expect_err("nobody listens");
         assert!(matches!(error, GuestError::Unreachable(_)), "{error:?}");
@@ -796,7 +820,7 @@ mod tests {
             (vec![slowly; 20], 5..=5),
         ] {
             let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
-            let guest = Guest::at(listener.local_addr().expect("an address"), Token::random());
+            let guest = Guest::new(listener.local_addr().expect("an address"), Token::random());
             let told = slow(listener, delays);
             guest
                 .init(None, identity(), Nonces::Unknown)
@@ -828,7 +852,7 @@ mod tests {
         let listener = socket.listen(0).expect("it listens");
         let address = listener.local_addr().expect("an address");
         let first = TcpStream::connect(address).await.expect("connected");
-        let guest = Guest::at(address, Token::random());
+        let guest = Guest::new(address, Token::random());
         let accepted = async {
             tokio::time::sleep(Duration::from_millis(500)).await;
             drop((listener.accept().await.expect("accepted"), first));
@@ -849,7 +873,7 @@ mod tests {
     /// An envd that answers `/init` with these headers, of which `%` is the nonce that it was sent.
     async fn acknowledges(headers: &'static str, nonces: Nonces) -> Result<Nonces, GuestError> {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
-        let guest = Guest::at(listener.local_addr().expect("an address"), Token::random());
+        let guest = Guest::new(listener.local_addr().expect("an address"), Token::random());
         let envd = tokio::spawn(async move {
             let (mut stream, _) = listener.accept().await.expect("accepted");
             let (mut request, mut buffer) = (String::new(), [0; 4096]);

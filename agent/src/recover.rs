@@ -13,11 +13,9 @@ use std::time::{Duration, Instant};
 
 use nix::fcntl::OFlag;
 use roost_common::ids::{SandboxId, Slot};
-use roost_common::net::SlotAddresses;
 use roost_common::shim::{EXIT_FILE, Exit, MAX_EXIT_FILE, SHIM_SOCKET};
 
 use crate::errors::{Chain, FileError};
-use crate::guest::Guest;
 use crate::host::Host;
 use crate::host::files::{Layout, names};
 use crate::host::shim::{self, ShimFault};
@@ -187,7 +185,7 @@ pub(crate) async fn reach(host: Arc<Host>, record: Record, slot: Slot) -> ReachE
     for attempt in 1..=ADOPT_ATTEMPTS {
         match shim::adopt(&socket).await {
             Ok(Some((shim, spec))) if spec.sandbox == id => {
-                let guest = Arc::new(Guest::new(SlotAddresses::of(slot).host, record.token.clone()));
+                let guest = Arc::new(host.guest(slot, record.token.clone()));
                 return run_on(host, Vm::new(shim, guest, MemoryLoad::of(&spec.start), record)).await;
             }
             Ok(_) => return gone(&host, &record).await,

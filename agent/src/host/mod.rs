@@ -15,8 +15,11 @@ pub mod slots;
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 
+use roost_common::ids::Slot;
+
 use crate::config::Config;
 use crate::errors::Chain;
+use crate::guest::{Guest, Token};
 use crate::outbox::{Event, Outbox};
 use files::Layout;
 use privd::PrivdClientHandle;
@@ -76,5 +79,10 @@ impl Host {
             tracing::error!(sandbox_id = %event.sandbox_id, event = ?event.event, error = %Chain(&error), "an event is not kept");
             event
         })
+    }
+
+    /// The guest in a slot. Connects to nothing yet.
+    pub fn guest(&self, slot: Slot, token: Token) -> Guest {
+        Guest::new(self.config.guests.address_of(slot), token)
     }
 }

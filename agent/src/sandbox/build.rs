@@ -14,7 +14,6 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use roost_common::ids::SandboxId;
-use roost_common::net::SlotAddresses;
 use roost_common::shim::{API_SOCKET, SHIM_SOCKET, Start};
 use roost_common::units::{Bytes, Sectors};
 
@@ -213,7 +212,7 @@ async fn steps(
     let shim = parts.launch(host, plan, start).await?;
     reach("create.launched").await?;
 
-    let guest = Guest::new(SlotAddresses::of(slot.slot()).host, record.token.clone());
+    let guest = host.guest(slot.slot(), record.token.clone());
     let api = Vmm::new(&host.layout.vm_run(&plan.id).join(API_SOCKET));
     let up = async {
         match &memory {

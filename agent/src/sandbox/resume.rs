@@ -21,7 +21,6 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use roost_common::ids::{SandboxId, Slot};
-use roost_common::net::SlotAddresses;
 use roost_common::shim::{API_SOCKET, SHIM_SOCKET};
 
 use super::parts::{DiskFiles, MemoryLoad, PartError, Parts, Vm, boot_limit, identity, millis};
@@ -284,7 +283,7 @@ async fn steps(
     let shim = parts.launch(host, &plan, start).await?;
 
     reach("resume.launched").await?;
-    let guest = Guest::new(SlotAddresses::of(slot.slot()).host, record.token.clone());
+    let guest = host.guest(slot.slot(), record.token.clone());
     let api = Vmm::new(&host.layout.vm_run(&id).join(API_SOCKET));
     // The envd of its memory is the one that there was; from its disk another may boot.
     let known_nonces = match &memories {
