@@ -21,19 +21,8 @@ fn names(dir: &Path) -> BTreeSet<String> {
         .collect()
 }
 
-/// Sandboxes with files that the agent does not list. After a start in which something went wrong it leaves such alone.
-pub(crate) fn strangers(world: &World, registry: &Registry) -> BTreeSet<String> {
-    let listed: BTreeSet<String> = registry
-        .list()
-        .iter()
-        .map(|handle| handle.plan.id.to_string())
-        .collect();
-    let found = names(&world.path("lib/sandboxes"));
-    found.difference(&listed).cloned().collect()
-}
-
 /// Compares all there is with what is listed.
-pub(crate) fn owners(world: &World, registry: &Registry, strangers: &BTreeSet<String>) {
+pub(crate) fn owners(world: &World, registry: &Registry) {
     let listed: BTreeMap<SandboxId, (Slot, View, bool)> = registry
         .list()
         .iter()
@@ -60,13 +49,15 @@ pub(crate) fn owners(world: &World, registry: &Registry, strangers: &BTreeSet<St
             View::Paused(_) if there == There::default() && !runs.contains(id.as_str()) => {}
             // It could not be ended in time, and its run directory, through which it can be, is there.
             View::Paused(_) if inner.stubborn.contains(id) && there.vms.0 == 0 && runs.contains(id.as_str()) => {}
+            // Its shim has not answered this agent yet.
+            View::Unreachable if there.vms.0 + there.vms.1 <= 1 => {}
             view => wrong.push(format!("{id} in slot {slot} is {}, and has {there:?}", view.name())),
         }
         if !files.contains(id.as_str()) {
             wrong.push(format!("{id} is listed, and has no files"));
         }
     }
-    let is_listed = |name: &String| strangers.contains(name) || name.parse().is_ok_and(|id| listed.contains_key(&id));
+    let is_listed = |name: &String| name.parse().is_ok_and(|id| listed.contains_key(&id));
     for name in files.union(&runs).filter(|name| !is_listed(name)) {
         wrong.push(format!("{name} is not listed, and has files"));
     }
@@ -96,6 +87,7 @@ fn record(registry: &Registry, handle: &Handle) -> Option<String> {
         (View::Running(..), Phase::Running) => true,
         // Whoever did not ask for it has been told.
         (View::Paused(_), Phase::Paused(kept)) => kept.told || kept.reason == PauseReason::Requested,
+        (View::Unreachable, Phase::Running | Phase::Thawing(_)) => true,
         _ => false,
     };
     let name = handle.view().name();
@@ -144,7 +136,7 @@ pub(crate) fn idleness(world: &World, registry: &Registry) {
 
 /// Says what is left where nothing may be; `with_templates`: nor of templates that were deleted.
 pub(crate) fn nothing_is_left(world: &World, registry: &Registry, with_templates: bool) {
-    owners(world, registry, &BTreeSet::new());
+    owners(world, registry);
     let mut left = Vec::new();
     left.extend(
         registry

@@ -107,11 +107,14 @@ fn act(world: &World, number: u64, request: &Request<Bytes>) -> Option<Answer> {
                 let Ok(init) = serde_json::from_slice::<InitRequest>(request.body()) else {
                     return answered(StatusCode::BAD_REQUEST, &Value::Null);
                 };
+                memory.token = init.access_token;
+                // Without a nonce it is told the time once more, and nothing else.
+                let Some(nonce) = init.nonce else { return answer };
                 if init.sandbox_id.as_deref() != Some(id) {
                     wrong = Some(format!("{id} is told that it is {:?}", init.sandbox_id));
                 }
-                (memory.token, memory.sandbox) = (init.access_token, init.sandbox_id);
-                put(answer.headers_mut(), NONCE_HEADER, &init.nonce.unwrap_or_default());
+                memory.sandbox = init.sandbox_id;
+                put(answer.headers_mut(), NONCE_HEADER, &nonce);
             }
             SNAPSHOT_PREPARE_PATH if !memory.is_frozen => memory.moment = disk.write(),
             SNAPSHOT_PREPARE_PATH => {}

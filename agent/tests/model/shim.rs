@@ -12,14 +12,21 @@ use nix::sys::socket::{Shutdown, shutdown};
 use roost_common::ids::Slot;
 use roost_common::ipc::{self, PacketSocket};
 use roost_common::shim::{
-    API_SOCKET, EXIT_FILE, Exit, FromShim, Launch, LaunchStep, Lendable, PROTOCOL, SHIM_SOCKET, ShimError, SpecField,
-    Start, Started, Status, ToShim, VmSpec, WaitStatus,
+    API_SOCKET, EXIT_FILE, Exit, FromShim, Launch, LaunchStep, Lendable, PROTOCOL, ProgramId, SHIM_SOCKET, ShimError,
+    SpecField, Start, Started, Status, ToShim, VmSpec, WaitStatus,
 };
 use tokio::sync::watch;
 
 use crate::dice::Fault;
-use crate::vmm::{self, Vmm};
+use crate::vmm::{self, VERSION, Vmm};
 use crate::world::{Inner, World, bind_packets, ended, listening};
+
+/// The file that the VMM's program would be.
+const PROGRAM: ProgramId = ProgramId {
+    device: 1,
+    inode: 1,
+    changed_at: 0,
+};
 
 /// A shim. It is in the world for as long as its process runs.
 pub(crate) struct Shim {
@@ -177,7 +184,11 @@ async fn talk(world: &Arc<World>, number: u64, socket: &PacketSocket) {
         Fault::Hang => {}
         Fault::Lose | Fault::Die => return end(world, number, End::Killed),
     }
-    if socket.send(&FromShim::Hello { protocol: PROTOCOL }).await.is_err() {
+    let hello = FromShim::Hello {
+        protocol: PROTOCOL,
+        vmm: Some(PROGRAM),
+    };
+    if socket.send(&hello).await.is_err() {
         return;
     }
     while let Ok((request, _)) = socket.receive::<ToShim>().await {
@@ -292,6 +303,8 @@ fn answer(world: &Arc<World>, number: u64, request: ToShim) -> Result<FromShim, 
     let inner = world.lock();
     let vm = inner.shims.get(&number).and_then(|shim| shim.vm.as_ref());
     match (request, vm) {
+        (ToShim::Version, None) => Ok(FromShim::Version(format!("cloud-hypervisor v{VERSION}\n").into())),
+        (ToShim::Version, Some(_)) => Err(ShimError::AlreadyLaunched),
         (ToShim::Status, None) => Ok(FromShim::Status(Status::Idle)),
         (ToShim::Status, Some(vm)) => Ok(FromShim::Status(Status::Running {
             spec: vm.spec.clone(),

@@ -21,6 +21,9 @@ use crate::guest::Memory;
 use crate::shim::{self, End};
 use crate::world::{World, ended, listening};
 
+/// What it says its version is.
+pub(crate) const VERSION: &str = "53.0.0";
+
 /// Bytes of memory that every guest has.
 pub(crate) const MEMORY: u64 = 64 << 20;
 
@@ -231,7 +234,7 @@ fn act(world: &World, number: u64, request: &Request<Bytes>) -> Option<Answer> {
     let answer = with(&mut inner, number, |vm, disk| {
         let (id, vmm) = (&vm.spec.sandbox, &mut vm.vmm);
         match (request.method(), action, vmm.state) {
-            (&Method::GET, "vmm.ping", _) => answered(StatusCode::OK, &json!({ "version": "53.0.0" })),
+            (&Method::GET, "vmm.ping", _) => answered(StatusCode::OK, &json!({ "version": VERSION })),
             (_, _, State::Loading) => answered(StatusCode::NOT_FOUND, &json!(["VM is not created"])),
             (&Method::GET, "vm.info", state) => answered(StatusCode::OK, &json!({ "state": format!("{state:?}") })),
             (&Method::PUT, "vm.pause", State::Running) => {
