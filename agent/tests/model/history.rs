@@ -8,7 +8,6 @@ use futures::FutureExt;
 use roost_agent::config::Config;
 use roost_agent::drain::drain;
 use roost_agent::errors::Chain;
-use roost_agent::guest::GuestNet;
 use roost_agent::host::Host;
 use roost_agent::host::files::Layout;
 use roost_agent::host::slots::SlotLease;
@@ -168,10 +167,7 @@ impl Agent {
             shim_socket: world.path("shim.sock"),
             dns: Some(Vec::new()),
             disk_reserve_mb: 0,
-            guests: GuestNet {
-                base: world.guest_base,
-                port: world.guest_port,
-            },
+            guests: world.guest_net,
             ..Config::default()
         };
         let host = Host::new(config);

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
+use roost_agent::guest::GuestNet;
 use roost_common::ids::{SandboxId, Slot};
 use rustix::fs::{FlockOperation, flock};
 use tokio::sync::{Notify, watch};
@@ -109,8 +110,7 @@ pub(crate) struct World {
     pub(crate) shims: UnixListener,
     /// Of the guests in each slot.
     pub(crate) guests: Vec<(Slot, TcpListener)>,
-    pub(crate) guest_base: Ipv4Addr,
-    pub(crate) guest_port: u16,
+    pub(crate) guest_net: GuestNet,
     /// Whether nothing goes wrong any more.
     pub(crate) calm: watch::Sender<bool>,
     /// The agent is to be killed.
@@ -161,7 +161,7 @@ impl World {
         }
         std::fs::write(dir.path().join("lib/images/minimal/rootfs.ext4"), vec![0; 16 << 10]).expect("written");
         std::fs::write(dir.path().join("lib/kernels/vmlinux-6.1"), "").expect("written");
-        let (guest_base, guest_port, guests) = std::iter::repeat_with(|| guest_net(&mut dice))
+        let (guest_net, guests) = std::iter::repeat_with(|| listen_as_guests(&mut dice))
             .flatten()
             .next()
             .expect("one of them is free");
@@ -171,8 +171,7 @@ impl World {
             shims: listener("shim.sock"),
             dir,
             guests,
-            guest_base,
-            guest_port,
+            guest_net,
             calm: watch::Sender::new(true),
             crash: Notify::new(),
             inner: Mutex::new(Inner {
@@ -331,17 +330,21 @@ impl Inner {
 }
 
 /// Tries to listen where guests of all slots would: at addresses of the loopback network, on one port.
-fn guest_net(dice: &mut Dice) -> Option<(Ipv4Addr, u16, Vec<(Slot, TcpListener)>)> {
-    let base = Ipv4Addr::new(127, 1 + byte(dice), byte(dice), 0);
-    let mut port = 0;
+fn listen_as_guests(dice: &mut Dice) -> Option<(GuestNet, Vec<(Slot, TcpListener)>)> {
+    let mut net = GuestNet {
+        base: Ipv4Addr::new(127, 1 + byte(dice), byte(dice), 0),
+        port: 0,
+    };
     let mut guests = Vec::new();
     for number in 1..=SLOTS {
-        let listener = TcpListener::bind((Ipv4Addr::from_bits(base.to_bits() + number), port)).ok()?;
+        let slot = Slot::try_from(number).expect("a slot");
+        let listener = TcpListener::bind(net.address_of(slot)).ok()?;
         listener.set_nonblocking(true).ok()?;
-        port = listener.local_addr().ok()?.port();
-        guests.push((Slot::try_from(number).expect("a slot"), listener));
+        // The first one's is everybody's.
+        net.port = listener.local_addr().ok()?.port();
+        guests.push((slot, listener));
     }
-    Some((base, port, guests))
+    Some((net, guests))
 }
 
 fn byte(dice: &mut Dice) -> u8 {
