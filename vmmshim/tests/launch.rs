@@ -475,6 +475,8 @@ fn a_kill_is_heard_of_an_agent_that_has_gone_before_it_was_greeted_or_with_answe
         };
         after_the_agent_has_gone(&shim, || {
             let other = other.unwrap_or_else(|| place.connect().expect("connected"));
+            // What is said before it has an answer that nobody takes.
+            other.send(&ToShim::Status);
             other.send(&ToShim::Kill);
             drop(other);
         });
