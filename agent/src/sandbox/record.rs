@@ -239,6 +239,12 @@ mod tests {
             record.write(&layout).expect("written");
             assert_eq!(Record::read(&layout, &id).expect("read"), record);
         }
+        // One of an agent that did not look for nonces yet.
+        let mut earlier = serde_json::to_value(&created).expect("serialised");
+        let versions = earlier["versions"].as_object_mut().expect("an object");
+        versions.remove("nonces").expect("written");
+        std::fs::write(layout.record(&id), earlier.to_string()).expect("written");
+        assert_eq!(Record::read(&layout, &id).expect("read"), created);
         std::fs::write(layout.record(&id), "{\"version\": 2, \"new\": {}}").expect("written");
         assert!(matches!(Record::read(&layout, &id), Err(RecordError::Version(_, 2))));
         std::fs::write(layout.record(&id), "{\"version\": 1").expect("written");
