@@ -48,6 +48,61 @@ fn a_guest_that_powers_off_is_a_sandbox_gone_with_its_console() {
 }
 
 #[test]
+#[ignore = "at full size only: cargo xtask test --all"]
+fn a_vmm_that_the_kernel_ends_for_memory_is_a_sandbox_gone_and_says_so() {
+    in_rig(|| {
+        let sandbox = Sandbox::create(&["--memory", "512"]);
+        let [vmm] = pids(vmm_command())[..] else {
+            panic!("one VMM runs")
+        };
+        let cgroup = std::fs::read_to_string(format!("/proc/{vmm}/cgroup")).expect("it runs");
+        let cgroup = cgroup.trim().strip_prefix("0::").expect("cgroups of version 2");
+        let file = |name: &str| format!("/sys/fs/cgroup{cgroup}/{name}");
+        let now: u64 = std::fs::read_to_string(file("memory.current"))
+            .ok()
+            .and_then(|text| text.trim().parse().ok())
+            .expect("a number");
+        // More than it has: less would have the kernel end all there is in the cgroup, the shim too, before this is written.
+        std::fs::write(file("memory.max"), (now + (8 << 20)).to_string()).expect("root may");
+        let script = "mkdir -p /dev/shm; head -c 200M /dev/zero > /dev/shm/much";
+        let output = sandbox.exec(&["/bin/bash", "-c", script]);
+        assert!(!output.status.success(), "there was room for it");
+        let tombstone = tombstone(&sandbox.id);
+        let id = sandbox.forget();
+        assert_eq!(tombstone["reason"], "out_of_memory", "{tombstone}");
+        let why = roost::ok(&["why", &id]);
+        assert!(
+            why.contains("ran out of memory") && why.contains("out_of_memory"),
+            "{why}"
+        );
+        let error = roost::fails(&["exec", &id, "--", "true"]);
+        assert!(error.contains("ran out of memory"), "{error}");
+    });
+}
+
+#[test]
+#[ignore = "at full size only: cargo xtask test --all"]
+fn a_vmm_that_ends_by_itself_is_a_sandbox_gone_with_its_exit_code() {
+    if vmm_command() != "standin-vmm" {
+        eprintln!("NOT TESTED: there is no way to have a real VMM end with an error");
+        return;
+    }
+    in_rig(|| {
+        let id = Sandbox::create(&["--memory", "128"]).forget();
+        // The stand-in's own QEMU, without which it ends.
+        kill_9("qemu-system-x86");
+        let tombstone = tombstone(&id);
+        assert_eq!(
+            (&tombstone["reason"], &tombstone["exit_code"]),
+            (&"vmm_exited".into(), &1.into()),
+            "{tombstone}"
+        );
+        let why = roost::ok(&["why", &id]);
+        assert!(why.contains("exit code 1") && why.contains("vmm_exited"), "{why}");
+    });
+}
+
+#[test]
 fn a_killed_shim_takes_its_vmm_along() {
     in_rig(|| {
         let id = Sandbox::create(&["--memory", "256"]).forget();

@@ -1,11 +1,14 @@
 //! Pause and resume: what is kept, what is told, and what failures and crashes on the way leave.
 
+use std::net::UdpSocket;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use roost_tests::census::Census;
-use roost_tests::roost::{self, Sandbox, call, find, find_paused, kill_9, pids, vmm_command, wait_for_agent};
-use roost_tests::{eventually, in_rig, is_full_size};
+use roost_tests::roost::{
+    self, Sandbox, call, find, find_paused, kill_9, pids, tombstone, vmm_command, wait_for_agent,
+};
+use roost_tests::{PATIENCE, eventually, in_rig, is_full_size};
 use serde_json::json;
 
 /// A program that counts in memory, a file in memory, and a file on disk: all that a pause is to keep.
@@ -25,17 +28,51 @@ fn check(sandbox: &Sandbox) -> u64 {
     count.parse().expect("a number")
 }
 
-/// How far the guest's clock is from the host's, in seconds.
-fn skew(sandbox: &Sandbox) -> f64 {
-    let before = now();
-    let theirs: f64 = sandbox.sh("date +%s.%N").parse().expect("a time");
-    let after = now();
-    // The call itself takes its time.
-    if (before..=after).contains(&theirs) {
-        0.0
-    } else {
-        (theirs - before).abs().min((theirs - after).abs())
+/// A program that answers every datagram with the guest's time: one system call (96 is gettimeofday), for what is slow in an emulated
+/// guest is starting a program.
+const CLOCK: &str = r#"setsid perl -MSocket -e 'socket(S, PF_INET, SOCK_DGRAM, 0) or die; bind(S, sockaddr_in(123, INADDR_ANY)) or die;
+    while ($from = recv(S, $asked, 99, 0)) { $time = "\0" x 16; syscall(96, $time, 0); send(S, sprintf("%d.%06d", unpack("qq", $time)), 0, $from) }' \
+    >/dev/null 2>&1 &"#;
+
+/// How far a guest's clock may be from the host's, in seconds, and how well that must be known.
+const CLOCK_LIMIT: f64 = 0.1;
+const CLOCK_CERTAINTY: f64 = 0.02;
+
+/// Asserts that the clock of a guest that runs [`CLOCK`] is right. Of many answers the quickest counts, against the middle of its
+/// exchange, so that what the exchange itself takes is no part of the answer: it is the uncertainty. What was measured, as text.
+fn check_clock(sandbox: &Sandbox) -> String {
+    let address = format!("{}:123", sandbox.host_ip());
+    let mut best = (f64::INFINITY, f64::INFINITY);
+    let began = Instant::now();
+    while best.0 > CLOCK_CERTAINTY / 4.0 && began.elapsed() < Duration::from_secs(30) {
+        // One for each: a late answer to another question finds nobody.
+        let socket = UdpSocket::bind("0.0.0.0:0").expect("bound");
+        socket.connect(&address).expect("an address");
+        socket
+            .set_read_timeout(Some(Duration::from_secs(1)))
+            .expect("it has one");
+        let mut answer = [0; 32];
+        let asked = now();
+        // One that gets lost, or finds no server yet, is asked again.
+        let Ok(length) = socket.send(b"?").and_then(|_| socket.recv(&mut answer)) else {
+            std::thread::sleep(Duration::from_millis(20));
+            continue;
+        };
+        let answered = now();
+        let theirs: f64 = std::str::from_utf8(&answer[..length])
+            .ok()
+            .and_then(|text| text.parse().ok())
+            .expect("a time");
+        let half = (answered - asked) / 2.0;
+        if half < best.0 {
+            best = (half, theirs - (asked + half));
+        }
     }
+    let (uncertainty, offset) = best;
+    let measured = format!("{:.0} ms, known to {:.0} ms", offset * 1000.0, uncertainty * 1000.0);
+    assert!(uncertainty < CLOCK_CERTAINTY, "the guest's clock is off by {measured}");
+    assert!(offset.abs() < CLOCK_LIMIT, "the guest's clock is off by {measured}");
+    measured
 }
 
 fn now() -> f64 {
@@ -64,6 +101,8 @@ fn a_paused_sandbox_is_on_disk_alone_and_goes_on_where_it_was() {
         let sandbox = Sandbox::create(&["--memory", "256", "--env", "COLOUR=teal"]);
         let (id, ip) = (sandbox.id.clone(), sandbox.host_ip());
         sandbox.sh(CANARIES);
+        sandbox.sh(CLOCK);
+        check_clock(&sandbox);
         let uuid = sandbox.sh("cat /proc/sys/kernel/random/boot_id");
         sandbox.pause();
 
@@ -104,8 +143,7 @@ fn a_paused_sandbox_is_on_disk_alone_and_goes_on_where_it_was() {
         let count = check(&sandbox);
         eventually("the counter to go on", || (check(&sandbox) > count).then_some(()));
         assert_eq!(sandbox.sh("echo $COLOUR"), "teal");
-        let skew = skew(&sandbox);
-        assert!(skew < 0.1, "the guest's clock is {skew} s off");
+        check_clock(&sandbox);
         assert_eq!(find(&id).expect("listed")["status"], "running");
         assert!(find_paused(&id).is_none());
         eventually("the snapshot to be gone", || (allocated(&id) < 1 << 20).then_some(()));
@@ -118,22 +156,65 @@ fn a_paused_sandbox_is_on_disk_alone_and_goes_on_where_it_was() {
     });
 }
 
+/// What a sandbox and its host have in use, in bytes.
+#[derive(Debug, Clone, Copy)]
+struct Use {
+    /// Its last snapshot.
+    snapshot: u64,
+    /// The guest's memory that is not to be had (without what it can give back).
+    guest: u64,
+    /// The VMM's own and the guest's, in the host's eyes.
+    vm: u64,
+    agent: u64,
+    privd: u64,
+}
+
+impl Use {
+    /// Of a sandbox that runs, and the only one. What the kernel can take back at any time is not counted: it depends on what else there is.
+    fn of(sandbox: &Sandbox, snapshot: u64) -> Self {
+        let kib: u64 = sandbox
+            .sh("awk '/MemTotal/ {all = $2} /MemAvailable/ {print all - $2}' /proc/meminfo")
+            .parse()
+            .expect("a number");
+        let [vmm] = pids(vmm_command())[..] else {
+            panic!("one VMM runs")
+        };
+        let memory = |process| {
+            let cgroup = std::fs::read_to_string(format!("/proc/{process}/cgroup")).expect("it runs");
+            let cgroup = cgroup.trim().strip_prefix("0::").expect("cgroups of version 2");
+            let stat = std::fs::read_to_string(format!("/sys/fs/cgroup{cgroup}/memory.stat")).expect("it has memory");
+            let own = stat.lines().find_map(|line| line.strip_prefix("anon "));
+            own.and_then(|own| own.parse().ok()).expect("a number")
+        };
+        let daemon = |name| *pids(name).first().expect("it runs");
+        Self {
+            snapshot,
+            guest: kib << 10,
+            vm: memory(vmm),
+            agent: memory(daemon("roost-agent")),
+            privd: memory(daemon("roost-privd")),
+        }
+    }
+}
+
 #[test]
 fn many_pauses_in_a_row_lose_nothing_and_grow_nothing() {
     let cycles = if is_full_size() { 10 } else { 2 };
     in_rig(|| {
         let sandbox = Sandbox::create(&["--memory", "256"]);
         sandbox.sh(CANARIES);
+        sandbox.sh(CLOCK);
         // Writes to disk all the while, each file with its sum behind it.
         sandbox.sh(
             "mkdir /root/log; setsid bash -c 'i=0; while true; do i=$((i+1)); head -c 20000 /dev/urandom > /root/log/new
              sha256sum < /root/log/new > /root/log/$i.sum; mv /root/log/new /root/log/$i; sleep 1; done' >/dev/null 2>&1 & echo $!",
         );
-        let (mut count, mut sizes) = (0, Vec::new());
+        let (mut count, mut uses) = (0, Vec::new());
         for cycle in 1..=cycles {
             sandbox.pause();
-            sizes.push(allocated(&sandbox.id));
+            let snapshot = allocated(&sandbox.id);
             sandbox.resume();
+            let clock = check_clock(&sandbox);
             let next = check(&sandbox);
             assert!(
                 next >= count,
@@ -144,12 +225,26 @@ fn many_pauses_in_a_row_lose_nothing_and_grow_nothing() {
                 "cd /root/log; n=0; for sum in *.sum; do f=${sum%.sum}; test -e $f || continue; sha256sum < $f | cmp -s - $sum || echo bad $f; n=$((n+1)); done; echo $n",
             );
             assert!(!files.contains("bad") && files != "0", "cycle {cycle}: {files}");
-            let skew = skew(&sandbox);
-            assert!(skew < 0.1, "cycle {cycle}: the guest's clock is {skew} s off");
+            let used = Use::of(&sandbox, snapshot);
+            eprintln!("NOTE: cycle {cycle}: {files} files, clock off by {clock}, {used:?}");
+            uses.push(used);
         }
-        eprintln!("NOTE: {cycles} pauses, snapshots of {sizes:?} bytes");
-        let (first, last) = (sizes[0], sizes[sizes.len() - 1]);
-        assert!(last < 2 * first + (64 << 20), "snapshots grow: {sizes:?}");
+        let first = uses[0];
+        // By how much the later ones may exceed the first; seen in ten cycles: 3 MB, 0.4 MB, 10 MB, 0.25 MB, 0.05 MB. A program that starts in
+        // the guest just then has some of its memory; what the guest reads and writes in between is in its page cache, which a VM and a
+        // snapshot hold and a guest can give back; and allocators keep some for the next time. A snapshot that holds what was never used
+        // would be three times as large.
+        let bounds: [(&str, fn(&Use) -> u64, u64); 5] = [
+            ("a snapshot", |used| used.snapshot, first.snapshot / 10),
+            ("the guest", |used| used.guest, 3 << 20),
+            ("the VM", |used| used.vm, first.vm / 4),
+            ("the agent", |used| used.agent, 1 << 20),
+            ("privd", |used| used.privd, 1 << 19),
+        ];
+        for (what, of, spare) in bounds {
+            let most = uses.iter().map(of).max().expect("there are some");
+            assert!(most <= of(&first) + spare, "{what} grows: {uses:#?}");
+        }
     });
 }
 
@@ -346,6 +441,50 @@ fn a_sandbox_that_nobody_uses_is_paused_and_one_in_use_is_not() {
             find(&chatty.id).expect("listed")["status"],
             "running",
             "its network counts for nothing"
+        );
+    });
+}
+
+#[test]
+#[ignore = "at full size only: cargo xtask test --all"]
+fn a_guest_at_work_is_not_idle_and_one_that_cannot_be_paused_when_it_is_idle_ends_and_says_so() {
+    in_rig(|| {
+        let busy = Sandbox::create(&["--memory", "128", "--timeout", "60"]);
+        // Nothing but its processor: no disk, no network, and nobody calls.
+        busy.sh("setsid bash -c 'while true; do :; done' >/dev/null 2>&1 & echo $! > /dev/shm/busy.pid");
+        let deaf = Sandbox::create(&["--memory", "128", "--timeout", "60"]);
+        // envd cannot be told to freeze it any more: its own fault, so it must not hold its memory for ever.
+        drop(deaf.exec(&[
+            "/bin/bash",
+            "-c",
+            "setsid bash -c 'sleep 1; echo 0x1002 > /sys/class/net/eth0/flags' >/dev/null 2>&1 &",
+        ]));
+        let began = Instant::now();
+        let id = deaf.forget();
+        // A minute, and three attempts, after each of which it has two minutes to thaw.
+        while find(&id).is_some() {
+            assert!(began.elapsed() < 3 * PATIENCE, "it stays");
+            std::thread::sleep(Duration::from_secs(1));
+        }
+        let tombstone = tombstone(&id);
+        assert!(
+            began.elapsed() > Duration::from_secs(50),
+            "gone after {:?}",
+            began.elapsed()
+        );
+        assert_eq!(tombstone["reason"], "not_paused", "{tombstone}");
+        assert!(find_paused(&id).is_none());
+        let why = roost::ok(&["why", &id]);
+        assert!(
+            why.contains("could not be paused") && why.contains("not_paused"),
+            "{why}"
+        );
+        let events = std::fs::read_to_string("/var/lib/roost/outbox/events.log").expect("an outbox");
+        assert!(events.contains("sandbox.stopped") && events.contains(&id), "{events}");
+        // It has been left alone for longer.
+        assert_eq!(
+            find(&busy.id).expect("its processor counts for nothing")["status"],
+            "running"
         );
     });
 }
