@@ -153,6 +153,25 @@ fn a_paused_sandbox_is_on_disk_alone_and_goes_on_where_it_was() {
             sandbox.sh("curl --version >/dev/null 2>&1; cat /root/after"),
             "written after the resume"
         );
+
+        // What a resume leaves out stays, and what it names is another from now on.
+        sandbox.pause();
+        let wish = json!({"sandboxId": id, "timeoutSec": 4321, "defaultEnv": {"COLOUR": "red"}});
+        let answer = call("ResumeSandbox", &wish);
+        assert_eq!(
+            (&answer.body["status"], &answer.body["hostIp"]),
+            (&json!("running"), &json!(ip)),
+            "{answer:?}"
+        );
+        assert_eq!(find(&id).expect("listed")["timeoutSec"], 4321);
+        assert_eq!(sandbox.sh("echo $COLOUR"), "red");
+        sandbox.pause();
+        sandbox.resume();
+        assert_eq!(find(&id).expect("listed")["timeoutSec"], 4321);
+        assert_eq!(
+            sandbox.sh("echo $COLOUR; cat /root/after"),
+            "red\nwritten after the resume"
+        );
     });
 }
 
