@@ -76,10 +76,16 @@ pub async fn recover(registry: &Arc<Registry>) -> Result<(), FileError> {
     // All slots are taken before anything is done with one of them: a sandbox whose record is gone must get no other's. Those first that
     // may be using theirs.
     records.sort_by_key(|(record, _)| !record.as_ref().is_ok_and(|record| may_run(record.phase)));
+    let slots = &registry.host().slots;
+    let leased: Vec<_> = records
+        .into_iter()
+        .map(|(record, id)| {
+            let slot = record.as_ref().ok().and_then(|record| Slot::try_from(record.slot).ok());
+            (id, record, slot.and_then(|slot| slots.lease_this(slot)))
+        })
+        .collect();
     let mut tasks = tokio::task::JoinSet::new();
-    for (record, id) in records {
-        let slot = record.as_ref().ok().and_then(|record| Slot::try_from(record.slot).ok());
-        let slot = slot.and_then(|slot| registry.host().slots.lease_this(slot));
+    for (id, record, slot) in leased {
         let registry = registry.clone();
         tasks.spawn(async move { recover_one(&registry, id, record, slot).await });
     }
