@@ -22,7 +22,7 @@ use crate::host::shim::{self, ShimFault};
 use crate::host::slots::SlotLease;
 use crate::registry::Registry;
 use crate::sandbox::plan::Plan;
-use crate::sandbox::record::{Kept, Phase, Record, RecordError};
+use crate::sandbox::record::{Kept, Memory, Phase, Record, RecordError};
 use crate::sandbox::task::Found;
 use crate::sandbox::{MemoryLoad, ReachEnd, Vm, build, pause, resume};
 use crate::templates::Sweep;
@@ -217,7 +217,15 @@ pub(crate) async fn reach(host: Arc<Host>, record: Record, slot: Slot) -> ReachE
 /// What is left of a sandbox whose VM has gone.
 async fn gone(host: &Arc<Host>, record: &Record) -> ReachEnd<Vm> {
     match record.phase {
-        Phase::Thawing(kept) => ReachEnd::Paused(keep(host, record, kept).await),
+        Phase::Thawing(mut kept) => {
+            // The host itself went down, and its run directories with it. What the guest wrote may have reached the disk before the time of
+            // that write did, so nobody can say whether it wrote.
+            if !host.layout.vm_run(&record.plan.id).exists() {
+                tracing::warn!(sandbox_id = %record.plan.id, "the host went down as its guest was told to thaw; its memory is given up");
+                kept.memory = Memory::Spent;
+            }
+            ReachEnd::Paused(keep(host, record, kept).await)
+        }
         Phase::Creating | Phase::Running | Phase::Paused(_) | Phase::Resuming(_) => {
             let (host, id) = (host.clone(), record.plan.id.clone());
             let exit = pause::blocking(move || read_exit(&host.layout, &id));

@@ -13,7 +13,7 @@
 //! | from there on, so also once the pause is acknowledged | paused | paused |
 //! | during a resume, until its memory is offered to a VMM | paused | paused |
 //! | from there until its guest may write | resuming | paused |
-//! | from there until it has thawed and that is on record | thawing | paused, with its memory where its disk was not written |
+//! | from there until it has thawed and that is on record | thawing | paused, its memory given up: nobody can say whether its disk was written |
 //! | from there on | running | gone, with a tombstone |
 
 use std::fs::{self, File};
@@ -57,7 +57,7 @@ enum Moment {
 enum Became {
     /// Paused, and it goes on where it was.
     Paused,
-    /// Paused, and its memory is refused, since its guest has written: it boots from its disk.
+    /// Paused, and its memory is refused, since its guest has written, or may have: it boots from its disk.
     Disk,
     /// Not there any more, with a tombstone that says why.
     Gone,
@@ -82,9 +82,8 @@ const MOMENTS: &[(Moment, Became, bool)] = &[
     (Moment::Pause("pause.frozen"), Became::Gone, false),
     (Moment::Pause("pause.prepared"), Became::Gone, false),
     (Moment::Running, Became::Gone, false),
-    // Nobody has been told of this resume, and its guest is frozen: it is as paused as it was.
-    (Moment::Resume("resume.recorded"), Became::Paused, false),
-    // Nor of this one, but its guest may write, and thawing its filesystem is writing to it.
+    // Nobody has been told of these resumes, but from its record on the guest may write, and thawing its filesystem is writing to it.
+    (Moment::Resume("resume.recorded"), Became::Disk, false),
     (Moment::Resume("resume.thawed"), Became::Disk, false),
     // Its record says that it runs, and its memory is spent.
     (Moment::Resume("resume.running"), Became::Gone, false),
@@ -308,7 +307,7 @@ fn look(diary: &mut Diary, moment: Moment, promised: Became) -> Row {
             let became = match became {
                 Became::Paused => "paused; fsck clean; goes on where it was, files and memory as they were",
                 Became::Disk => {
-                    "paused; fsck clean once its journal was replayed; its memory is refused; boots, files as they were"
+                    "paused; fsck clean, its journal replayed; its memory is refused; boots, files as they were"
                 }
                 Became::Gone => "gone, with a tombstone",
             };

@@ -10,9 +10,10 @@
 //! | running | adopts it, thawed | tombstone, removes all |
 //! | paused | ends it: it was about to be stopped | keeps it |
 //! | resuming | ends it: its guest has written nothing | keeps it |
-//! | thawing | adopts it, thawed | keeps it: with its memory, unless the disk was written |
+//! | thawing | adopts it, thawed | keeps it: with its memory, unless the disk was written, or the host itself went down |
 //!
-//! In the last one nobody has been told that the sandbox runs, so whoever asked still has it for paused. That is why its memory is kept
+//! Whether the disk was written its file's time of change tells, to whoever asks the kernel that has seen the writes. After a power cut that
+//! time may be older than what is on the disk. In the last one nobody has been told that the sandbox runs, so whoever asked still has it for paused. That is why its memory is kept
 //! until the guest has thawed, and why a VM that is lost there is no sandbox lost.
 
 use roost_common::ids::SandboxId;
