@@ -351,7 +351,7 @@ async fn recovery_keeps_what_is_paused_and_tidies_it() {
 }
 
 #[tokio::test]
-async fn recovery_leaves_alone_what_it_cannot_read_and_no_create_takes_its_place() {
+async fn recovery_lists_what_it_cannot_read_and_no_create_takes_its_place() {
     let agent = Agent::start_recovering(&["roost-cli"]).await;
     let layout = &agent.host.layout;
     let record = record("newer", 7);
@@ -373,6 +373,18 @@ async fn recovery_leaves_alone_what_it_cannot_read_and_no_create_takes_its_place
     std::fs::write(lib.join("images/minimal/rootfs.ext4"), vec![0; 8192]).expect("written");
     std::fs::write(lib.join("kernels/vmlinux-6.1"), "").expect("written");
     let said = agent.refusal(&["create", "--id", "newer"]).await;
-    assert!(said.contains("could not be used"), "{said}");
+    assert!(said.contains("exists already"), "{said}");
+    let listed = agent.roost(&["ls", "--json"]).await.stdout;
+    let listed: serde_json::Value = serde_json::from_slice(&listed).expect("JSON");
+    assert_eq!(listed["sandboxes"][0]["status"], "unreachable", "{listed}");
+    let said = agent.refusal(&["resume", "newer"]).await;
+    assert!(
+        said.contains("cannot be reached") && said.contains("unavailable"),
+        "{said}"
+    );
     assert_eq!(std::fs::read(layout.cow(id)).expect("kept"), b"somebody's data");
+    // Whoever destroys it is heard, whatever it was.
+    let rm = agent.roost(&["rm", "newer"]).await;
+    assert!(rm.status.success(), "{rm:?}");
+    assert!(!layout.sandbox(id).exists());
 }
