@@ -253,7 +253,8 @@ fn many_pauses_in_a_row_lose_nothing_and_grow_nothing() {
         // the guest just then has some of its memory; what the guest reads and writes in between is in its page cache, which a VM and a
         // snapshot hold and a guest can give back; and allocators keep some for the next time. A snapshot that holds what was never used
         // would be three times as large.
-        let bounds: [(&str, fn(&Use) -> u64, u64); 5] = [
+        type Reading = fn(&Use) -> u64;
+        let bounds: [(&str, Reading, u64); 5] = [
             ("a snapshot", |used| used.snapshot, first.snapshot / 10),
             ("the guest", |used| used.guest, 3 << 20),
             ("the VM", |used| used.vm, first.vm / 4),
