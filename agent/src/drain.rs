@@ -1,9 +1,9 @@
 //! Emptying a host before it is taken away: nothing new begins, and what runs goes to disk.
 //!
 //! A sandbox is brought to rest by what its state allows: a create is undone, a VM is paused, and what is on its way somewhere is waited
-//! for. One that cannot be paused, or reached, runs on and is reported: whoever empties a host can make room and ask again, or destroy it, and a
-//! sandbox that was destroyed for a full disk would be lost for nothing. Nothing here takes longer than the pauses and teardowns do,
-//! which are bounded.
+//! for. One that cannot be paused, or reached, runs on and is reported: whoever empties a host can make room and ask again, or destroy
+//! it, and a sandbox that was destroyed for a full disk would be lost for nothing. Nothing here takes longer than the pauses and
+//! teardowns do, which are bounded.
 
 use std::sync::Arc;
 use std::time::Duration;

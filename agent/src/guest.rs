@@ -767,8 +767,21 @@ mod tests {
         }
     }
 
-    /// What a guest was told by `/init`, and when it had read that.
-    type Told = std::sync::Mutex<Vec<(InitRequest, SystemTime)>>;
+    /// What a guest was told by `/init`.
+    type Told = std::sync::Mutex<Vec<InitRequest>>;
+
+    /// Reads an `/init`.
+    async fn read_init(stream: &mut TcpStream) -> InitRequest {
+        let (mut request, mut piece) = (Vec::new(), [0; 4096]);
+        loop {
+            let read = stream.read(&mut piece).await.expect("read");
+            request.extend_from_slice(&piece[..read]);
+            let at = request.windows(4).position(|window| window == b"\r\n\r\n");
+            if let Some(Ok(body)) = at.map(|at| serde_json::from_slice(&request[at + 4..])) {
+                return body;
+            }
+        }
+    }
 
     /// A guest whose envd takes this long over each `/init` in turn; what it is told, for as long as it is.
     fn slow(listener: TcpListener, delays: Vec<Duration>) -> Arc<Told> {
@@ -777,17 +790,9 @@ mod tests {
         tokio::spawn(async move {
             for delay in delays {
                 let (mut stream, _) = listener.accept().await.expect("accepted");
-                let (mut request, mut piece) = (Vec::new(), [0; 4096]);
-                let body = loop {
-                    let read = stream.read(&mut piece).await.expect("read");
-                    request.extend_from_slice(&piece[..read]);
-                    let at = request.windows(4).position(|window| window == b"\r\n\r\n");
-                    if let Some(Ok(body)) = at.map(|at| serde_json::from_slice::<InitRequest>(&request[at + 4..])) {
-                        break body;
-                    }
-                };
-                let nonce = body.nonce.clone().unwrap_or_default();
-                heard.lock().expect("no panic").push((body, SystemTime::now()));
+                let init = read_init(&mut stream).await;
+                let nonce = init.nonce.clone().unwrap_or_default();
+                heard.lock().expect("no panic").push(init);
                 tokio::time::sleep(delay).await;
                 let answer = format!("HTTP/1.1 204 No Content\r\n{NONCE_HEADER}: {nonce}\r\n\r\n");
                 // One that came too late is not read.
@@ -828,7 +833,7 @@ mod tests {
                 .expect("it was told");
             let told = told.lock().expect("no panic");
             assert!(calls.contains(&told.len()), "told {} times", told.len());
-            for (number, (request, _)) in told.iter().enumerate() {
+            for (number, request) in told.iter().enumerate() {
                 assert!(request.timestamp.is_some());
                 assert_eq!(request.lifecycle_id.as_deref(), Some("first"));
                 assert_eq!(request.access_token.as_deref(), Some(guest.token.0.as_str()));
@@ -839,7 +844,7 @@ mod tests {
                 assert_eq!(request.env_vars.is_some(), is_first);
                 assert_eq!(request.entropy.is_empty(), !is_first);
             }
-            let times: Vec<_> = told.iter().map(|(request, _)| request.timestamp).collect();
+            let times: Vec<_> = told.iter().map(|request| request.timestamp).collect();
             assert!(times.is_sorted(), "{times:?}");
         }
     }
@@ -862,7 +867,7 @@ mod tests {
         let (told, outcome) = tokio::join!(accepted, guest.init(None, identity(), Nonces::Unknown));
         outcome.expect("it was told");
         let told = told.lock().expect("no panic");
-        let time = told[0].0.timestamp.expect("a time");
+        let time = told[0].timestamp.expect("a time");
         let age = time.duration_since(began).expect("later");
         assert!(
             age >= Duration::from_millis(500),
@@ -876,16 +881,7 @@ mod tests {
         let guest = Guest::new(listener.local_addr().expect("an address"), Token::random());
         let envd = tokio::spawn(async move {
             let (mut stream, _) = listener.accept().await.expect("accepted");
-            let (mut request, mut buffer) = (String::new(), [0; 4096]);
-            let nonce = loop {
-                let length = stream.read(&mut buffer).await.expect("a request");
-                request.push_str(std::str::from_utf8(&buffer[..length]).expect("ASCII"));
-                if let Some((_, body)) = request.split_once("\r\n\r\n")
-                    && let Ok(body) = serde_json::from_str::<serde_json::Value>(body)
-                {
-                    break body["nonce"].as_str().expect("a nonce").to_owned();
-                }
-            };
+            let nonce = read_init(&mut stream).await.nonce.expect("a nonce");
             let headers = headers.replace('%', &nonce);
             let answer = format!("HTTP/1.1 204 No Content\r\n{headers}\r\n");
             stream.write_all(answer.as_bytes()).await.expect("answered");

@@ -159,7 +159,10 @@ async fn take_over(registry: &Arc<Registry>, record: Record, slot: SlotLease) {
                 tracing::info!(sandbox_id = %id, op = "adopt", "a running sandbox of an earlier agent was taken over");
                 Found::Running(Box::new(vm))
             }
-            ReachEnd::Paused(kept) => return put_to_rest(registry, record, Some(slot), kept).await,
+            ReachEnd::Paused(mut kept) => {
+                pause::tell(registry.host(), &record, &mut kept).await;
+                Found::Paused(kept)
+            }
             ReachEnd::Gone(exit) => {
                 let end = exit.as_deref().map_or(End::VmmLost, End::Vmm);
                 let tombstone = Tombstone::new(&id, record.created_at_unix, end);
