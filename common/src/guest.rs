@@ -51,6 +51,9 @@ pub const METRICS_PATH: &str = "/metrics";
 /// `GET`: a JSON object, the default environment of processes.
 pub const ENVS_PATH: &str = "/envs";
 
+/// `GET` and `POST`: the bytes of a file; the query's `path` names it.
+pub const FILES_PATH: &str = "/files";
+
 /// `POST`, before the VM is paused: settles what should not be in flight in a snapshot. Writes what is dirty, drops what is
 /// only cached, and ends the connections that are open: idle ones at once, others after the answer that they are giving.
 ///

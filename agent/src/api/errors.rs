@@ -6,7 +6,7 @@ use connectrpc::{ConnectError, ErrorCode};
 use roost_common::ids::{IdError, SandboxId};
 use roost_common::privd::PrivdError;
 
-use crate::errors::Chain;
+use crate::errors::{Chain, FileError};
 use crate::guest::GuestError;
 use crate::host::images::ImageError;
 use crate::host::privd::CallError;
@@ -95,6 +95,12 @@ pub enum ApiError {
     /// The guest.
     #[error(transparent)]
     Guest(#[from] GuestError),
+    /// The caller's own stream.
+    #[error("the request broke off")]
+    Caller(#[source] ConnectError),
+    /// A file of the host's.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// A procedure that this agent does not have yet.
     #[error("this agent does not implement {0}")]
     Unimplemented(&'static str),
@@ -109,7 +115,7 @@ impl ApiError {
             Self::Refusal(Refusal::Full(_) | Refusal::Draining | Refusal::NoRoom { .. }) => ErrorCode::Unavailable,
             Self::Create(CreateFailure::Destroyed) => ErrorCode::Aborted,
             Self::Create(CreateFailure::Failed(error)) => build_code(error),
-            Self::Destroy(_) => ErrorCode::Internal,
+            Self::Destroy(_) | Self::File(_) => ErrorCode::Internal,
             Self::Pause(PauseFailure::Refused(_)) | Self::Resume(ResumeFailure::Refused(_)) => {
                 ErrorCode::FailedPrecondition
             }
@@ -132,6 +138,7 @@ impl ApiError {
             Self::NoSandbox { .. } => ErrorCode::NotFound,
             Self::NotRunning { .. } | Self::NotEnded { .. } => ErrorCode::FailedPrecondition,
             Self::Guest(error) => guest_code(error),
+            Self::Caller(error) => error.code,
             Self::Unimplemented(_) => ErrorCode::Unimplemented,
         }
     }
@@ -212,8 +219,20 @@ fn guest_code(error: &GuestError) -> ErrorCode {
             ErrorCode::PermissionDenied => ErrorCode::PermissionDenied,
             _ => ErrorCode::Internal,
         },
+        // These name what is in the guest, so nobody takes it for the sandbox.
+        GuestError::NoProcess(_) => ErrorCode::NotFound,
+        GuestError::File { code, .. } => match code {
+            ErrorCode::InvalidArgument
+            | ErrorCode::NotFound
+            | ErrorCode::AlreadyExists
+            | ErrorCode::PermissionDenied
+            | ErrorCode::FailedPrecondition
+            | ErrorCode::ResourceExhausted => *code,
+            _ => ErrorCode::Internal,
+        },
         GuestError::TimedOut(_) => ErrorCode::DeadlineExceeded,
-        GuestError::TooMuchOutput(_) => ErrorCode::ResourceExhausted,
+        GuestError::TooMuchOutput(_) | GuestError::TooLarge(_) => ErrorCode::ResourceExhausted,
+        GuestError::Aborted => ErrorCode::Canceled,
         GuestError::NotUp(_)
         | GuestError::Unreachable(_)
         | GuestError::Http { .. }

@@ -1,8 +1,11 @@
 //! The HTTPS API: `hostagent.v1` over Connect.
 //!
-//! [`service`] maps calls to the registry, [`errors`] maps every error to its Connect code in one place. Transport and
+//! [`service`] maps calls to the registry, [`process`] and [`files`] those that the guest answers; [`operator`] is our own `roost.v1`;
+//! [`errors`] maps every error to its Connect code in one place. Transport and
 //! certificates are in [`crate::serve`] and [`crate::tls`].
 
 pub mod errors;
+mod files;
 pub mod operator;
+mod process;
 pub mod service;

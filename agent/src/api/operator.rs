@@ -1,13 +1,21 @@
 //! The procedures of `roost.v1`.
 
+use std::fs::File;
+use std::io;
 use std::sync::Arc;
 
-use connectrpc::{Encodable, RequestContext, Response, ServiceRequest, ServiceResult};
+use connectrpc::{Encodable, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream};
+use futures::stream::Stream;
+use roost_common::ring;
 use roost_hostagent::roost::v1::*;
 
 use super::errors::ApiError;
-use super::service::Service;
+use super::process;
+use super::service::{Service, streamed};
 use crate::drain::{Drained, drain};
+use crate::errors::FileError;
+use crate::guest::process::{Channel, Command, Event, Input, Selector, What};
+use crate::sandbox::plan;
 use crate::tombstone::{self, Tombstone};
 
 /// The service; the same state as [`Service`].
@@ -25,6 +33,103 @@ impl Operator {
         let found = tokio::task::spawn_blocking(move || tombstone::find(&host.layout, &id).ok_or(id));
         let found = found.await.expect("file work does not panic");
         found.map_err(|id| ApiError::NoSandbox { id, why: None })
+    }
+
+    fn start_command(
+        &self,
+        request: StartRequest,
+    ) -> Result<impl Stream<Item = Result<Event, ApiError>> + Send + use<>, ApiError> {
+        let terminal = request.terminal.into_option();
+        let input = match terminal {
+            Some(_) if request.stdin => {
+                return Err(ApiError::BadCommand("a terminal has no stdin beside it"));
+            }
+            Some(size) => Input::Terminal(process::size(size.cols, size.rows)?),
+            None if request.stdin => Input::Pipe,
+            None => Input::Empty,
+        };
+        let command = Command {
+            program: process::program(request.cmd)?,
+            args: request.args,
+            env: process::environment(request.envs)?,
+            cwd: Some(request.cwd).filter(|cwd| !cwd.is_empty()),
+            user: plan::user(request.user)?,
+            tag: process::tag(request.tag)?,
+            input,
+            limit: process::limit(request.timeout_sec)?,
+        };
+        self.0.start_process(&request.sandbox_id, command)
+    }
+
+    async fn type_in(&self, request: SendInputRequest) -> Result<(), ApiError> {
+        let process = named(request.process.into_option())?;
+        let channel = match (request.terminal, request.end) {
+            (true, true) => return Err(ApiError::BadCommand("a terminal's input has no end: send it ^D")),
+            (true, false) => Channel::Terminal,
+            (false, _) => Channel::Stdout,
+        };
+        let sandbox = request.sandbox_id;
+        if !request.data.is_empty() {
+            self.0.send_input(&sandbox, &process, channel, request.data).await?;
+        }
+        if request.end {
+            self.0.end_input(&sandbox, &process).await?;
+        }
+        Ok(())
+    }
+
+    /// What a VM's shim keeps of what it wrote; of a paused one, whose VM has gone, nothing.
+    async fn log(&self, id: &str, is_vmm: bool) -> Result<Vec<u8>, ApiError> {
+        let handle = self.0.find(id)?;
+        let layout = &self.0.ready()?.host().layout;
+        let name = if is_vmm { "vmm.log" } else { "console.log" };
+        let path = layout.vm_run(&handle.plan.id).join(name);
+        let read = tokio::task::spawn_blocking(move || {
+            let read = File::open(&path).and_then(|file| ring::read(&file, usize::MAX));
+            match read {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+                other => other.map_err(|source| FileError::new("reading", &path, source)),
+            }
+        });
+        Ok(read.await.expect("file work does not panic")?)
+    }
+}
+
+fn named(selector: Option<ProcessSelector>) -> Result<Selector, ApiError> {
+    match selector.and_then(|selector| selector.selector).ok_or(process::NO_SELECTOR)? {
+        process_selector::Selector::Pid(pid) => Ok(Selector::Pid(pid)),
+        process_selector::Selector::Tag(tag) => process::tagged(tag),
+    }
+}
+
+fn message(event: Event) -> ProcessEvent {
+    use process_output::Output;
+    ProcessEvent {
+        event: match event.what {
+            What::Started { pid } => ProcessStarted {
+                pid,
+                ..ProcessStarted::default()
+            }
+            .into(),
+            What::Output(channel, bytes) => ProcessOutput {
+                output: Some(match channel {
+                    Channel::Stdout => Output::Stdout(bytes),
+                    Channel::Stderr => Output::Stderr(bytes),
+                    Channel::Terminal => Output::Terminal(bytes),
+                }),
+                ..ProcessOutput::default()
+            }
+            .into(),
+            What::Ended { exit_code, error } => ProcessEnded {
+                exit_code,
+                error: error.unwrap_or_default(),
+                ..ProcessEnded::default()
+            }
+            .into(),
+        },
+        offset: event.offset,
+        cut: event.cut,
+        ..ProcessEvent::default()
     }
 }
 
@@ -68,6 +173,70 @@ impl RoostService for Operator {
             destroyed_sandbox_ids: words(destroyed),
             failed_sandbox_ids: words(failed),
             ..DrainResponse::default()
+        })
+    }
+
+    async fn start(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, StartRequest>,
+    ) -> ServiceResult<ServiceStream<impl Encodable<ProcessEvent> + Send + use<>>> {
+        streamed(self.start_command(request.to_owned_message())?, message)
+    }
+
+    async fn attach(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, AttachRequest>,
+    ) -> ServiceResult<ServiceStream<impl Encodable<ProcessEvent> + Send + use<>>> {
+        let request = request.to_owned_message();
+        let process = named(request.process.into_option())?;
+        let events = self.0.attach_to(&request.sandbox_id, process, request.offset)?;
+        streamed(events, message)
+    }
+
+    async fn send_input<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, SendInputRequest>,
+    ) -> ServiceResult<impl Encodable<SendInputResponse> + Send + use<'a>> {
+        self.type_in(request.to_owned_message()).await?;
+        Response::ok(SendInputResponse::default())
+    }
+
+    async fn resize<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, ResizeRequest>,
+    ) -> ServiceResult<impl Encodable<ResizeResponse> + Send + use<'a>> {
+        let request = request.to_owned_message();
+        let process = named(request.process.into_option())?;
+        let size = request.size.into_option().unwrap_or_default();
+        let size = process::size(size.cols, size.rows)?;
+        self.0.resize(&request.sandbox_id, &process, size).await?;
+        Response::ok(ResizeResponse::default())
+    }
+
+    async fn signal<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, SignalRequest>,
+    ) -> ServiceResult<impl Encodable<SignalResponse> + Send + use<'a>> {
+        let request = request.to_owned_message();
+        let process = named(request.process.into_option())?;
+        let signal = process::signal(&request.signal)?;
+        self.0.signal_process(&request.sandbox_id, &process, signal).await?;
+        Response::ok(SignalResponse::default())
+    }
+
+    async fn logs<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, LogsRequest>,
+    ) -> ServiceResult<impl Encodable<LogsResponse> + Send + use<'a>> {
+        Response::ok(LogsResponse {
+            content: self.log(request.sandbox_id, request.vmm).await?,
+            ..LogsResponse::default()
         })
     }
 }

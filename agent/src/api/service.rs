@@ -8,12 +8,15 @@ use std::time::Duration;
 use connectrpc::{
     ConnectError, Encodable, InboundStream, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream,
 };
+use futures::stream::{Stream, StreamExt as _};
 use roost_common::ids::SandboxId;
 use roost_common::net::SlotAddresses;
 
 use super::errors::ApiError;
+use super::{files, process};
 use crate::drain::drain;
 use crate::guest::Guest;
+use crate::guest::process::{Channel, Signal};
 use crate::registry::Registry;
 use crate::sandbox::build::fill_random;
 use crate::sandbox::plan::{self, Plan, Wish};
@@ -23,7 +26,7 @@ use crate::sandbox::{Began, PauseReason, ResumeWish, Versions};
 use crate::templates::{self, CaptureKind, CaptureWish, Sweep};
 use crate::tombstone;
 use roost_hostagent::hostagent::v1::*;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 
 /// Time that an Exec has when its caller sets none.
 const DEFAULT_EXEC_LIMIT: Duration = Duration::from_secs(30);
@@ -37,6 +40,8 @@ pub struct Service {
     recovered: AtomicBool,
     /// Given once a Terminate has brought everything to rest.
     terminated: Arc<Notify>,
+    /// Whole files that are held.
+    whole_files: Semaphore,
 }
 
 impl Service {
@@ -46,6 +51,7 @@ impl Service {
             registry,
             recovered: AtomicBool::new(false),
             terminated: Arc::default(),
+            whole_files: files::places(),
         })
     }
 
@@ -59,6 +65,11 @@ impl Service {
         self.recovered.store(true, Ordering::Release);
     }
 
+    /// Places for files that are held whole.
+    pub(super) fn whole_files(&self) -> &Semaphore {
+        &self.whole_files
+    }
+
     /// The registry, once recovery is complete.
     pub(super) fn ready(&self) -> Result<&Arc<Registry>, ApiError> {
         if self.recovered.load(Ordering::Acquire) {
@@ -69,7 +80,7 @@ impl Service {
     }
 
     /// The sandbox of an id, in whatever state.
-    fn find(&self, id: &str) -> Result<Handle, ApiError> {
+    pub(super) fn find(&self, id: &str) -> Result<Handle, ApiError> {
         self.ready()?;
         let id: SandboxId = id.parse().map_err(ApiError::BadId)?;
         self.registry.find(&id).ok_or_else(|| {
@@ -79,7 +90,7 @@ impl Service {
     }
 
     /// The sandbox of an id, unless nobody can say yet what it is doing.
-    fn find_reachable(&self, id: &str) -> Result<Handle, ApiError> {
+    pub(super) fn find_reachable(&self, id: &str) -> Result<Handle, ApiError> {
         let handle = self.find(id)?;
         match handle.view() {
             View::Unreachable => Err(ApiError::Unreachable {
@@ -90,7 +101,7 @@ impl Service {
     }
 
     /// The guest of a running sandbox. One that is held would leave its caller without an answer.
-    fn running(&self, id: &str) -> Result<(Handle, Arc<Guest>), ApiError> {
+    pub(super) fn running(&self, id: &str) -> Result<(Handle, Arc<Guest>), ApiError> {
         let handle = self.find_reachable(id)?;
         match handle.view() {
             View::Running(..) if handle.hold_state().is_held() => Err(ApiError::Held {
@@ -215,7 +226,7 @@ impl Service {
         let finished = tokio::select! {
             finished = guest.exec(request.cmd, request.args, limit, max_output) => finished?,
             // A guest that has gone says nothing more, and its connection would be waited for in vain.
-            () = handle.stopped_running() => {
+            () = handle.stopped_running(&guest) => {
                 return Err(ApiError::NotRunning { id: handle.plan.id.clone(), state: handle.view().name() });
             }
         };
@@ -303,17 +314,12 @@ macro_rules! unimplemented_unary {
     };
 }
 
-/// The same, with a stream of answers.
-macro_rules! unimplemented_stream {
-    ($($method:ident($request:ty) -> $response:ty;)*) => {
-        $(async fn $method(
-            &self,
-            _: RequestContext,
-            _: ServiceRequest<'_, $request>,
-        ) -> ServiceResult<ServiceStream<impl Encodable<$response> + Send + use<>>> {
-            Err::<Response<ServiceStream<$response>>, ConnectError>(ApiError::Unimplemented(stringify!($method)).into())
-        })*
-    };
+/// A stream of answers, made of what comes.
+pub(super) fn streamed<T, M: Send + 'static>(
+    events: impl Stream<Item = Result<T, ApiError>> + Send + 'static,
+    message: impl Fn(T) -> M + Send + 'static,
+) -> ServiceResult<ServiceStream<M>> {
+    Response::stream_ok(events.map(move |event| Ok(message(event?))))
 }
 
 /// Time for the answer of a Terminate to reach its caller, on a host where nothing has to be paused first.
@@ -462,34 +468,176 @@ impl HostAgentService for Service {
         Response::ok(TerminateResponse::default())
     }
 
-    unimplemented_unary! {
-        write_file(WriteFileRequest) -> WriteFileResponse;
-        read_file(ReadFileRequest) -> ReadFileResponse;
-        list_dir(ListDirRequest) -> ListDirResponse;
-        make_dir(MakeDirRequest) -> MakeDirResponse;
-        remove_path(RemovePathRequest) -> RemovePathResponse;
-        get_sandbox_metrics(GetSandboxMetricsRequest) -> GetSandboxMetricsResponse;
-        flush_sandbox_metrics(FlushSandboxMetricsRequest) -> FlushSandboxMetricsResponse;
-        pty_send_input(PtySendInputRequest) -> PtySendInputResponse;
-        pty_resize(PtyResizeRequest) -> PtyResizeResponse;
-        pty_kill(PtyKillRequest) -> PtyKillResponse;
-        start_background(StartBackgroundRequest) -> StartBackgroundResponse;
-        list_processes(ListProcessesRequest) -> ListProcessesResponse;
-        kill_process(KillProcessRequest) -> KillProcessResponse;
+    async fn exec_stream(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, ExecStreamRequest>,
+    ) -> ServiceResult<ServiceStream<impl Encodable<ExecStreamResponse> + Send + use<>>> {
+        streamed(self.stream_exec(request.to_owned_message())?, process::exec_event)
     }
 
-    unimplemented_stream! {
-        exec_stream(ExecStreamRequest) -> ExecStreamResponse;
-        read_file_stream(ReadFileStreamRequest) -> ReadFileStreamResponse;
-        pty_attach(PtyAttachRequest) -> PtyAttachResponse;
-        connect_process(ConnectProcessRequest) -> ConnectProcessResponse;
+    async fn start_background<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, StartBackgroundRequest>,
+    ) -> ServiceResult<impl Encodable<StartBackgroundResponse> + Send + use<'a>> {
+        let request = request.to_owned_message();
+        Response::ok(self.start_in_background(request).await?)
+    }
+
+    async fn list_processes<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, ListProcessesRequest>,
+    ) -> ServiceResult<impl Encodable<ListProcessesResponse> + Send + use<'a>> {
+        Response::ok(ListProcessesResponse {
+            processes: self.processes(request.sandbox_id).await?,
+            ..ListProcessesResponse::default()
+        })
+    }
+
+    async fn kill_process<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, KillProcessRequest>,
+    ) -> ServiceResult<impl Encodable<KillProcessResponse> + Send + use<'a>> {
+        let request = request.to_owned_message();
+        let selector = process::killed(request.selector)?;
+        let signal = process::signal(&request.signal)?;
+        self.signal_process(&request.sandbox_id, &selector, signal).await?;
+        Response::ok(KillProcessResponse::default())
+    }
+
+    async fn connect_process(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, ConnectProcessRequest>,
+    ) -> ServiceResult<ServiceStream<impl Encodable<ConnectProcessResponse> + Send + use<>>> {
+        let request = request.to_owned_message();
+        let selector = process::connected(request.selector)?;
+        let events = self.attach_to(&request.sandbox_id, selector, request.offset)?;
+        streamed(events, process::connect_event)
+    }
+
+    async fn pty_attach(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, PtyAttachRequest>,
+    ) -> ServiceResult<ServiceStream<impl Encodable<PtyAttachResponse> + Send + use<>>> {
+        let (tag, events) = self.attach_terminal(request.to_owned_message())?;
+        streamed(events, move |event| process::terminal_event(event, &tag))
+    }
+
+    async fn pty_send_input<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, PtySendInputRequest>,
+    ) -> ServiceResult<impl Encodable<PtySendInputResponse> + Send + use<'a>> {
+        let request = request.to_owned_message();
+        let terminal = process::tagged(request.tag)?;
+        self.send_input(&request.sandbox_id, &terminal, Channel::Terminal, request.data)
+            .await?;
+        Response::ok(PtySendInputResponse::default())
+    }
+
+    async fn pty_resize<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, PtyResizeRequest>,
+    ) -> ServiceResult<impl Encodable<PtyResizeResponse> + Send + use<'a>> {
+        let request = request.to_owned_message();
+        let terminal = process::tagged(request.tag)?;
+        let size = process::size(request.cols, request.rows)?;
+        self.resize(&request.sandbox_id, &terminal, size).await?;
+        Response::ok(PtyResizeResponse::default())
+    }
+
+    async fn pty_kill<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, PtyKillRequest>,
+    ) -> ServiceResult<impl Encodable<PtyKillResponse> + Send + use<'a>> {
+        let request = request.to_owned_message();
+        let terminal = process::tagged(request.tag)?;
+        self.signal_process(&request.sandbox_id, &terminal, Signal::Kill).await?;
+        Response::ok(PtyKillResponse::default())
+    }
+
+    async fn write_file<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, WriteFileRequest>,
+    ) -> ServiceResult<impl Encodable<WriteFileResponse> + Send + use<'a>> {
+        self.write_whole(request.to_owned_message()).await?;
+        Response::ok(WriteFileResponse::default())
+    }
+
+    async fn read_file<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, ReadFileRequest>,
+    ) -> ServiceResult<impl Encodable<ReadFileResponse> + Send + use<'a>> {
+        Response::ok(ReadFileResponse {
+            content: self.read_whole(request.sandbox_id, request.path).await?,
+            ..ReadFileResponse::default()
+        })
     }
 
     async fn write_file_stream<'a>(
         &'a self,
         _: RequestContext,
-        _: InboundStream<WriteFileStreamRequest>,
+        requests: InboundStream<WriteFileStreamRequest>,
     ) -> ServiceResult<impl Encodable<WriteFileStreamResponse> + Send + use<'a>> {
-        Err::<Response<WriteFileStreamResponse>, ConnectError>(ApiError::Unimplemented("write_file_stream").into())
+        self.write_streamed(requests).await?;
+        Response::ok(WriteFileStreamResponse::default())
+    }
+
+    async fn read_file_stream(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, ReadFileStreamRequest>,
+    ) -> ServiceResult<ServiceStream<impl Encodable<ReadFileStreamResponse> + Send + use<>>> {
+        let chunks = self.stream_file(request.sandbox_id, request.path)?;
+        streamed(chunks, |chunk| ReadFileStreamResponse {
+            chunk,
+            ..ReadFileStreamResponse::default()
+        })
+    }
+
+    async fn list_dir<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, ListDirRequest>,
+    ) -> ServiceResult<impl Encodable<ListDirResponse> + Send + use<'a>> {
+        Response::ok(ListDirResponse {
+            entries: self.list_dir_of(request.to_owned_message()).await?,
+            ..ListDirResponse::default()
+        })
+    }
+
+    async fn make_dir<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, MakeDirRequest>,
+    ) -> ServiceResult<impl Encodable<MakeDirResponse> + Send + use<'a>> {
+        let entry = self.make_dir_in(request.sandbox_id, request.path).await?;
+        Response::ok(MakeDirResponse {
+            entry: entry.into(),
+            ..MakeDirResponse::default()
+        })
+    }
+
+    async fn remove_path<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, RemovePathRequest>,
+    ) -> ServiceResult<impl Encodable<RemovePathResponse> + Send + use<'a>> {
+        self.remove_in(request.sandbox_id, request.path).await?;
+        Response::ok(RemovePathResponse::default())
+    }
+
+    unimplemented_unary! {
+        get_sandbox_metrics(GetSandboxMetricsRequest) -> GetSandboxMetricsResponse;
+        flush_sandbox_metrics(FlushSandboxMetricsRequest) -> FlushSandboxMetricsResponse;
     }
 }

@@ -178,14 +178,17 @@ impl Handle {
         self.usage.activity().limit_sec()
     }
 
-    /// Waits until the guest can answer no more. A pause that fails leaves it running, so one under way is no end yet.
-    pub async fn stopped_running(&self) {
+    /// Waits until this incarnation of the guest can answer no more. A pause that fails leaves it running, so one under way is no end
+    /// yet.
+    pub async fn stopped_running(&self, guest: &Arc<Guest>) {
         let mut view = self.view.clone();
+        let has_stopped = |view: &View| match view {
+            View::Running(now, _) => !Arc::ptr_eq(now, guest),
+            View::Pausing => false,
+            _ => true,
+        };
         // A task that has ended has nothing that runs.
-        drop(
-            view.wait_for(|view| !matches!(view, View::Running(..) | View::Pausing))
-                .await,
-        );
+        drop(view.wait_for(has_stopped).await);
     }
 
     /// Waits until it is no longer as `was` says.

@@ -1,5 +1,10 @@
-//! A guest, as far as its envd can be reached: health, init, processes. The guest is hostile: every answer is bounded in size and
-//! time, and nothing it says is trusted beyond being handed to the caller who owns it.
+//! A guest, as far as its envd can be reached. The guest is hostile: every answer is bounded in size and time, and nothing it says is
+//! trusted beyond being handed to the caller who owns it.
+//!
+//! Here are health, init, and what comes before a snapshot; [`process`] has its processes, [`files`] its files.
+
+pub mod files;
+pub mod process;
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -7,17 +12,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
-use connectrpc::client::{CallOptions, ClientConfig, HttpClient};
+use connectrpc::client::{ClientConfig, HttpClient};
 use connectrpc::{ConnectError, ErrorCode};
 use http::{Method, Request, StatusCode};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper_util::rt::TokioIo;
-use roost_common::guest::process::{
-    self, ProcessClient, ProcessConfig, ProcessSelector, SendSignalRequest, Signal, StartRequest, StartResponse,
-};
+use roost_common::guest::filesystem::FilesystemClient;
+use roost_common::guest::process::ProcessClient;
 use roost_common::guest::{
     ACCESS_TOKEN_HEADER, FSFREEZE_PATH, FSTHAW_PATH, HEALTH_PATH, HELD_HEADER, Held, INIT_PATH, InitRequest,
-    KEEPALIVE_HEADER, NONCE_HEADER, PORT, SNAPSHOT_PREPARE_PATH, VERSION_HEADER,
+    NONCE_HEADER, PORT, SNAPSHOT_PREPARE_PATH, VERSION_HEADER,
 };
 use roost_common::ids::{SandboxId, Slot};
 use roost_common::net::HOST_NET;
@@ -55,15 +59,6 @@ const MAX_ANSWER: usize = 64 << 10;
 const MAX_MESSAGE: usize = 1 << 20;
 /// Letters of a guest's error message that are passed on.
 const MAX_MESSAGE_TEXT: usize = 400;
-/// Messages without output that a stream may bring at once, and as many again every second: keepalives are far fewer.
-const EMPTY_MESSAGES: u64 = 100;
-/// Longest silence of an Exec stream: envd is asked for a keepalive well within it.
-const MAX_SILENCE: Duration = Duration::from_secs(60);
-/// Seconds between keepalives that envd is asked for.
-const KEEPALIVE_SECONDS: &str = "20";
-/// Time that envd has, after a command's deadline, to report that it ended it.
-const DEADLINE_GRACE: Duration = Duration::from_secs(5);
-
 /// Why a call of a guest has no result.
 #[derive(Debug, thiserror::Error)]
 pub enum GuestError {
@@ -100,6 +95,23 @@ pub enum GuestError {
         /// The guest's words, escaped and cut short.
         message: String,
     },
+    /// There is no such process.
+    #[error("{0}")]
+    NoProcess(String),
+    /// A call about files failed: also what the caller got wrong, such as a missing file.
+    #[error("the guest refused: {message}")]
+    File {
+        /// What kind of refusal.
+        code: ErrorCode,
+        /// The guest's words, escaped and cut short.
+        message: String,
+    },
+    /// The file is larger than a call can return.
+    #[error("the file has more than {0} bytes; stream it")]
+    TooLarge(usize),
+    /// The bytes of a file broke off on the caller's side; the file is as it was.
+    #[error("what was to be written broke off")]
+    Aborted,
     /// The command did not end in time; it has been killed.
     #[error("the command did not end within {} s and was killed", .0.as_secs())]
     TimedOut(Duration),
@@ -185,9 +197,6 @@ pub enum Nonces {
     Unknown,
 }
 
-/// The exit code of a command that SIGKILL ended.
-const KILLED: i32 = 128 + 9;
-
 /// What a guest is told at the start.
 #[derive(Debug, Clone)]
 pub struct Identity {
@@ -207,22 +216,12 @@ pub struct Identity {
     pub lifecycle: String,
 }
 
-/// What a command left.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Finished {
-    /// Its standard output.
-    pub stdout: Vec<u8>,
-    /// Its standard error.
-    pub stderr: Vec<u8>,
-    /// Its exit code; 128 + n when signal n ended it.
-    pub exit_code: i32,
-}
-
 /// One incarnation of a guest. The token is set by [`Guest::init`] and known to nobody else.
 pub struct Guest {
     address: SocketAddr,
     token: Token,
     process: ProcessClient<HttpClient>,
+    filesystem: FilesystemClient<HttpClient>,
 }
 
 impl std::fmt::Debug for Guest {
@@ -245,7 +244,11 @@ impl Guest {
             .plaintext();
         Self {
             address,
-            process: ProcessClient::new(transport, config),
+            process: ProcessClient::new(transport.clone(), config.clone()),
+            filesystem: FilesystemClient::new(
+                transport,
+                config.with_default_max_message_size(files::MAX_LISTING),
+            ),
             token,
         }
     }
@@ -427,136 +430,6 @@ impl Guest {
         }
     }
 
-    /// Runs a command to its end and collects what it writes, at most `max_output` bytes.
-    ///
-    /// # Errors
-    /// [`GuestError::Process`], [`GuestError::TimedOut`], [`GuestError::TooMuchOutput`], [`GuestError::BadStream`].
-    pub async fn exec(
-        &self,
-        command: String,
-        args: Vec<String>,
-        limit: Duration,
-        max_output: u64,
-    ) -> Result<Finished, GuestError> {
-        // envd ends the process at this deadline even when we are not there to see it. As a header only: the client's own
-        // timeout would end the call before envd has told how the process ended.
-        let options = CallOptions::default()
-            .with_header("connect-timeout-ms", limit.as_millis().to_string())
-            .with_header(KEEPALIVE_HEADER, KEEPALIVE_SECONDS);
-        let started = Instant::now();
-        let request = StartRequest {
-            process: ProcessConfig {
-                cmd: command,
-                args,
-                ..ProcessConfig::default()
-            }
-            .into(),
-            stdin: Some(false),
-            ..StartRequest::default()
-        };
-        let mut pid = None;
-        let outcome = tokio::time::timeout(
-            limit + DEADLINE_GRACE,
-            self.collect(request, options, max_output, &mut pid),
-        )
-        .await;
-        match outcome {
-            Err(_) => {
-                self.kill(pid).await;
-                Err(GuestError::TimedOut(limit))
-            }
-            Ok(Err(GuestError::Process {
-                code: ErrorCode::DeadlineExceeded,
-                ..
-            })) => Err(GuestError::TimedOut(limit)),
-            // Killed, and not before the deadline: then it was the deadline that killed it.
-            Ok(Ok(finished)) if finished.exit_code == KILLED && started.elapsed() >= limit => {
-                Err(GuestError::TimedOut(limit))
-            }
-            Ok(Err(error @ (GuestError::TooMuchOutput(_) | GuestError::BadStream(_)))) => {
-                self.kill(pid).await;
-                Err(error)
-            }
-            Ok(outcome) => outcome,
-        }
-    }
-
-    async fn collect(
-        &self,
-        request: StartRequest,
-        options: CallOptions,
-        max_output: u64,
-        pid: &mut Option<u32>,
-    ) -> Result<Finished, GuestError> {
-        use process::process_event::Event;
-        use process::process_event::data_event::Output;
-        let mut stream = self
-            .process
-            .start_with_options(request, options)
-            .await
-            .map_err(refused)?;
-        let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
-        let (started, mut empty) = (Instant::now(), 0);
-        loop {
-            let message = tokio::time::timeout(MAX_SILENCE, stream.message::<StartResponse>())
-                .await
-                .map_err(|_| GuestError::BadStream("fell silent"))?
-                .map_err(refused)?
-                .ok_or(GuestError::BadStream("ended before the command did"))?
-                .to_owned_message();
-            let event = message.event.into_option().and_then(|event| event.event);
-            let before = stdout.len() + stderr.len();
-            match event {
-                Some(Event::Start(start)) => *pid = Some(start.pid),
-                Some(Event::Data(data)) => match data.output {
-                    Some(Output::Stdout(bytes) | Output::Pty(bytes)) => stdout.extend_from_slice(&bytes),
-                    Some(Output::Stderr(bytes)) => stderr.extend_from_slice(&bytes),
-                    None => {}
-                },
-                Some(Event::End(end)) => {
-                    let exit_code = if end.exited {
-                        end.exit_code
-                    } else {
-                        code_of_signal(&end.status)
-                    };
-                    return Ok(Finished {
-                        stdout,
-                        stderr,
-                        exit_code,
-                    });
-                }
-                Some(Event::Keepalive(_)) | None => {}
-            }
-            if stdout.len() + stderr.len() == before {
-                empty += 1;
-                if empty > EMPTY_MESSAGES * (1 + started.elapsed().as_secs()) {
-                    return Err(GuestError::BadStream("says nothing, and that without end"));
-                }
-            }
-            if (stdout.len() + stderr.len()) as u64 > max_output {
-                return Err(GuestError::TooMuchOutput(max_output));
-            }
-        }
-    }
-
-    /// Best effort: a guest that does not do it is no reason to fail the caller, whose answer is an error anyway.
-    async fn kill(&self, pid: Option<u32>) {
-        let Some(pid) = pid else { return };
-        let request = SendSignalRequest {
-            process: ProcessSelector {
-                selector: Some(pid_selector(pid)),
-                ..ProcessSelector::default()
-            }
-            .into(),
-            signal: Signal::SIGNAL_SIGKILL.into(),
-            ..SendSignalRequest::default()
-        };
-        let options = CallOptions::default().with_timeout(ANSWER_LIMIT);
-        if let Err(error) = self.process.send_signal_with_options(request, options).await {
-            tracing::debug!(%error, "a command could not be killed");
-        }
-    }
-
     async fn call(
         &self,
         method: Method,
@@ -645,57 +518,22 @@ struct Call<'a> {
     connect_limit: Duration,
 }
 
-fn pid_selector(pid: u32) -> process::process_selector::Selector {
-    process::process_selector::Selector::Pid(pid)
-}
-
 /// A guest's error: a guest wrote the message, so it is escaped and cut short.
 fn refused(error: ConnectError) -> GuestError {
     // Only our side of the connection gives an error a source.
     if let Some(source) = error.source_arc() {
         return GuestError::Unreachable(source);
     }
-    let message: String = error
-        .message
-        .unwrap_or_default()
-        .chars()
-        .take(MAX_MESSAGE_TEXT)
-        .collect();
     GuestError::Process {
         code: error.code,
-        message: message.replace(char::is_control, "?"),
+        message: escaped(&error.message.unwrap_or_default()),
     }
 }
 
-/// The exit code by which shells report a signal, 128 + n, from envd's words for the end ("signal: killed"), which are Go's.
-/// A status in other words is 255: the command did fail.
-fn code_of_signal(status: &str) -> i32 {
-    const WORDS: [(&str, i32); 12] = [
-        ("hangup", 1),
-        ("interrupt", 2),
-        ("quit", 3),
-        ("illegal instruction", 4),
-        ("trace/breakpoint trap", 5),
-        ("aborted", 6),
-        ("bus error", 7),
-        ("floating point exception", 8),
-        ("killed", 9),
-        ("segmentation fault", 11),
-        ("broken pipe", 13),
-        ("terminated", 15),
-    ];
-    let Some(words) = status.strip_prefix("signal: ") else {
-        return 255;
-    };
-    let words = words.trim_end_matches(" (core dumped)");
-    let number = words
-        .strip_prefix("signal ")
-        .and_then(|number| number.parse::<i32>().ok());
-    let named = || WORDS.iter().find(|(word, _)| *word == words).map(|(_, number)| *number);
-    match number.or_else(named) {
-        Some(number @ 1..=64) => 128 + number,
-        Some(_) | None => 255,
-    }
+/// A guest's words, as they may be shown.
+fn escaped(words: &str) -> String {
+    let cut: String = words.chars().take(MAX_MESSAGE_TEXT).collect();
+    cut.replace(char::is_control, "?")
 }
 
 #[cfg(test)]
@@ -906,20 +744,5 @@ mod tests {
         assert_eq!(acknowledges("", Nonces::Unknown).await.expect("taken"), Nonces::Unknown);
         let outcome = acknowledges("", Nonces::Repeated).await;
         assert!(matches!(outcome, Err(GuestError::NoNonce)), "{outcome:?}");
-    }
-
-    #[test]
-    fn signals_become_the_exit_codes_of_shells() {
-        for (status, code) in [
-            ("signal: killed", 137),
-            ("signal: terminated", 143),
-            ("signal: segmentation fault (core dumped)", 139),
-            ("signal: signal 34", 162),
-            ("signal: signal 99999", 255),
-            ("exit status 3", 255),
-            ("", 255),
-        ] {
-            assert_eq!(code_of_signal(status), code, "{status}");
-        }
     }
 }
