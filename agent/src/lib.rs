@@ -21,6 +21,7 @@ pub mod errors;
 mod failpoint;
 pub mod guest;
 pub mod host;
+pub mod metrics;
 pub mod outbox;
 pub mod pki;
 pub mod recover;

@@ -19,6 +19,7 @@ use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
 use tower::ServiceExt;
 
+use crate::api::files;
 use crate::api::operator::Operator;
 use crate::api::service::Service;
 use crate::errors::Chain;
@@ -37,8 +38,8 @@ const IDLE_LIMIT: Duration = Duration::from_secs(120);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
 /// How long it has to say so.
 const KEEPALIVE_LIMIT: Duration = Duration::from_secs(20);
-/// Largest request, and largest message in it.
-const MAX_REQUEST: usize = 4 << 20;
+/// Largest request, and largest message in it: a whole file, in JSON, where its bytes take a third more.
+const MAX_REQUEST: usize = files::MAX_WHOLE * 3 / 2;
 /// Most bytes of a refused request that are read only to be thrown away.
 const MAX_UNWANTED: usize = 64 << 20;
 /// The first byte of every TLS handshake.

@@ -171,12 +171,18 @@ impl Sandbox {
         ok(&["pause", &self.id]);
     }
 
-    /// Resumes it.
+    /// Resumes it, once there is room where there was none just before.
     ///
     /// # Panics
     /// When that fails.
     pub fn resume(&self) {
-        ok(&["resume", &self.id]);
+        let output = once_there_is_room(&["resume", &self.id]);
+        assert!(
+            output.status.success(),
+            "roost resume {} failed: {}",
+            self.id,
+            String::from_utf8_lossy(&output.stderr)
+        );
     }
 
     /// Forgets it without destroying it.
@@ -287,8 +293,24 @@ pub fn tombstone(id: &str) -> Value {
     })
 }
 
+/// What a sandbox is doing, by one listing: between two of them it may go from one list to the other.
+pub fn status(id: &str) -> Option<String> {
+    let listing = listing();
+    let found = ["sandboxes", "pausedSandboxes"]
+        .iter()
+        .find_map(|list| among(&listing, list, id));
+    found.map(|sandbox| sandbox["status"].as_str().expect("a word").to_owned())
+}
+
 fn find_among(list: &str, id: &str) -> Option<Value> {
-    let listing: Value = serde_json::from_str(&ok(&["ls", "--json"])).expect("JSON");
+    among(&listing(), list, id)
+}
+
+fn listing() -> Value {
+    serde_json::from_str(&ok(&["ls", "--json"])).expect("JSON")
+}
+
+fn among(listing: &Value, list: &str, id: &str) -> Option<Value> {
     listing[list]
         .as_array()?
         .iter()

@@ -126,7 +126,18 @@ fn exec_has_a_deadline_and_a_bound_and_ends_what_breaks_them() {
 
         let megabytes = sandbox.exec(&["/bin/bash", "-c", "head -c 8000000 /dev/zero"]);
         assert_eq!(megabytes.stdout.len(), 8_000_000);
-        let error = roost::fails(&["exec", "--timeout", "100", &sandbox.id, "--", "cat", "/dev/zero"]);
+        // As a stream it has no bound; whole, it has.
+        let whole = [
+            "exec",
+            "--json",
+            "--timeout",
+            "100",
+            &sandbox.id,
+            "--",
+            "cat",
+            "/dev/zero",
+        ];
+        let error = roost::fails(&whole);
         assert!(error.contains("more than 16777216 bytes"), "{error}");
         eventually("the cat to be gone", || {
             sandbox.sh("pgrep -x cat || echo none").ends_with("none").then_some(())

@@ -15,7 +15,7 @@ use std::path::Path;
 
 use roost_tests::census::Census;
 use roost_tests::disk::preallocate;
-use roost_tests::roost::{self, Sandbox, Template, find, find_paused, wait_for_agent};
+use roost_tests::roost::{self, Sandbox, Template, find, find_paused, status, wait_for_agent};
 use roost_tests::{eventually, in_rig, is_full_size};
 
 use fault::Fault;
@@ -161,7 +161,7 @@ impl Host {
 
     /// A sandbox that runs, with what is to be found in it again.
     fn running(&mut self) -> &Sandbox {
-        let is_there = |sandbox: &Sandbox| find(&sandbox.id).is_some() || find_paused(&sandbox.id).is_some();
+        let is_there = |sandbox: &Sandbox| status(&sandbox.id).is_some();
         if let Some(gone) = self.subject.take_if(|sandbox| !is_there(sandbox)) {
             gone.forget();
         }
@@ -313,7 +313,7 @@ fn case(step: Step, fault: Fault, host: &mut Host, template: Template) -> &'stat
         // The agent may have held its guest meanwhile, and sees at its next look that there is room again. A guest that has just been
         // made may have written to a new place of its disk before, and lost that disk.
         eventually("its guest to run on, or its disk to be known as lost", || {
-            let output = roost::roost(&["exec", &id, "--", "/bin/true"]);
+            let output = roost::roost(&["exec", "--timeout", "30", &id, "--", "/bin/true"]);
             (output.status.success() || find(&id).is_none()).then_some(())
         });
         became = settled(&id);
@@ -510,18 +510,11 @@ fn uid_of_roost() -> Option<u32> {
 
 /// What a sandbox has come to once nothing is under way.
 fn settled(id: &str) -> &'static str {
-    eventually("it to come to rest", || {
-        if find_paused(id).is_some() {
-            return Some("paused");
-        }
-        match find(id)
-            .map(|listed| listed["status"].as_str().unwrap_or_default().to_owned())
-            .as_deref()
-        {
-            None => Some("gone"),
-            Some("running") => Some("running"),
-            // A teardown that failed is tried again in half a minute.
-            Some(_) => None,
-        }
+    eventually("it to come to rest", || match status(id).as_deref() {
+        None => Some("gone"),
+        Some("running") => Some("running"),
+        Some("paused") => Some("paused"),
+        // A teardown that failed is tried again in half a minute.
+        Some(_) => None,
     })
 }

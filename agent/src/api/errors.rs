@@ -101,16 +101,16 @@ pub enum ApiError {
     /// A file of the host's.
     #[error(transparent)]
     File(#[from] FileError),
-    /// A procedure that this agent does not have yet.
-    #[error("this agent does not implement {0}")]
-    Unimplemented(&'static str),
+    /// A span of time that is none of the protocol's.
+    #[error("range is none of 5m, 10m, 1h, 2h, 6h, 12h and 24h")]
+    BadRange,
 }
 
 impl ApiError {
     fn code(&self) -> ErrorCode {
         match self {
             Self::Recovering | Self::Unreachable { .. } | Self::Held { .. } => ErrorCode::Unavailable,
-            Self::BadId(_) | Self::Wish(_) | Self::BadCommand(_) => ErrorCode::InvalidArgument,
+            Self::BadId(_) | Self::Wish(_) | Self::BadCommand(_) | Self::BadRange => ErrorCode::InvalidArgument,
             Self::Refusal(Refusal::Exists(_)) => ErrorCode::AlreadyExists,
             Self::Refusal(Refusal::Full(_) | Refusal::Draining | Refusal::NoRoom { .. }) => ErrorCode::Unavailable,
             Self::Create(CreateFailure::Destroyed) => ErrorCode::Aborted,
@@ -139,7 +139,6 @@ impl ApiError {
             Self::NotRunning { .. } | Self::NotEnded { .. } => ErrorCode::FailedPrecondition,
             Self::Guest(error) => guest_code(error),
             Self::Caller(error) => error.code,
-            Self::Unimplemented(_) => ErrorCode::Unimplemented,
         }
     }
 }

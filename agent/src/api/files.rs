@@ -17,8 +17,8 @@ use super::service::Service;
 use crate::guest::files::Reading;
 use crate::guest::{Guest, GuestError};
 
-/// Largest file that a call returns whole.
-pub(crate) const MAX_WHOLE: usize = 64 << 20;
+/// Largest file that a call takes or returns whole.
+pub(crate) const MAX_WHOLE: usize = 32 << 20;
 /// How many are held at a time; others wait.
 pub(super) const WHOLE_AT_A_TIME: usize = 8;
 /// Bytes of a file in one message.

@@ -5,7 +5,7 @@
 //! certificates are in [`crate::serve`] and [`crate::tls`].
 
 pub mod errors;
-mod files;
+pub(crate) mod files;
 pub mod operator;
 mod process;
 pub mod service;

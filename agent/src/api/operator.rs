@@ -2,11 +2,14 @@
 
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::sync::Arc;
 
 use connectrpc::{Encodable, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream};
 use futures::stream::Stream;
+use nix::fcntl::OFlag;
 use roost_common::ring;
+use roost_common::shim::{CONSOLE_FILE, LOG_FILE};
 use roost_hostagent::roost::v1::*;
 
 use super::errors::ApiError;
@@ -82,10 +85,13 @@ impl Operator {
     async fn log(&self, id: &str, is_vmm: bool) -> Result<Vec<u8>, ApiError> {
         let handle = self.0.find(id)?;
         let layout = &self.0.ready()?.host().layout;
-        let name = if is_vmm { "vmm.log" } else { "console.log" };
+        let name = if is_vmm { LOG_FILE } else { CONSOLE_FILE };
         let path = layout.vm_run(&handle.plan.id).join(name);
         let read = tokio::task::spawn_blocking(move || {
-            let read = File::open(&path).and_then(|file| ring::read(&file, usize::MAX));
+            // A VM's uid may write in that directory: what is there is not followed or waited for.
+            let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
+            let opened = File::options().read(true).custom_flags(flags.bits()).open(&path);
+            let read = opened.and_then(|file| ring::read(&file, usize::MAX));
             match read {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
                 other => other.map_err(|source| FileError::new("reading", &path, source)),
@@ -96,7 +102,10 @@ impl Operator {
 }
 
 fn named(selector: Option<ProcessSelector>) -> Result<Selector, ApiError> {
-    match selector.and_then(|selector| selector.selector).ok_or(process::NO_SELECTOR)? {
+    match selector
+        .and_then(|selector| selector.selector)
+        .ok_or(process::NO_SELECTOR)?
+    {
         process_selector::Selector::Pid(pid) => Ok(Selector::Pid(pid)),
         process_selector::Selector::Tag(tag) => process::tagged(tag),
     }

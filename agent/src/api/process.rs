@@ -104,11 +104,7 @@ impl Service {
     ) -> Result<impl Stream<Item = Result<Event, ApiError>> + Send + use<>, ApiError> {
         let (handle, guest) = self.running(sandbox)?;
         let starter = guest.clone();
-        Ok(follow(
-            handle,
-            guest,
-            async move { starter.start(command).await },
-        ))
+        Ok(follow(handle, guest, async move { starter.start(command).await }))
     }
 
     /// Follows a process that was started before.
@@ -120,9 +116,11 @@ impl Service {
     ) -> Result<impl Stream<Item = Result<Event, ApiError>> + Send + use<>, ApiError> {
         let (handle, guest) = self.running(sandbox)?;
         let asked = guest.clone();
-        Ok(follow(handle, guest, async move {
-            asked.attach(&process, offset).await
-        }))
+        Ok(follow(
+            handle,
+            guest,
+            async move { asked.attach(&process, offset).await },
+        ))
     }
 
     pub(super) fn stream_exec(
@@ -209,11 +207,18 @@ impl Service {
             args: process.args,
             ..ProcessEntry::default()
         };
-        let listed = self.ask(sandbox, async |guest: Arc<Guest>| guest.processes().await).await?;
+        let listed = self
+            .ask(sandbox, async |guest: Arc<Guest>| guest.processes().await)
+            .await?;
         Ok(listed.into_iter().map(entry).collect())
     }
 
-    pub(super) async fn signal_process(&self, sandbox: &str, process: &Selector, signal: Signal) -> Result<(), ApiError> {
+    pub(super) async fn signal_process(
+        &self,
+        sandbox: &str,
+        process: &Selector,
+        signal: Signal,
+    ) -> Result<(), ApiError> {
         self.ask(sandbox, async |guest: Arc<Guest>| guest.signal(process, signal).await)
             .await
     }
@@ -272,7 +277,9 @@ pub(super) fn limit(seconds: i32) -> Result<Option<Duration>, ApiError> {
     match seconds {
         0 => Ok(None),
         1..=MAX_SECONDS => Ok(Some(Duration::from_secs(seconds.unsigned_abs().into()))),
-        _ => Err(ApiError::BadCommand("timeout_sec is out of range: 1 to 86400, or 0 for none")),
+        _ => Err(ApiError::BadCommand(
+            "timeout_sec is out of range: 1 to 86400, or 0 for none",
+        )),
     }
 }
 

@@ -5,9 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use connectrpc::{
-    ConnectError, Encodable, InboundStream, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream,
-};
+use connectrpc::{Encodable, InboundStream, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream};
 use futures::stream::{Stream, StreamExt as _};
 use roost_common::ids::SandboxId;
 use roost_common::net::SlotAddresses;
@@ -17,12 +15,13 @@ use super::{files, process};
 use crate::drain::drain;
 use crate::guest::Guest;
 use crate::guest::process::{Channel, Signal};
+use crate::metrics::{Point, Points, Range};
 use crate::registry::Registry;
 use crate::sandbox::build::fill_random;
 use crate::sandbox::plan::{self, Plan, Wish};
 use crate::sandbox::resume::From;
 use crate::sandbox::task::{Handle, View};
-use crate::sandbox::{Began, PauseReason, ResumeWish, Versions};
+use crate::sandbox::{Began, PauseReason, ResumeWish, Versions, unix_now};
 use crate::templates::{self, CaptureKind, CaptureWish, Sweep};
 use crate::tombstone;
 use roost_hostagent::hostagent::v1::*;
@@ -301,17 +300,15 @@ fn new_id() -> SandboxId {
     format!("cl-{digits:0>25}").parse().expect("letters and digits")
 }
 
-/// Procedures of the protocol that this agent does not have yet, with one argument.
-macro_rules! unimplemented_unary {
-    ($($method:ident($request:ty) -> $response:ty;)*) => {
-        $(async fn $method<'a>(
-            &'a self,
-            _: RequestContext,
-            _: ServiceRequest<'_, $request>,
-        ) -> ServiceResult<impl Encodable<$response> + Send + use<'a>> {
-            Err::<Response<$response>, ConnectError>(ApiError::Unimplemented(stringify!($method)).into())
-        })*
+fn metric_points(points: Vec<Point>) -> Vec<MetricPoint> {
+    let message = |point: Point| MetricPoint {
+        timestamp_unix: point.unix,
+        cpu_pct: point.cpu_percent,
+        mem_bytes: point.memory,
+        disk_bytes: point.disk,
+        ..MetricPoint::default()
     };
+    points.into_iter().map(message).collect()
 }
 
 /// A stream of answers, made of what comes.
@@ -559,7 +556,8 @@ impl HostAgentService for Service {
     ) -> ServiceResult<impl Encodable<PtyKillResponse> + Send + use<'a>> {
         let request = request.to_owned_message();
         let terminal = process::tagged(request.tag)?;
-        self.signal_process(&request.sandbox_id, &terminal, Signal::Kill).await?;
+        self.signal_process(&request.sandbox_id, &terminal, Signal::Kill)
+            .await?;
         Response::ok(PtyKillResponse::default())
     }
 
@@ -636,8 +634,31 @@ impl HostAgentService for Service {
         Response::ok(RemovePathResponse::default())
     }
 
-    unimplemented_unary! {
-        get_sandbox_metrics(GetSandboxMetricsRequest) -> GetSandboxMetricsResponse;
-        flush_sandbox_metrics(FlushSandboxMetricsRequest) -> FlushSandboxMetricsResponse;
+    async fn get_sandbox_metrics<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, GetSandboxMetricsRequest>,
+    ) -> ServiceResult<impl Encodable<GetSandboxMetricsResponse> + Send + use<'a>> {
+        let handle = self.find(request.sandbox_id)?;
+        let range = Range::of_name(request.range).ok_or(ApiError::BadRange)?;
+        Response::ok(GetSandboxMetricsResponse {
+            points: metric_points(handle.metrics.range(range, unix_now())),
+            ..GetSandboxMetricsResponse::default()
+        })
+    }
+
+    async fn flush_sandbox_metrics<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, FlushSandboxMetricsRequest>,
+    ) -> ServiceResult<impl Encodable<FlushSandboxMetricsResponse> + Send + use<'a>> {
+        // Sampling goes on until a pause or a destroy ends the incarnation.
+        let Points { minutes, hours, day } = self.find(request.sandbox_id)?.metrics.take();
+        Response::ok(FlushSandboxMetricsResponse {
+            points_10m: metric_points(minutes),
+            points_2h: metric_points(hours),
+            points_24h: metric_points(day),
+            ..FlushSandboxMetricsResponse::default()
+        })
     }
 }

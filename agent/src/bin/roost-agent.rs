@@ -9,6 +9,7 @@ use roost_agent::api::service::Service;
 use roost_agent::config::Config;
 use roost_agent::errors::Chain;
 use roost_agent::host::Host;
+use roost_agent::metrics::sampler;
 use roost_agent::outbox::{self, Outbox};
 use roost_agent::registry::Registry;
 use roost_agent::serve::{Access, serve};
@@ -101,7 +102,8 @@ async fn run(config: Config, access: Access) -> anyhow::Result<End> {
         let service = service.clone();
         async move {
             recover::recover(&registry).await.context("cannot recover")?;
-            watermark::start(registry).await;
+            watermark::start(registry.clone()).await;
+            tokio::spawn(sampler::run(registry));
             service.recovered();
             notify_ready();
             tracing::info!(%listen, "serving");

@@ -4,13 +4,16 @@
 //! not be run at all.
 
 mod client;
+mod copy;
+mod exec;
+mod top;
 
 use std::collections::HashMap;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal as _, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, Parser, Subcommand};
 use connectrpc::{ConnectError, ErrorCode};
 use serde::Serialize;
 
@@ -18,12 +21,13 @@ use crate::errors::Chain;
 use crate::pki;
 use crate::sandbox::unix_now;
 use client::{Client, ClientError, Operator};
+use copy::{Copy, CopyError};
+use exec::{Exec, ExecError};
 use roost_hostagent::hostagent::v1::{
-    CreateSandboxRequest, CreateSnapshotRequest, DeleteSnapshotRequest, DestroySandboxRequest, ExecRequest,
-    FlattenRootfsRequest, ListSandboxesRequest, PauseSandboxRequest, PingSandboxRequest, ResumeSandboxRequest,
-    SandboxInfo,
+    CreateSandboxRequest, CreateSnapshotRequest, DeleteSnapshotRequest, DestroySandboxRequest, FlattenRootfsRequest,
+    ListSandboxesRequest, PauseSandboxRequest, PingSandboxRequest, ResumeSandboxRequest, SandboxInfo,
 };
-use roost_hostagent::roost::v1::{DrainRequest, WhyRequest};
+use roost_hostagent::roost::v1::{DrainRequest, LogsRequest, WhyRequest};
 
 /// The exit status of an exec that could not be run.
 const NOT_RUN: u8 = 125;
@@ -64,7 +68,32 @@ enum Command {
     /// List the sandboxes of the host
     Ls,
     /// Run a command in a sandbox; its output and exit status are passed on
-    Exec(Exec),
+    Exec(InSandbox),
+    /// Make a sandbox, run a command in it, and destroy it again
+    Run(Run),
+    /// Copy files and directories into a sandbox or out of it
+    Cp(Copy),
+    /// Print what a sandbox has written to its console, as far back as that is kept
+    Logs {
+        /// The messages of its VMM in place of its console
+        #[arg(long)]
+        vmm: bool,
+        /// The sandbox
+        id: String,
+    },
+    /// Show the sandboxes and what they use, again every second
+    Top,
+    /// Print a script that completes this command line in a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Write the man pages of this command line
+    #[command(hide = true)]
+    Man {
+        /// Directory to write them to
+        dir: PathBuf,
+    },
     /// Count as activity of a sandbox
     Ping {
         /// The sandbox
@@ -169,12 +198,29 @@ struct Capture {
 }
 
 #[derive(Args)]
-struct Exec {
-    /// End the command after this many seconds [default: 30]
-    #[arg(long, value_name = "SECONDS")]
-    timeout: Option<i32>,
+struct InSandbox {
+    #[command(flatten)]
+    exec: Exec,
     /// The sandbox
     id: String,
+    /// The program and its arguments
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    command: Vec<String>,
+}
+
+#[derive(Args)]
+struct Run {
+    #[command(flatten)]
+    create: Create,
+    /// Pass standard input on
+    #[arg(short, long)]
+    interactive: bool,
+    /// Give the command a terminal
+    #[arg(short, long)]
+    tty: bool,
+    /// Keep the sandbox when the command has ended
+    #[arg(long)]
+    keep: bool,
     /// The program and its arguments
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
     command: Vec<String>,
@@ -200,6 +246,10 @@ enum CliError {
     Client(#[from] ClientError),
     #[error("{}", words(.0))]
     Call(ConnectError),
+    #[error(transparent)]
+    Exec(#[from] ExecError),
+    #[error("not copied")]
+    Copy(#[from] CopyError),
     #[error(transparent)]
     Pki(#[from] pki::PkiError),
     #[error("cannot write output")]
@@ -244,15 +294,18 @@ pub fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let failed = if matches!(arguments.command, Command::Exec(_)) {
+    let failed = if matches!(arguments.command, Command::Exec(_) | Command::Run(_)) {
         ExitCode::from(NOT_RUN)
     } else {
         ExitCode::FAILURE
     };
-    runtime.block_on(run(arguments)).unwrap_or_else(|error| {
+    let code = runtime.block_on(run(arguments)).unwrap_or_else(|error| {
         eprintln!("roost: {}", Chain(&error));
         failed
-    })
+    });
+    // A thread that reads a terminal cannot be waited for.
+    runtime.shutdown_background();
+    code
 }
 
 async fn run(arguments: Arguments) -> Result<ExitCode, CliError> {
@@ -266,7 +319,21 @@ async fn run(arguments: Arguments) -> Result<ExitCode, CliError> {
     match command {
         Command::Create(wish) => create(&client()?, wish, json).await?,
         Command::Ls => list(&client()?, json).await?,
-        Command::Exec(exec) => return self::exec(&client()?, exec, json).await,
+        Command::Exec(InSandbox { exec, id, command }) => {
+            let operator = client::connect_operator(&host, &pki)?;
+            return exec::exec((&client()?, &operator), id, exec, command, json).await;
+        }
+        Command::Run(wish) => {
+            let operator = client::connect_operator(&host, &pki)?;
+            return self::run_once((&client()?, &operator), wish).await;
+        }
+        Command::Cp(wish) => copy::copy(&client()?, wish).await?,
+        Command::Logs { vmm, id } => logs(&client::connect_operator(&host, &pki)?, id, vmm).await?,
+        Command::Top => top::top(&client()?).await?,
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Arguments::command(), "roost", &mut io::stdout());
+        }
+        Command::Man { dir } => clap_mangen::generate_to(Arguments::command(), dir)?,
         Command::Ping { id } => {
             let request = PingSandboxRequest {
                 sandbox_id: id,
@@ -297,7 +364,16 @@ async fn run(arguments: Arguments) -> Result<ExitCode, CliError> {
 }
 
 async fn create(client: &Client, wish: Create, json: bool) -> Result<(), CliError> {
-    let request = CreateSandboxRequest {
+    let answer = client.create_sandbox(create_request(wish)).await?.into_owned();
+    if json {
+        print_json(&answer)
+    } else {
+        print(format_args!("{}\n", answer.sandbox_id))
+    }
+}
+
+fn create_request(wish: Create) -> CreateSandboxRequest {
+    CreateSandboxRequest {
         sandbox_id: wish.id.unwrap_or_default(),
         template_id: wish.template.unwrap_or_default(),
         team_id: wish.team.unwrap_or_default(),
@@ -308,13 +384,57 @@ async fn create(client: &Client, wish: Create, json: bool) -> Result<(), CliErro
         default_user: wish.user.unwrap_or_default(),
         default_env: wish.env.into_iter().collect::<HashMap<_, _>>().into_iter().collect(),
         ..CreateSandboxRequest::default()
-    };
-    let answer = client.create_sandbox(request).await?.into_owned();
-    if json {
-        print_json(&answer)
-    } else {
-        print(format_args!("{}\n", answer.sandbox_id))
     }
+}
+
+/// A command in a sandbox of its own; its exit status.
+async fn run_once((client, operator): (&Client, &Operator), wish: Run) -> Result<ExitCode, CliError> {
+    let made = client.create_sandbox(create_request(wish.create)).await?.into_owned();
+    let id = made.sandbox_id;
+    let ended = exec::exec(
+        (client, operator),
+        id.clone(),
+        Exec::of(wish.interactive, wish.tty),
+        wish.command,
+        false,
+    )
+    .await;
+    if wish.keep {
+        eprintln!("roost: {id} is kept");
+        return ended;
+    }
+    let request = DestroySandboxRequest {
+        sandbox_id: id.clone(),
+        ..DestroySandboxRequest::default()
+    };
+    if let Err(error) = client.destroy_sandbox(request).await {
+        eprintln!("roost: {id} was not destroyed: {}", words(&error));
+        return ended.and(Ok(ExitCode::FAILURE));
+    }
+    ended
+}
+
+/// What a guest wrote is for its reader to handle: a terminal that shows it does what it says.
+async fn logs(client: &Operator, id: String, vmm: bool) -> Result<(), CliError> {
+    let request = LogsRequest {
+        sandbox_id: id,
+        vmm,
+        ..LogsRequest::default()
+    };
+    let content = client.logs(request).await?.into_owned().content;
+    let mut out = io::stdout();
+    if out.is_terminal() {
+        let shown = |byte: &u8| matches!(byte, b'\n' | b'\t' | b' '..=b'~');
+        let safe: Vec<u8> = content
+            .iter()
+            .map(|byte| if shown(byte) { *byte } else { b'?' })
+            .collect();
+        let lines = String::from_utf8_lossy(&safe).replace("?\n", "\n");
+        out.write_all(lines.as_bytes())?;
+    } else {
+        out.write_all(&content)?;
+    }
+    Ok(out.flush()?)
 }
 
 async fn list(client: &Client, json: bool) -> Result<(), CliError> {
@@ -357,31 +477,6 @@ fn age(seconds: i64) -> String {
         7200..172_800 => format!("{}h", seconds / 3600),
         _ => format!("{}d", seconds / 86_400),
     }
-}
-
-async fn exec(client: &Client, exec: Exec, json: bool) -> Result<ExitCode, CliError> {
-    let mut command = exec.command.into_iter();
-    let request = ExecRequest {
-        sandbox_id: exec.id,
-        cmd: command.next().unwrap_or_default(),
-        args: command.collect(),
-        timeout_sec: exec.timeout.unwrap_or_default(),
-        ..ExecRequest::default()
-    };
-    let answer = client.exec(request).await?.into_owned();
-    if json {
-        print_json(&answer)?;
-    } else {
-        // The command has run: a reader that has gone (as `head` does) does not change how it ended.
-        let written = io::stdout()
-            .write_all(&answer.stdout)
-            .and_then(|()| io::stdout().flush());
-        if let Err(error) = written.and_then(|()| io::stderr().write_all(&answer.stderr)) {
-            eprintln!("roost: output was cut short: {error}");
-        }
-    }
-    // An exit status is a byte; what does not fit one is a failure of some kind.
-    Ok(ExitCode::from(u8::try_from(answer.exit_code).unwrap_or(u8::MAX)))
 }
 
 async fn remove(client: &Client, ids: Vec<String>) -> Result<ExitCode, CliError> {

@@ -175,10 +175,13 @@ impl Guest {
                 let answer = sender.send_request(request).await.map_err(failed)?;
                 let body = checked(answer).await?;
                 // Which files it wrote: one, and we know which.
-                Limited::new(body, MAX_ANSWER).collect().await.map_err(|error| GuestError::Http {
-                    path: FILES_PATH,
-                    source: error,
-                })?;
+                Limited::new(body, MAX_ANSWER)
+                    .collect()
+                    .await
+                    .map_err(|error| GuestError::Http {
+                        path: FILES_PATH,
+                        source: error,
+                    })?;
                 Ok(())
             };
             tokio::pin!(answered);
@@ -222,7 +225,12 @@ impl Guest {
             ..MakeDirRequest::default()
         };
         let made = self.filesystem.make_dir_with_options(request, options()).await;
-        Ok(made.map_err(of_file)?.into_owned().entry.into_option().unwrap_or_default())
+        Ok(made
+            .map_err(of_file)?
+            .into_owned()
+            .entry
+            .into_option()
+            .unwrap_or_default())
     }
 
     /// Removes a file, or a directory with all that is in it.
@@ -295,7 +303,11 @@ async fn checked(answer: Response<Incoming>) -> Result<Incoming, GuestError> {
         return Ok(body);
     }
     let read = tokio::time::timeout(PIECE_LIMIT, Limited::new(body, MAX_ANSWER).collect()).await;
-    let bytes = read.ok().and_then(Result::ok).map(|body| body.to_bytes()).unwrap_or_default();
+    let bytes = read
+        .ok()
+        .and_then(Result::ok)
+        .map(|body| body.to_bytes())
+        .unwrap_or_default();
     Err(GuestError::File {
         code: code(head.status),
         message: escaped(&words(&bytes)),

@@ -21,7 +21,7 @@ use roost_common::guest::filesystem::FilesystemClient;
 use roost_common::guest::process::ProcessClient;
 use roost_common::guest::{
     ACCESS_TOKEN_HEADER, FSFREEZE_PATH, FSTHAW_PATH, HEALTH_PATH, HELD_HEADER, Held, INIT_PATH, InitRequest,
-    NONCE_HEADER, PORT, SNAPSHOT_PREPARE_PATH, VERSION_HEADER,
+    METRICS_PATH, Metrics, NONCE_HEADER, PORT, SNAPSHOT_PREPARE_PATH, VERSION_HEADER,
 };
 use roost_common::ids::{SandboxId, Slot};
 use roost_common::net::HOST_NET;
@@ -53,6 +53,8 @@ const CLOCK_LIMIT: Duration = Duration::from_secs(1);
 const PREPARE_LIMIT: Duration = Duration::from_secs(3);
 /// How long envd may take to freeze or thaw: the kernel writes out what is dirty first.
 const FREEZE_LIMIT: Duration = Duration::from_secs(30);
+/// How long envd may take to say what it uses: one that is slower has what it said before.
+const METRICS_LIMIT: Duration = Duration::from_secs(2);
 /// Largest answer to a plain HTTP call that is read.
 const MAX_ANSWER: usize = 64 << 10;
 /// Largest message of a stream; envd's chunks are 32 KiB.
@@ -245,10 +247,7 @@ impl Guest {
         Self {
             address,
             process: ProcessClient::new(transport.clone(), config.clone()),
-            filesystem: FilesystemClient::new(
-                transport,
-                config.with_default_max_message_size(files::MAX_LISTING),
-            ),
+            filesystem: FilesystemClient::new(transport, config.with_default_max_message_size(files::MAX_LISTING)),
             token,
         }
     }
@@ -389,6 +388,18 @@ impl Guest {
         Ok((answer, written.elapsed()))
     }
 
+    /// What the guest says it uses.
+    ///
+    /// # Errors
+    /// [`GuestError::Http`], [`GuestError::Refused`].
+    pub async fn metrics(&self) -> Result<Metrics, GuestError> {
+        let answer = self.call(Method::GET, METRICS_PATH, METRICS_LIMIT).await?;
+        serde_json::from_slice(answer.body()).map_err(|error| GuestError::Http {
+            path: METRICS_PATH,
+            source: error.into(),
+        })
+    }
+
     /// Asks envd to make ready for a snapshot: to write out and drop caches, and to keep no connection open. Best effort, so a
     /// failure is for the log.
     ///
@@ -497,7 +508,8 @@ impl Guest {
         let answer = tokio::time::timeout(limit, exchange)
             .await
             .map_err(|error| failed(error.into()))??;
-        if failpoint::loses(path) {
+        // What a sampler asks is no step of anything.
+        if path != METRICS_PATH && failpoint::loses(path) {
             return Err(failed("its answer was lost".into()));
         }
         let (status, body) = (answer.status(), answer.body());

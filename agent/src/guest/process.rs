@@ -18,8 +18,9 @@ use roost_common::guest::process::process_event::{EndEvent, Event as Said};
 use roost_common::guest::process::process_input::Input as InputKind;
 use roost_common::guest::process::process_selector::Selector as Named;
 use roost_common::guest::process::{
-    self, CloseStdinRequest, ConnectRequest, ConnectResponse, ListRequest, PTY, ProcessConfig, ProcessEvent, ProcessInput,
-    ProcessSelector, SendInputRequest, SendSignalRequest, StartRequest, StartResponse, UpdateRequest, pty,
+    self, CloseStdinRequest, ConnectRequest, ConnectResponse, ListRequest, PTY, ProcessConfig, ProcessEvent,
+    ProcessInput, ProcessSelector, SendInputRequest, SendSignalRequest, StartRequest, StartResponse, UpdateRequest,
+    pty,
 };
 
 use super::{ANSWER_LIMIT, Guest, GuestError, escaped, refused};

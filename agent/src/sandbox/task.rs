@@ -29,6 +29,7 @@ use crate::guest::Guest;
 use crate::host::images::ROOTFS;
 use crate::host::slots::SlotLease;
 use crate::host::{Host, counters};
+use crate::metrics::Rings;
 use crate::outbox;
 use crate::recover;
 use crate::registry::Registry;
@@ -102,6 +103,8 @@ pub struct Handle {
     pub slot: Arc<SlotLease>,
     /// When it was made, in seconds since 1970.
     pub created_at_unix: i64,
+    /// What it uses.
+    pub metrics: Arc<Rings>,
     usage: Arc<Usage>,
     hold: Arc<Hold>,
     commands: mpsc::Sender<Command>,
@@ -362,6 +365,7 @@ fn driver(
         plan: Arc::new(plan),
         slot: Arc::new(slot),
         created_at_unix,
+        metrics: Arc::default(),
         commands,
         view: seen,
     };
