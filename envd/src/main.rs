@@ -12,12 +12,14 @@
 //! | [`hold`], [`cgroups`] | over a snapshot: the guest's programs stopped |
 //! | [`disk`] | after a restore: proof that the disk answers |
 //! | [`process`] | the Connect service that runs programs |
+//! | [`caller`] | who makes a Connect call, and how long its stream may be silent |
 //! | [`guest`] | settings and readiness, shared by all calls |
 //! | [`users`], [`net`] | `/etc/passwd`; interfaces |
 //! | [`sys`] | all unsafe code |
 //!
 //! Wire facts are in `roost_common::guest`.
 
+mod caller;
 mod cgroups;
 mod clock;
 mod connections;
