@@ -9,6 +9,7 @@ use nix::unistd::geteuid;
 use tokio::sync::watch;
 
 use crate::connections::Connections;
+use crate::filesystem::rights::Threads;
 use crate::filesystems::Filesystems;
 use crate::hold::Hold;
 use crate::users::{self, User, UserError};
@@ -58,6 +59,8 @@ pub(crate) struct Guest {
     pub(crate) hold: Arc<Hold>,
     pub(crate) filesystems: Filesystems,
     pub(crate) connections: Connections,
+    /// Those that touch files as their users.
+    pub(crate) threads: Threads,
     settings: RwLock<Settings>,
 }
 
@@ -80,6 +83,7 @@ impl Guest {
             filesystems: Filesystems::new(Arc::clone(&hold)),
             hold,
             connections: Connections::default(),
+            threads: Threads::default(),
             settings: RwLock::new(settings),
         }
     }

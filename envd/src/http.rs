@@ -15,6 +15,7 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
+use roost_common::guest::filesystem::FilesystemExt as _;
 use roost_common::guest::process::ProcessExt as _;
 use roost_common::guest::{
     ACCESS_TOKEN_HEADER, ENVS_PATH, FSFREEZE_PATH, FSTHAW_PATH, HEALTH_PATH, INIT_PATH, METRICS_PATH,
@@ -26,6 +27,7 @@ use tower::Service as _;
 
 use crate::connections::Connection;
 use crate::console::say;
+use crate::filesystem::service::FilesystemService;
 use crate::process::service::ProcessService;
 use crate::rest::{Rest, RestError};
 
@@ -52,11 +54,12 @@ pub(crate) struct Server {
 type Body = Either<Full<Bytes>, ConnectRpcBody>;
 
 impl Server {
-    pub(crate) fn new(rest: Rest, processes: ProcessService) -> Self {
+    pub(crate) fn new(rest: Rest, processes: ProcessService, filesystem: FilesystemService) -> Self {
         let limits = Limits::default()
             .with_max_message_size(MAX_MESSAGE)
             .with_max_request_body_size(MAX_MESSAGE);
-        let rpc = ConnectRpcService::new(Arc::new(processes).register(Router::new()))
+        let router = Arc::new(filesystem).register(Arc::new(processes).register(Router::new()));
+        let rpc = ConnectRpcService::new(router)
             .with_limits(limits)
             // The host is one hop away: compressing output would only take processor time from the guest.
             .with_compression_policy(CompressionPolicy::disabled());

@@ -12,6 +12,7 @@
 //! | [`hold`], [`cgroups`] | over a snapshot: the guest's programs stopped |
 //! | [`disk`] | after a restore: proof that the disk answers |
 //! | [`process`] | the Connect service that runs programs |
+//! | [`filesystem`] | the Connect service for names and attributes of files, and watches |
 //! | [`caller`] | who makes a Connect call, and how long its stream may be silent |
 //! | [`guest`] | settings and readiness, shared by all calls |
 //! | [`users`], [`net`] | `/etc/passwd`; interfaces |
@@ -26,6 +27,7 @@ mod connections;
 mod console;
 mod disk;
 mod entropy;
+mod filesystem;
 mod filesystems;
 mod freeze;
 mod guest;
@@ -55,6 +57,7 @@ use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::console::say;
+use crate::filesystem::service::FilesystemService;
 use crate::guest::{Disk, Guest, Machine, Readiness};
 use crate::init::Shutdown;
 use crate::process::Processes;
@@ -161,7 +164,8 @@ async fn serve(address: SocketAddr, guest: Arc<Guest>) -> anyhow::Result<Arc<Pro
         guest: Arc::clone(&guest),
         processes: Arc::clone(&processes),
     };
-    tokio::spawn(http::Server::new(Rest::new(guest), service).serve(listener));
+    let files = FilesystemService::new(Arc::clone(&guest));
+    tokio::spawn(http::Server::new(Rest::new(guest), service, files).serve(listener));
     Ok(processes)
 }
 

@@ -13,6 +13,7 @@ use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::process::{Command, ExitStatus};
 
 use nix::errno::Errno;
+use nix::unistd::Gid;
 use tokio::io::unix::AsyncFd;
 
 use crate::process::child::ChildSetup;
@@ -79,6 +80,32 @@ pub(crate) fn reset_signal(signal: i32) {
             8_usize,
         )
     };
+}
+
+/// Sets the supplementary groups of the calling thread alone; libc's call sets those of all threads.
+///
+/// # Errors
+/// EPERM without CAP_SETGID; EINVAL for more than the kernel takes.
+pub(crate) fn set_thread_groups(groups: &[Gid]) -> nix::Result<()> {
+    let ids: Vec<libc::gid_t> = groups.iter().map(|group| group.as_raw()).collect();
+    // SAFETY: the call reads as many ids as it is told from the pointer; they live for the call.
+    let result = unsafe { libc::syscall(libc::SYS_setgroups, ids.len(), ids.as_ptr()) };
+    Errno::result(result).map(drop)
+}
+
+/// Takes all capabilities from the calling thread, for good.
+///
+/// # Errors
+/// None that the kernel documents for giving up.
+pub(crate) fn drop_thread_capabilities() -> nix::Result<()> {
+    /// `struct __user_cap_header_struct` of linux/capability.h: version 3, the calling thread.
+    const HEADER: [u32; 2] = [0x2008_0522, 0];
+    /// Two of `struct __user_cap_data_struct`: effective, permitted, inheritable.
+    const NONE: [u32; 6] = [0; 6];
+    let mut header = HEADER;
+    // SAFETY: the call reads the header, to which it may write a version, and 24 bytes of data; both live for the call.
+    let result = unsafe { libc::syscall(libc::SYS_capset, header.as_mut_ptr(), NONE.as_ptr()) };
+    Errno::result(result).map(drop)
 }
 
 /// Has the runtime that this is called on wait for a descriptor.

@@ -218,7 +218,7 @@ fn what_is_not_there_is_told_apart_from_what_is_not_built() {
     let envd = Envd::start();
     assert_eq!(envd.http("GET", "/", &[], "").0, 404);
     assert_eq!(envd.http("GET", "/files?path=/etc/passwd", &[], "").0, 404);
-    let (_, body) = envd.http("POST", "/filesystem.Filesystem/Stat", &[JSON], "{}");
+    let (_, body) = envd.http("POST", "/filesystem.Filesystem/Upload", &[JSON], "{}");
     assert!(body.contains("unimplemented"), "{body}");
 }
 
