@@ -13,6 +13,7 @@
 //! | [`disk`] | after a restore: proof that the disk answers |
 //! | [`process`] | the Connect service that runs programs |
 //! | [`filesystem`] | the Connect service for names and attributes of files, and watches |
+//! | [`files`] | `/files`: what is in files, up and down |
 //! | [`caller`] | who makes a Connect call, and how long its stream may be silent |
 //! | [`guest`] | settings and readiness, shared by all calls |
 //! | [`users`], [`net`] | `/etc/passwd`; interfaces |
@@ -27,6 +28,7 @@ mod connections;
 mod console;
 mod disk;
 mod entropy;
+mod files;
 mod filesystem;
 mod filesystems;
 mod freeze;

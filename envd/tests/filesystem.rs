@@ -274,6 +274,15 @@ async fn changes_are_told_also_below_directories_that_are_new() {
     fs::remove_dir_all(at("back")).unwrap();
     until(&mut stream, REMOVE, "back/a/unseen").await;
     until(&mut stream, REMOVE, "back").await;
+    // An upload to a file that is there is a write to it.
+    let (status, _) = envd.http(
+        "POST",
+        "/files?path=old/deep/file",
+        &[("content-type", "application/octet-stream")],
+        "up",
+    );
+    assert_eq!(status, 200);
+    until(&mut stream, WRITE, "old/deep/file").await;
     // The end of the directory is the end of the watch.
     fs::remove_dir_all(at("")).unwrap();
     until(&mut stream, REMOVE, ".").await;
