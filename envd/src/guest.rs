@@ -12,6 +12,7 @@ use crate::connections::Connections;
 use crate::filesystem::rights::Threads;
 use crate::filesystems::Filesystems;
 use crate::hold::Hold;
+use crate::ports;
 use crate::users::{self, User, UserError};
 
 /// Whether the machine is a sandbox's, with envd as PID 1, or one that envd is a guest of (tests, development).
@@ -59,6 +60,7 @@ pub(crate) struct Guest {
     pub(crate) hold: Arc<Hold>,
     pub(crate) filesystems: Filesystems,
     pub(crate) connections: Connections,
+    pub(crate) ports: ports::Switch,
     /// Those that touch files as their users.
     pub(crate) threads: Threads,
     settings: RwLock<Settings>,
@@ -83,6 +85,7 @@ impl Guest {
             filesystems: Filesystems::new(Arc::clone(&hold)),
             hold,
             connections: Connections::default(),
+            ports: ports::Switch::default(),
             threads: Threads::default(),
             settings: RwLock::new(settings),
         }

@@ -14,6 +14,7 @@
 //! | [`process`] | the Connect service that runs programs |
 //! | [`filesystem`] | the Connect service for names and attributes of files, and watches |
 //! | [`files`] | `/files`: what is in files, up and down |
+//! | [`ports`] | ports of programs forwarded to where the host reaches them |
 //! | [`caller`] | who makes a Connect call, and how long its stream may be silent |
 //! | [`guest`] | settings and readiness, shared by all calls |
 //! | [`users`], [`net`] | `/etc/passwd`; interfaces |
@@ -40,6 +41,7 @@ mod init;
 mod metrics;
 mod mountinfo;
 mod net;
+mod ports;
 mod process;
 mod rest;
 mod snapshot;
@@ -116,7 +118,8 @@ fn serve_machine() -> anyhow::Result<Shutdown> {
             let guest = Arc::clone(&guest);
             move || set_up_machine(&guest)
         });
-        serve(address, guest).await?;
+        serve(address, Arc::clone(&guest)).await?;
+        tokio::spawn(async move { guest.ports.forward(roost_common::net::GUEST).await });
         Ok(shutdowns.next().await)
     })
 }

@@ -184,6 +184,7 @@ impl Rest {
 
     /// `POST /snapshot/prepare`.
     pub(crate) async fn prepare(&self) -> RestResult {
+        self.guest.ports.stop();
         let settled = match self.guest.machine {
             Machine::Own => self.settling.settle().await,
             Machine::Borrowed => Ok(()),
@@ -212,6 +213,7 @@ impl Rest {
     pub(crate) async fn thaw(&self) -> RestResult {
         let guest = &self.guest;
         let thawed = guest.filesystems.thaw(guest.machine, guest.root.clone()).await;
+        guest.ports.go_on();
         thawed.map_err(|error| effect("thawing the filesystems", &error))?;
         Ok(empty())
     }
@@ -252,6 +254,7 @@ impl Rest {
         self.guest.disk_settled().await;
         let lifecycle = request.lifecycle_id.clone().or_else(|| heard.lifecycle.clone());
         self.apply(request, &mut heard.clock).await?;
+        self.guest.ports.go_on();
         let answer = self.prove(nonce).await;
         let before = std::mem::replace(&mut heard.lifecycle, lifecycle);
         // After the proof, for which the answer's own connection has to live. Before the first life there was none.
