@@ -51,8 +51,15 @@ pub const METRICS_PATH: &str = "/metrics";
 /// `GET`: a JSON object, the default environment of processes.
 pub const ENVS_PATH: &str = "/envs";
 
-/// `GET` and `POST`: the bytes of a file; the query's `path` names it.
+/// The contents of files. The query has `path`, `username`, and, in place of the token, `signature` and
+/// `signature_expiration`; request headers `x-metadata-*` become attributes of the file.
+///
+/// `GET`: the file, by range and compressed where the headers ask for it. `POST`: an `application/octet-stream`, or a
+/// multipart form with fields `file`; compressed too. Answers with a JSON list of name, type and path.
 pub const FILES_PATH: &str = "/files";
+
+/// `POST`: joins the files `source_paths` to `destination`, and removes them.
+pub const FILES_COMPOSE_PATH: &str = "/files/compose";
 
 /// `POST`, before the VM is paused: settles what should not be in flight in a snapshot. Writes what is dirty, drops what is
 /// only cached, and ends the connections that are open: idle ones at once, others after the answer that they are giving.

@@ -9,8 +9,10 @@ use nix::unistd::geteuid;
 use tokio::sync::watch;
 
 use crate::connections::Connections;
+use crate::filesystem::rights::Threads;
 use crate::filesystems::Filesystems;
 use crate::hold::Hold;
+use crate::ports;
 use crate::users::{self, User, UserError};
 
 /// Whether the machine is a sandbox's, with envd as PID 1, or one that envd is a guest of (tests, development).
@@ -58,6 +60,9 @@ pub(crate) struct Guest {
     pub(crate) hold: Arc<Hold>,
     pub(crate) filesystems: Filesystems,
     pub(crate) connections: Connections,
+    pub(crate) ports: ports::Switch,
+    /// Those that touch files as their users.
+    pub(crate) threads: Threads,
     settings: RwLock<Settings>,
 }
 
@@ -80,6 +85,8 @@ impl Guest {
             filesystems: Filesystems::new(Arc::clone(&hold)),
             hold,
             connections: Connections::default(),
+            ports: ports::Switch::default(),
+            threads: Threads::default(),
             settings: RwLock::new(settings),
         }
     }
@@ -137,7 +144,7 @@ impl Settings {
 }
 
 /// How long it takes tells a guesser the length, nothing else.
-fn equal_in_constant_time(left: &[u8], right: &[u8]) -> bool {
+pub(crate) fn equal_in_constant_time(left: &[u8], right: &[u8]) -> bool {
     left.len() == right.len() && left.iter().zip(right).fold(0, |differs, (a, b)| differs | (a ^ b)) == 0
 }
 

@@ -74,6 +74,13 @@ impl Hold {
         }
     }
 
+    /// Waits until programs may run. For work that writes to disks and can wait: begun while these are frozen, it would
+    /// take a thread until they thaw.
+    pub(crate) async fn released(&self) {
+        // The sender is ours: no error.
+        self.starts.subscribe().wait_for(|starts| !starts.held).await.ok();
+    }
+
     /// Stops all programs; may be repeated. To be run to its end: a caller that leaves it must call [`Hold::release`].
     ///
     /// What cannot be stopped in time is said and passed over, because a snapshot is whole all the same: its memory and its

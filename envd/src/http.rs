@@ -10,15 +10,16 @@ use bytes::Bytes;
 use connectrpc::{CompressionPolicy, ConnectRpcBody, ConnectRpcService, Limits, Router};
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::{Method, Request, Response, StatusCode, Version};
-use http_body_util::{Either, Full};
+use http_body_util::{BodyExt as _, Either, Full};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
+use roost_common::guest::filesystem::FilesystemExt as _;
 use roost_common::guest::process::ProcessExt as _;
 use roost_common::guest::{
-    ACCESS_TOKEN_HEADER, ENVS_PATH, FSFREEZE_PATH, FSTHAW_PATH, HEALTH_PATH, INIT_PATH, METRICS_PATH,
-    SNAPSHOT_PREPARE_PATH, VERSION_HEADER,
+    ACCESS_TOKEN_HEADER, ENVS_PATH, FILES_COMPOSE_PATH, FILES_PATH, FSFREEZE_PATH, FSTHAW_PATH, HEALTH_PATH, INIT_PATH,
+    METRICS_PATH, SNAPSHOT_PREPARE_PATH, VERSION_HEADER,
 };
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
@@ -26,6 +27,8 @@ use tower::Service as _;
 
 use crate::connections::Connection;
 use crate::console::say;
+use crate::files::LongBody;
+use crate::filesystem::service::FilesystemService;
 use crate::process::service::ProcessService;
 use crate::rest::{Rest, RestError};
 
@@ -49,14 +52,15 @@ pub(crate) struct Server {
     rpc: ConnectRpcService,
 }
 
-type Body = Either<Full<Bytes>, ConnectRpcBody>;
+type Body = Either<LongBody, ConnectRpcBody>;
 
 impl Server {
-    pub(crate) fn new(rest: Rest, processes: ProcessService) -> Self {
+    pub(crate) fn new(rest: Rest, processes: ProcessService, filesystem: FilesystemService) -> Self {
         let limits = Limits::default()
             .with_max_message_size(MAX_MESSAGE)
             .with_max_request_body_size(MAX_MESSAGE);
-        let rpc = ConnectRpcService::new(Arc::new(processes).register(Router::new()))
+        let router = Arc::new(filesystem).register(Arc::new(processes).register(Router::new()));
+        let rpc = ConnectRpcService::new(router)
             .with_limits(limits)
             // The host is one hop away: compressing output would only take processor time from the guest.
             .with_compression_policy(CompressionPolicy::disabled());
@@ -127,7 +131,7 @@ impl Server {
         let version = request.version();
         let mut response = match self.route(request).await {
             Ok(response) => response,
-            Err(refusal) => refusal.into_response().map(Either::Left),
+            Err(refusal) => short(refusal.into_response()),
         };
         allow_browsers(response.headers_mut());
         // HTTP/2 has a frame for it, which the graceful shutdown sends.
@@ -149,44 +153,56 @@ impl Server {
             }
         };
         if request.method() == Method::OPTIONS {
-            return Ok(preflight().map(Either::Left));
+            return Ok(short(preflight()));
         }
         if path == HEALTH_PATH {
             only(Method::GET)?;
-            return rest.health().map(|response| response.map(Either::Left));
+            return rest.health().map(short);
         }
         rest.ready()?;
         if path == INIT_PATH {
             only(Method::POST)?;
             let (parts, body) = request.into_parts();
-            return rest
-                .init(&parts.headers, body)
-                .await
-                .map(|response| response.map(Either::Left));
+            return rest.init(&parts.headers, body).await.map(short);
+        }
+        // These look at the token themselves: a signature may stand in for it.
+        if path == FILES_PATH {
+            let (parts, body) = request.into_parts();
+            return match parts.method {
+                Method::GET | Method::HEAD => Ok(rest.download(&parts).await?.map(Either::Left)),
+                Method::POST => rest.upload(&parts, body).await.map(short),
+                _ => Err(RestError::Method),
+            };
         }
         let token = request.headers().get(ACCESS_TOKEN_HEADER).map(HeaderValue::as_bytes);
         if !rest.guest.admits(token) {
             return Err(RestError::Token);
         }
         match path {
-            METRICS_PATH => only(Method::GET)
-                .and_then(|()| rest.metrics())
-                .map(|response| response.map(Either::Left)),
-            ENVS_PATH => only(Method::GET)
-                .and_then(|()| rest.envs())
-                .map(|response| response.map(Either::Left)),
+            METRICS_PATH => only(Method::GET).and_then(|()| rest.metrics()).map(short),
+            ENVS_PATH => only(Method::GET).and_then(|()| rest.envs()).map(short),
+            FILES_COMPOSE_PATH => {
+                only(Method::POST)?;
+                rest.compose(request.into_body()).await.map(short)
+            }
             SNAPSHOT_PREPARE_PATH => {
                 only(Method::POST)?;
-                rest.prepare().await.map(|response| response.map(Either::Left))
+                rest.prepare().await.map(short)
             }
             FSFREEZE_PATH => {
                 only(Method::POST)?;
-                rest.freeze().await.map(|response| response.map(Either::Left))
+                rest.freeze().await.map(short)
             }
             FSTHAW_PATH => {
                 only(Method::POST)?;
-                rest.thaw().await.map(|response| response.map(Either::Left))
+                rest.thaw().await.map(short)
             }
+            "/freeze" | "/unfreeze" => Err(RestError::Unimplemented(
+                "stop programs alone; /fsfreeze and /fsthaw stop them with the filesystems",
+            )),
+            "/upgrade" => Err(RestError::Unimplemented(
+                "replace itself; a new one comes with a new template",
+            )),
             path if is_procedure(path) => match self.rpc.clone().call(request).await {
                 Ok(response) => Ok(response.map(Either::Right)),
                 Err(never) => match never {},
@@ -194,6 +210,11 @@ impl Server {
             _ => Err(RestError::NotFound),
         }
     }
+}
+
+/// An answer that is here as a whole.
+fn short(response: Response<Full<Bytes>>) -> Response<Body> {
+    response.map(|body| Either::Left(body.map_err(|never| match never {}).boxed_unsync()))
 }
 
 /// Whether a path has the form `/package.Service/Procedure`: those that we lack are the Connect layer's to refuse.
@@ -230,7 +251,7 @@ fn preflight() -> Response<Full<Bytes>> {
     let headers = response.headers_mut();
     headers.insert(
         header::ACCESS_CONTROL_ALLOW_METHODS,
-        HeaderValue::from_static("GET, POST, OPTIONS"),
+        HeaderValue::from_static("GET, HEAD, POST, OPTIONS"),
     );
     // `*` does not cover Authorization.
     headers.insert(

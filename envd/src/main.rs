@@ -12,18 +12,25 @@
 //! | [`hold`], [`cgroups`] | over a snapshot: the guest's programs stopped |
 //! | [`disk`] | after a restore: proof that the disk answers |
 //! | [`process`] | the Connect service that runs programs |
+//! | [`filesystem`] | the Connect service for names and attributes of files, and watches |
+//! | [`files`] | `/files`: what is in files, up and down |
+//! | [`ports`] | ports of programs forwarded to where the host reaches them |
+//! | [`caller`] | who makes a Connect call, and how long its stream may be silent |
 //! | [`guest`] | settings and readiness, shared by all calls |
 //! | [`users`], [`net`] | `/etc/passwd`; interfaces |
 //! | [`sys`] | all unsafe code |
 //!
 //! Wire facts are in `roost_common::guest`.
 
+mod caller;
 mod cgroups;
 mod clock;
 mod connections;
 mod console;
 mod disk;
 mod entropy;
+mod files;
+mod filesystem;
 mod filesystems;
 mod freeze;
 mod guest;
@@ -34,6 +41,7 @@ mod init;
 mod metrics;
 mod mountinfo;
 mod net;
+mod ports;
 mod process;
 mod rest;
 mod snapshot;
@@ -53,6 +61,7 @@ use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::console::say;
+use crate::filesystem::service::FilesystemService;
 use crate::guest::{Disk, Guest, Machine, Readiness};
 use crate::init::Shutdown;
 use crate::process::Processes;
@@ -109,7 +118,8 @@ fn serve_machine() -> anyhow::Result<Shutdown> {
             let guest = Arc::clone(&guest);
             move || set_up_machine(&guest)
         });
-        serve(address, guest).await?;
+        serve(address, Arc::clone(&guest)).await?;
+        tokio::spawn(async move { guest.ports.forward(roost_common::net::GUEST).await });
         Ok(shutdowns.next().await)
     })
 }
@@ -159,7 +169,8 @@ async fn serve(address: SocketAddr, guest: Arc<Guest>) -> anyhow::Result<Arc<Pro
         guest: Arc::clone(&guest),
         processes: Arc::clone(&processes),
     };
-    tokio::spawn(http::Server::new(Rest::new(guest), service).serve(listener));
+    let files = FilesystemService::new(Arc::clone(&guest));
+    tokio::spawn(http::Server::new(Rest::new(guest), service, files).serve(listener));
     Ok(processes)
 }
 

@@ -1,10 +1,13 @@
 //! The plain HTTP calls: `/health`, `/init`, `/metrics`, `/envs`, and those around a snapshot: `/snapshot/prepare`,
-//! `/fsfreeze`, `/fsthaw`.
+//! `/fsfreeze`, `/fsthaw`. What those on files do is in `files`.
 
+use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
+use connectrpc::ErrorCode;
 use http::header::HeaderValue;
 use http::{HeaderMap, Response, StatusCode, header};
 use http_body_util::{BodyExt as _, Full, LengthLimitError, Limited};
@@ -12,22 +15,26 @@ use hyper::body::Incoming;
 use roost_common::guest::{
     ACCESS_TOKEN_HEADER, HELD_HEADER, InitRequest, MAX_ENTROPY, MAX_NONCE, NONCE_HEADER, VERSION_HEADER,
 };
+use serde::de::DeserializeOwned;
 use tokio::sync::Mutex;
 
 use crate::clock::{self, Clock, Decision};
 use crate::console::{chain, say};
 use crate::disk::RootDisk;
 use crate::entropy;
+use crate::files::{LongBody, Operation, Query, download, upload};
+use crate::filesystem::FileError;
 use crate::filesystems::Files;
 use crate::guest::{Guest, Machine, Readiness};
 use crate::identity;
 use crate::metrics::Sampler;
 use crate::process::spawn::is_variable;
 use crate::snapshot::Settling;
+use crate::users::UserError;
 
 /// What clients read to learn what this envd can do: the highest version of this family's envd all of whose abilities
-/// it has. Each later part raises it; 0.1.4 is watching directories recursively.
-pub(crate) const VERSION: &str = "0.1.3";
+/// it has. 0.6.2 is metadata of files, 0.6.3 the entry in a change that is watched, 0.6.4 watches on networks.
+pub(crate) const VERSION: &str = "0.6.4";
 
 /// Most bytes of an `/init` body, and how long it may take to arrive.
 const MAX_BODY: usize = 1 << 20;
@@ -72,6 +79,22 @@ pub(crate) enum RestError {
     Json(serde_json::Error),
     #[error("{0} is not acceptable")]
     Field(&'static str),
+    #[error("the signature {0}")]
+    Signature(&'static str),
+    #[error(transparent)]
+    File(#[from] FileError),
+    #[error("the form cannot be read: {0}")]
+    Form(multer::Error),
+    #[error("the body broke off: {0}")]
+    Broken(io::Error),
+    #[error("{0:?} is named twice")]
+    Repeated(PathBuf),
+    #[error("the body is compressed in a way that is not known; gzip is")]
+    Encoding,
+    #[error("there is no form of the answer that is acceptable; gzip is one")]
+    NotAcceptable,
+    #[error("this envd does not: {0}")]
+    Unimplemented(&'static str),
     #[error("{step}: {reason}")]
     Effect { step: &'static str, reason: String },
 }
@@ -82,7 +105,17 @@ impl RestError {
             RestError::NotFound => (StatusCode::NOT_FOUND, "not_found"),
             RestError::Method => (StatusCode::METHOD_NOT_ALLOWED, "unimplemented"),
             RestError::Starting | RestError::Failed(_) => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
-            RestError::Token => (StatusCode::UNAUTHORIZED, "unauthenticated"),
+            RestError::Token | RestError::Signature(_) => (StatusCode::UNAUTHORIZED, "unauthenticated"),
+            // As other envds answer it here; a Connect call has `invalid_argument`.
+            RestError::File(FileError::User(UserError::Unknown(_))) => (StatusCode::UNAUTHORIZED, "invalid_argument"),
+            RestError::File(error) if error.is_full_disk() => (StatusCode::INSUFFICIENT_STORAGE, "resource_exhausted"),
+            RestError::File(error) => file_status(error),
+            RestError::Form(_) | RestError::Broken(_) | RestError::Repeated(_) => {
+                (StatusCode::BAD_REQUEST, "invalid_argument")
+            }
+            RestError::Encoding => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "invalid_argument"),
+            RestError::NotAcceptable => (StatusCode::NOT_ACCEPTABLE, "invalid_argument"),
+            RestError::Unimplemented(_) => (StatusCode::NOT_IMPLEMENTED, "unimplemented"),
             RestError::TooLarge => (StatusCode::PAYLOAD_TOO_LARGE, "resource_exhausted"),
             RestError::Body => (StatusCode::REQUEST_TIMEOUT, "deadline_exceeded"),
             RestError::Json(_) | RestError::Field(_) => (StatusCode::BAD_REQUEST, "invalid_argument"),
@@ -96,6 +129,19 @@ impl RestError {
         let body = serde_json::json!({ "code": code, "message": self.to_string() });
         json(status, body.to_string())
     }
+}
+
+fn file_status(error: &FileError) -> (StatusCode, &'static str) {
+    let code = error.code();
+    let status = match code {
+        ErrorCode::InvalidArgument | ErrorCode::FailedPrecondition => StatusCode::BAD_REQUEST,
+        ErrorCode::NotFound => StatusCode::NOT_FOUND,
+        ErrorCode::PermissionDenied => StatusCode::FORBIDDEN,
+        ErrorCode::AlreadyExists => StatusCode::CONFLICT,
+        ErrorCode::ResourceExhausted => StatusCode::SERVICE_UNAVAILABLE,
+        _ => StatusCode::INTERNAL_SERVER_ERROR,
+    };
+    (status, code.as_str())
 }
 
 pub(crate) type RestResult = Result<Response<Full<Bytes>>, RestError>;
@@ -138,6 +184,7 @@ impl Rest {
 
     /// `POST /snapshot/prepare`.
     pub(crate) async fn prepare(&self) -> RestResult {
+        self.guest.ports.stop();
         let settled = match self.guest.machine {
             Machine::Own => self.settling.settle().await,
             Machine::Borrowed => Ok(()),
@@ -166,14 +213,34 @@ impl Rest {
     pub(crate) async fn thaw(&self) -> RestResult {
         let guest = &self.guest;
         let thawed = guest.filesystems.thaw(guest.machine, guest.root.clone()).await;
+        guest.ports.go_on();
         thawed.map_err(|error| effect("thawing the filesystems", &error))?;
         Ok(empty())
+    }
+
+    /// `GET /files` and `HEAD /files`.
+    pub(crate) async fn download(&self, request: &http::request::Parts) -> Result<Response<LongBody>, RestError> {
+        let query = Query::parse(request.uri.query())?;
+        query.admit(&self.guest, &request.headers, Operation::Read)?;
+        download::get(&self.guest, &request.method, &request.headers, &query).await
+    }
+
+    /// `POST /files`.
+    pub(crate) async fn upload(&self, request: &http::request::Parts, body: Incoming) -> RestResult {
+        let query = Query::parse(request.uri.query())?;
+        query.admit(&self.guest, &request.headers, Operation::Write)?;
+        to_json(&upload::post(&self.guest, &request.headers, &query, body).await?)
+    }
+
+    /// `POST /files/compose`.
+    pub(crate) async fn compose(&self, body: Incoming) -> RestResult {
+        to_json(&upload::compose(&self.guest, read_request(body).await?).await?)
     }
 
     /// `POST /init`. Checks all of the request before it applies any of it. Answers after the root filesystem has its
     /// size. A caller that leaves may leave a part applied; what it sends again completes it.
     pub(crate) async fn init(&self, headers: &HeaderMap, body: Incoming) -> RestResult {
-        let request = read_request(body).await?;
+        let request: InitRequest = read_request(body).await?;
         // The host's own header admits a change of token; without it the body must repeat the one that is set.
         let header = headers.get(ACCESS_TOKEN_HEADER).map(|value| value.as_bytes());
         let token = header.or(request.access_token.as_deref().map(str::as_bytes));
@@ -187,6 +254,7 @@ impl Rest {
         self.guest.disk_settled().await;
         let lifecycle = request.lifecycle_id.clone().or_else(|| heard.lifecycle.clone());
         self.apply(request, &mut heard.clock).await?;
+        self.guest.ports.go_on();
         let answer = self.prove(nonce).await;
         let before = std::mem::replace(&mut heard.lifecycle, lifecycle);
         // After the proof, for which the answer's own connection has to live. Before the first life there was none.
@@ -257,7 +325,8 @@ impl Rest {
     }
 }
 
-async fn read_request(body: Incoming) -> Result<InitRequest, RestError> {
+/// Reads a JSON object; of a body that is empty, the default.
+async fn read_request<T: DeserializeOwned>(body: Incoming) -> Result<T, RestError> {
     let collect = tokio::time::timeout(BODY_TIMEOUT, Limited::new(body, MAX_BODY).collect());
     let body = collect.await.map_err(|_| RestError::Body)?.map_err(|error| {
         if error.is::<LengthLimitError>() {
@@ -267,9 +336,11 @@ async fn read_request(body: Incoming) -> Result<InitRequest, RestError> {
         }
     })?;
     let bytes = body.to_bytes();
-    if bytes.is_empty() {
-        return Ok(InitRequest::default());
-    }
+    let bytes = if bytes.is_empty() {
+        Bytes::from_static(b"{}")
+    } else {
+        bytes
+    };
     // An object first: serde would take an array for the fields in their order.
     let object = serde_json::from_slice::<serde_json::Map<_, _>>(&bytes).map_err(RestError::Json)?;
     serde_json::from_value(object.into()).map_err(RestError::Json)

@@ -8,9 +8,13 @@
 
 use std::io;
 use std::net::Ipv4Addr;
-use std::os::fd::{AsRawFd as _, BorrowedFd};
+use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::process::{Command, ExitStatus};
+
+use nix::errno::Errno;
+use nix::unistd::Gid;
+use tokio::io::unix::AsyncFd;
 
 use crate::process::child::ChildSetup;
 
@@ -76,6 +80,69 @@ pub(crate) fn reset_signal(signal: i32) {
             8_usize,
         )
     };
+}
+
+/// Sets the supplementary groups of the calling thread alone; libc's call sets those of all threads.
+///
+/// # Errors
+/// EPERM without CAP_SETGID; EINVAL for more than the kernel takes.
+pub(crate) fn set_thread_groups(groups: &[Gid]) -> nix::Result<()> {
+    let ids: Vec<libc::gid_t> = groups.iter().map(|group| group.as_raw()).collect();
+    // SAFETY: the call reads as many ids as it is told from the pointer; they live for the call.
+    let result = unsafe { libc::syscall(libc::SYS_setgroups, ids.len(), ids.as_ptr()) };
+    Errno::result(result).map(drop)
+}
+
+/// Takes all capabilities from the calling thread, for good.
+///
+/// # Errors
+/// None that the kernel documents for giving up.
+pub(crate) fn drop_thread_capabilities() -> nix::Result<()> {
+    /// `struct __user_cap_header_struct` of linux/capability.h: version 3, the calling thread.
+    const HEADER: [u32; 2] = [0x2008_0522, 0];
+    /// Two of `struct __user_cap_data_struct`: effective, permitted, inheritable.
+    const NONE: [u32; 6] = [0; 6];
+    let mut header = HEADER;
+    // SAFETY: the call reads the header, to which it may write a version, and 24 bytes of data; both live for the call.
+    let result = unsafe { libc::syscall(libc::SYS_capset, header.as_mut_ptr(), NONE.as_ptr()) };
+    Errno::result(result).map(drop)
+}
+
+/// Has the runtime that this is called on wait for a descriptor.
+///
+/// # Errors
+/// The kernel's; EPERM for a file, which is always ready.
+pub(crate) fn wait_for(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` names one descriptor, and keeps it open for as long as it lives itself.
+    let registered = unsafe { AsyncFd::register(descriptor) };
+    Ok(registered?)
+}
+
+/// Makes the terminal `terminal` the controlling one of the calling process, which leads a session without one.
+/// Async-signal-safe.
+///
+/// # Errors
+/// The kernel's; EPERM where the session has one, or the terminal has a session.
+pub(crate) fn set_controlling_terminal(terminal: BorrowedFd<'_>) -> nix::Result<()> {
+    // SAFETY: TIOCSCTTY takes an integer; 0: not to steal it from another session.
+    let result = unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSCTTY, 0) };
+    Errno::result(result).map(drop)
+}
+
+/// Sets the size of a terminal, in character cells; who runs in it is told by SIGWINCH where it has changed.
+///
+/// # Errors
+/// The kernel's; ENOTTY for what is no terminal.
+pub(crate) fn set_terminal_size(terminal: BorrowedFd<'_>, columns: u16, rows: u16) -> nix::Result<()> {
+    let size = libc::winsize {
+        ws_row: rows,
+        ws_col: columns,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    // SAFETY: TIOCSWINSZ reads one winsize, which lives for the call.
+    let result = unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) };
+    Errno::result(result).map(drop)
 }
 
 /// Adds bytes to the kernel's random pool and credits them.

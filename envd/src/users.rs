@@ -3,6 +3,7 @@
 //! By hand, because envd is linked statically and the C library's lookups load plug-ins at run time. So only what is in
 //! these two files exists for envd; a template that keeps users elsewhere does not have them here.
 
+use std::collections::BTreeMap;
 use std::io::Read as _;
 use std::path::Path;
 
@@ -118,6 +119,40 @@ fn superuser() -> User {
     }
 }
 
+/// The names of users and groups by their numbers; those without a name go by their number.
+pub(crate) struct Names {
+    users: BTreeMap<u32, String>,
+    groups: BTreeMap<u32, String>,
+}
+
+impl Names {
+    /// Reads both files below `root`. What cannot be read names nobody.
+    pub(crate) fn read(root: &Path) -> Self {
+        // The first line of a number counts, as for the C library.
+        let passwd = read(&root.join("etc/passwd")).unwrap_or_default();
+        let users = passwd.lines().rev().filter_map(passwd_line);
+        let mut users: BTreeMap<_, _> = users.map(|user| (user.uid, user.name)).collect();
+        users.entry(0).or_insert_with(|| "root".to_owned());
+        let group = read(&root.join("etc/group")).unwrap_or_default();
+        let group_line = |line: &str| {
+            let mut fields = line.split(':');
+            let (name, _password, gid) = (fields.next()?, fields.next()?, fields.next()?);
+            Some((gid.parse().ok()?, name.to_owned()))
+        };
+        let mut groups: BTreeMap<_, _> = group.lines().rev().filter_map(group_line).collect();
+        groups.entry(0).or_insert_with(|| "root".to_owned());
+        Self { users, groups }
+    }
+
+    pub(crate) fn user(&self, uid: u32) -> String {
+        self.users.get(&uid).cloned().unwrap_or_else(|| uid.to_string())
+    }
+
+    pub(crate) fn group(&self, gid: u32) -> String {
+        self.groups.get(&gid).cloned().unwrap_or_else(|| gid.to_string())
+    }
+}
+
 impl User {
     /// PATH as login(1) sets it on Debian (`ENV_SUPATH` and `ENV_PATH` of login.defs).
     pub(crate) fn login_path(&self) -> &'static str {
@@ -174,6 +209,17 @@ mod tests {
                 "{name:?}"
             );
         }
+    }
+
+    #[test]
+    fn numbers_have_the_name_of_their_first_line_or_none() {
+        let root = root();
+        let names = Names::read(root.path());
+        assert_eq!((names.user(1000), names.user(7)), ("user".to_owned(), "7".to_owned()));
+        assert_eq!(
+            (names.group(27), names.group(0)),
+            ("sudo".to_owned(), "root".to_owned())
+        );
     }
 
     #[test]

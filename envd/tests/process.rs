@@ -3,18 +3,18 @@
 
 mod common;
 
-use std::io::Write as _;
 use std::time::{Duration, Instant};
 
-use common::{Envd, PATIENCE, Ran, as_user, bash, command, eventually, exists, run, take};
-use connectrpc::ErrorCode;
+use common::{Envd, PATIENCE, Ran, as_user, bash, can_become_another_user, command, eventually, exists, run, take};
 use connectrpc::client::{CallOptions, ClientConfig, ClientTransport, HttpClient, ServerStream};
+use connectrpc::{ConnectError, ErrorCode};
 use roost_common::guest::process::process_input::Input;
 use roost_common::guest::process::process_selector::Selector;
+use roost_common::guest::process::pty;
 use roost_common::guest::process::{
-    CloseStdinRequest, ConnectRequest, ConnectResponse, ListRequest, ListResponse, PTY, ProcessClient, ProcessEvent,
-    ProcessInput, ProcessSelector, SendInputRequest, SendSignalRequest, Signal, StartRequest, StartResponse,
-    StartResponseView, UpdateRequest,
+    CloseStdinRequest, ConnectRequest, ConnectResponse, ConnectResponseView, ListRequest, ListResponse, PTY,
+    ProcessClient, ProcessEvent, ProcessInput, ProcessSelector, SendInputRequest, SendSignalRequest, Signal,
+    StartRequest, StartResponse, StartResponseView, UpdateRequest,
 };
 
 fn pid(pid: u32) -> ProcessSelector {
@@ -41,22 +41,6 @@ fn signal(process: ProcessSelector, signal: Signal) -> SendSignalRequest {
 
 async fn list(envd: &Envd) -> ListResponse {
     envd.client().list(ListRequest::default()).await.unwrap().into_owned()
-}
-
-/// Whether a test that becomes another user can run. Where all tests must (`CI=true`, or `ROOST_CI` set), it is no choice.
-fn can_become_another_user() -> bool {
-    let can = nix::unistd::geteuid().is_root();
-    let must = std::env::var("CI").is_ok_and(|value| value == "true") || std::env::var_os("ROOST_CI").is_some();
-    assert!(
-        can || !must,
-        "this test must run as root, to become another user: CI or ROOST_CI is set"
-    );
-    if !can {
-        // Past libtest, which would keep it to itself.
-        let said = writeln!(std::io::stderr(), "\nNOT TESTED: only root can become another user");
-        said.expect("standard error");
-    }
-    can
 }
 
 #[tokio::test]
@@ -162,8 +146,6 @@ async fn what_cannot_start_is_refused_with_its_code_and_leaves_nothing() {
         .get_or_insert_default()
         .envs
         .insert("A=B".to_owned(), "x".to_owned());
-    let mut terminal = bash("true");
-    terminal.pty = PTY::default().into();
     let default = CallOptions::default;
     let cases = [
         (
@@ -216,7 +198,6 @@ async fn what_cannot_start_is_refused_with_its_code_and_leaves_nothing() {
             as_user("no-such-user"),
             ErrorCode::InvalidArgument,
         ),
-        ("a terminal", terminal, default(), ErrorCode::Unimplemented),
     ];
     let (children, files) = (envd.children(), envd.open_files());
     for (what, request, options, code) in cases {
@@ -408,7 +389,7 @@ async fn a_client_that_leaves_neither_ends_nor_stops_the_process() {
 }
 
 #[tokio::test]
-async fn a_second_client_reads_from_when_it_came() {
+async fn a_second_client_reads_from_when_it_came_and_a_late_one_the_end() {
     let envd = Envd::start();
     let mut request = bash("read line; echo got $line");
     request.stdin = Some(true);
@@ -449,17 +430,144 @@ async fn a_second_client_reads_from_when_it_came() {
         (ran.out(), other.out(), other.pid),
         ("got this\n".to_owned(), "got this\n".to_owned(), ran.pid)
     );
-    // A stream that refuses says so in its first message.
-    let mut late = envd.client().connect(request).await;
-    let refusal = match &mut late {
-        Ok(stream) => stream.message::<ConnectResponse>().await.unwrap_err(),
-        Err(error) => error.clone(),
-    };
-    assert_eq!(refusal.code, ErrorCode::NotFound);
+    // One that comes after the end, and says what it has.
+    let late = connect(&envd, pid(ran.pid), Some(4)).await.unwrap();
+    assert_eq!((late.out().as_str(), late.cut, late.end), ("this\n", 0, ran.end));
+    // Without saying so it is handed what nobody was.
+    let late = connect(&envd, pid(ran.pid), None).await.unwrap();
+    assert_eq!((late.out().as_str(), late.offset), ("", Some(9)));
+    let beyond = connect(&envd, pid(ran.pid), Some(10)).await.unwrap_err();
+    assert_eq!(beyond.code, ErrorCode::InvalidArgument);
+    let nobody = connect(&envd, tag("no such"), None).await.unwrap_err();
+    assert_eq!(nobody.code, ErrorCode::NotFound);
     assert_eq!(
         envd.client().send_input(send).await.unwrap_err().code,
         ErrorCode::NotFound
     );
+}
+
+type ConnectStream = ServerStream<<HttpClient as ClientTransport>::ResponseBody, ConnectResponseView<'static>>;
+
+/// Reads a process from `offset` on, to its end.
+async fn connect(envd: &Envd, process: ProcessSelector, offset: Option<u64>) -> Result<Ran, ConnectError> {
+    read(&mut attach(envd, process, offset).await?).await
+}
+
+async fn attach(envd: &Envd, process: ProcessSelector, offset: Option<u64>) -> Result<ConnectStream, ConnectError> {
+    let request = ConnectRequest {
+        process: process.into(),
+        offset,
+        ..Default::default()
+    };
+    envd.client().connect(request).await
+}
+
+async fn read(stream: &mut ConnectStream) -> Result<Ran, ConnectError> {
+    let (mut ran, mut events) = (Ran::default(), Vec::new());
+    let read = async {
+        // A stream that refuses says so in its first message.
+        while let Some(message) = stream.message::<ConnectResponse>().await? {
+            let event = message.to_owned_message().event.into_option().unwrap();
+            take(&mut ran, &mut events, event);
+        }
+        Ok::<_, ConnectError>(())
+    };
+    tokio::time::timeout(PATIENCE, read).await.expect("an end in time")?;
+    assert_eq!((events.first(), events.last()), (Some(&"start"), Some(&"end")));
+    Ok(ran)
+}
+
+/// Numbered lines: any byte that is missing, doubled or moved shows.
+const NUMBERS: &str = "seq 1000000 1099999";
+
+fn numbers() -> String {
+    (1_000_000..1_100_000).map(|number| format!("{number}\n")).collect()
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_and_comes_back_at_its_offset_misses_and_repeats_nothing() {
+    let envd = Envd::start();
+    // What is written before the line that it waits for is all kept, whoever reads.
+    let mut request = bash("seq 1000000 1029999; read line; seq 1030000 1099999; exit 4");
+    request.stdin = Some(true);
+    request.tag = Some("numbers".to_owned());
+    let mut stream = envd.client().start(request).await.unwrap();
+    let (mut ran, mut events) = (Ran::default(), Vec::new());
+    while ran.stdout.len() < 100_000 {
+        take(&mut ran, &mut events, next(&mut stream).await);
+    }
+    drop(stream);
+    let mut back = attach(&envd, tag("numbers"), ran.offset).await.unwrap();
+    send_line(&envd).await;
+    let rest = read(&mut back).await.unwrap();
+    assert_eq!((rest.cut, rest.end.exit_code), (0, 4));
+    assert!([ran.stdout, rest.stdout].concat() == numbers().as_bytes());
+}
+
+/// Gives the process with the tag `numbers` the line that it waits for, once somebody may read it.
+async fn send_line(envd: &Envd) {
+    let newline = ProcessInput {
+        input: Some(Input::Stdin(b"\n".to_vec())),
+        ..Default::default()
+    };
+    let send = SendInputRequest {
+        process: tag("numbers").into(),
+        input: newline.into(),
+        ..Default::default()
+    };
+    envd.client().send_input(send).await.unwrap();
+}
+
+#[tokio::test]
+async fn what_nobody_read_is_cut_exactly_and_the_exit_is_kept() {
+    let envd = Envd::start();
+    let mut request = bash(&format!("read line; {NUMBERS}; exit 6"));
+    request.stdin = Some(true);
+    request.tag = Some("numbers".to_owned());
+    let mut stream = envd.client().start(request).await.unwrap();
+    let (mut ran, mut events) = (Ran::default(), Vec::new());
+    take(&mut ran, &mut events, next(&mut stream).await);
+    drop(stream);
+    send_line(&envd).await;
+    eventually("it has ended", || envd.children().is_empty()).await;
+    // To the end: its last output may still be on its way, and a client that reads would hold it.
+    let whole = connect(&envd, tag("numbers"), None).await.unwrap();
+    let numbers = numbers();
+    assert_eq!(whole.offset, Some(numbers.len() as u64));
+    assert_eq!(whole.cut as usize + whole.stdout.len(), numbers.len());
+    assert!(numbers.as_bytes().ends_with(&whole.stdout) && whole.stdout.len() >= 128 << 10);
+    assert_eq!(whole.end.exit_code, 6);
+    let again = connect(&envd, pid(ran.pid), Some(1000)).await.unwrap();
+    assert!(again.cut + 1000 >= whole.cut && numbers.as_bytes().ends_with(&again.stdout));
+    let late = envd
+        .client()
+        .send_signal(signal(tag("numbers"), Signal::SIGNAL_SIGKILL))
+        .await
+        .unwrap_err();
+    assert_eq!(late.code, ErrorCode::NotFound);
+    assert_eq!(list(&envd).await.processes, []);
+}
+
+#[tokio::test]
+async fn of_two_processes_with_one_tag_the_newest_is_meant_also_when_it_has_ended() {
+    let envd = Envd::start();
+    let tagged = |script: &str| {
+        let mut request = bash(script);
+        request.tag = Some("same".to_owned());
+        request
+    };
+    let mut first = envd.client().start(tagged("sleep 1000")).await.unwrap();
+    let (mut ran, mut events) = (Ran::default(), Vec::new());
+    take(&mut ran, &mut events, next(&mut first).await);
+    let second = run(&envd, tagged("echo second"), CallOptions::default()).await.unwrap();
+    let late = connect(&envd, tag("same"), Some(0)).await.unwrap();
+    assert_eq!((late.pid, late.out().as_str()), (second.pid, "second\n"));
+    // A signal is for the one that runs.
+    let kill = signal(tag("same"), Signal::SIGNAL_SIGKILL);
+    envd.client().send_signal(kill).await.unwrap();
+    while events.last() != Some(&"end") {
+        take(&mut ran, &mut events, next(&mut first).await);
+    }
 }
 
 #[tokio::test]
@@ -641,11 +749,165 @@ async fn many_short_processes_at_once_all_tell_their_own_exit_code() {
     assert_eq!(envd.children(), [] as [u32; 0]);
 }
 
+fn terminal(cols: u32, rows: u32) -> PTY {
+    let size = pty::Size {
+        cols,
+        rows,
+        ..Default::default()
+    };
+    PTY {
+        size: size.into(),
+        ..Default::default()
+    }
+}
+
+fn in_terminal(mut request: StartRequest, cols: u32, rows: u32) -> StartRequest {
+    request.pty = terminal(cols, rows).into();
+    request.tag = Some("terminal".to_owned());
+    request
+}
+
+async fn type_in(envd: &Envd, input: Input) -> Result<(), ConnectError> {
+    let input = ProcessInput {
+        input: Some(input),
+        ..Default::default()
+    };
+    let send = SendInputRequest {
+        process: tag("terminal").into(),
+        input: input.into(),
+        ..Default::default()
+    };
+    envd.client().send_input(send).await.map(drop)
+}
+
+fn keys(text: &str) -> Input {
+    Input::Pty(text.as_bytes().to_vec())
+}
+
+async fn resize(envd: &Envd, cols: u32, rows: u32) -> Result<(), ConnectError> {
+    let update = UpdateRequest {
+        process: tag("terminal").into(),
+        pty: terminal(cols, rows).into(),
+        ..Default::default()
+    };
+    envd.client().update(update).await.map(drop)
+}
+
+/// Reads until the terminal has shown `text`.
+async fn until_shown(stream: &mut Stream, ran: &mut Ran, text: &str) {
+    let mut events = Vec::new();
+    while !String::from_utf8_lossy(&ran.pty).contains(text) {
+        assert_ne!(events.last(), Some(&"end"), "{}", String::from_utf8_lossy(&ran.pty));
+        take(ran, &mut events, next(stream).await);
+    }
+}
+
+async fn until_end(stream: &mut Stream, ran: &mut Ran) {
+    let mut events = Vec::new();
+    while events.last() != Some(&"end") {
+        take(ran, &mut events, next(stream).await);
+    }
+}
+
 #[tokio::test]
-async fn terminals_are_refused() {
+async fn a_terminal_echoes_has_a_size_and_passes_its_keys_on() {
     let envd = Envd::start();
-    assert_eq!(
-        envd.client().update(UpdateRequest::default()).await.unwrap_err().code,
-        ErrorCode::Unimplemented
+    let script = "trap 'echo size $(stty size)' WINCH; tty; echo $TERM; stty size; echo ready; \
+        while true; do read line && echo \"<$line>\"; done";
+    let mut stream = envd.client().start(in_terminal(bash(script), 100, 30)).await.unwrap();
+    let mut ran = Ran::default();
+    until_shown(&mut stream, &mut ran, "ready\r\n").await;
+    let shown = String::from_utf8_lossy(&ran.pty).into_owned();
+    assert!(
+        shown.starts_with("/dev/pts/") && shown.contains("xterm-256color\r\n30 100\r\n"),
+        "{shown}"
     );
+    type_in(&envd, keys("hello\r")).await.unwrap();
+    until_shown(&mut stream, &mut ran, "hello\r\n<hello>\r\n").await;
+    resize(&envd, 132, 43).await.unwrap();
+    // The shell tells it once it has waited out the line that it reads.
+    type_in(&envd, keys("\r")).await.unwrap();
+    until_shown(&mut stream, &mut ran, "size 43 132").await;
+    assert_eq!(
+        resize(&envd, 70_000, 1).await.unwrap_err().code,
+        ErrorCode::InvalidArgument
+    );
+    let pipe = type_in(&envd, Input::Stdin(b"x".to_vec())).await.unwrap_err();
+    assert_eq!(pipe.code, ErrorCode::FailedPrecondition);
+    let close = CloseStdinRequest {
+        process: tag("terminal").into(),
+        ..Default::default()
+    };
+    let close = envd.client().close_stdin(close).await.unwrap_err();
+    assert_eq!(close.code, ErrorCode::FailedPrecondition);
+    // Ctrl-C ends it.
+    type_in(&envd, keys("\u{3}")).await.unwrap();
+    until_end(&mut stream, &mut ran).await;
+    assert_eq!(ran.end.status, "signal: interrupt");
+    assert!(ran.stdout.is_empty() && ran.stderr.is_empty() && ran.largest <= 16 << 10);
+    assert_eq!(resize(&envd, 80, 24).await.unwrap_err().code, ErrorCode::NotFound);
+}
+
+#[tokio::test]
+async fn a_process_with_pipes_has_no_terminal() {
+    let envd = Envd::start();
+    let mut request = command("/bin/cat", &[]);
+    request.stdin = None;
+    request.tag = Some("terminal".to_owned());
+    let mut stream = envd.client().start(request).await.unwrap();
+    let mut ran = Ran::default();
+    take(&mut ran, &mut Vec::new(), next(&mut stream).await);
+    for refused in [type_in(&envd, keys("x")).await, resize(&envd, 80, 24).await] {
+        assert_eq!(refused.unwrap_err().code, ErrorCode::FailedPrecondition);
+    }
+    type_in(&envd, Input::Stdin(b"x".to_vec())).await.unwrap();
+    let close = CloseStdinRequest {
+        process: tag("terminal").into(),
+        ..Default::default()
+    };
+    envd.client().close_stdin(close).await.unwrap();
+    until_end(&mut stream, &mut ran).await;
+    assert_eq!(ran.out(), "x");
+}
+
+#[tokio::test]
+async fn what_a_terminal_showed_last_arrives_and_what_is_still_in_it_is_hung_up() {
+    let envd = Envd::start();
+    let script = "(trap 'exit 0' HUP; while true; do sleep 0.01; done) & echo $!; seq 1000000 1029999; exit 5";
+    let mut stream = envd.client().start(in_terminal(bash(script), 0, 0)).await.unwrap();
+    let mut ran = Ran::default();
+    until_end(&mut stream, &mut ran).await;
+    assert_eq!(ran.end.exit_code, 5);
+    let shown = String::from_utf8(ran.pty).unwrap();
+    let (background, rest) = shown.split_once("\r\n").unwrap();
+    let expected: String = (1_000_000..1_030_000).map(|number| format!("{number}\r\n")).collect();
+    // The background program may have a word about its end.
+    assert!(
+        rest.starts_with(&expected),
+        "{} bytes of {}",
+        rest.len(),
+        expected.len()
+    );
+    let background = background.parse().unwrap();
+    eventually("it is hung up", || !is_running(background)).await;
+    // Without any size, it is what is usual; one that no terminal can have is refused.
+    let mut request = bash("stty size");
+    request.pty = PTY::default().into();
+    assert_eq!(
+        run(&envd, request, CallOptions::default()).await.unwrap().pty,
+        b"24 80\r\n"
+    );
+    let refusal = run(&envd, in_terminal(bash("true"), 1, 70_000), CallOptions::default()).await;
+    assert_eq!(refusal.unwrap_err().code, ErrorCode::InvalidArgument);
+}
+
+#[tokio::test]
+async fn a_terminal_is_its_user_s() {
+    if !can_become_another_user() {
+        return;
+    }
+    let envd = Envd::start();
+    let request = in_terminal(bash("echo opened > $(tty) && stat -c %U $(tty)"), 80, 24);
+    let ran = run(&envd, request, as_user("nobody")).await.unwrap();
+    assert_eq!(String::from_utf8(ran.pty).unwrap(), "opened\r\nnobody\r\n");
 }

@@ -5,7 +5,7 @@
 
 use std::ffi::{CStr, CString};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
@@ -20,6 +20,8 @@ pub(crate) struct ChildSetup {
     /// Absent when the child keeps envd's own identity, which needs no privilege.
     pub(crate) credentials: Option<Credentials>,
     pub(crate) workdir: CString,
+    /// What becomes the controlling terminal.
+    pub(crate) terminal: Option<OwnedFd>,
     /// Takes one byte, the [`Step`], when a step fails. Close-on-exec: end-of-file means all steps went well.
     pub(crate) report: OwnedFd,
 }
@@ -73,6 +75,9 @@ impl ChildSetup {
         (1..=64).for_each(sys::reset_signal);
         // A session of its own: a signal to the process group reaches what the program starts, and never envd.
         setsid().map_err(|errno| (Step::Session, errno))?;
+        if let Some(terminal) = &self.terminal {
+            sys::set_controlling_terminal(terminal.as_fd()).map_err(|errno| (Step::Session, errno))?;
+        }
         umask(Mode::S_IWGRP | Mode::S_IWOTH);
         // Both are kindnesses: without /proc, or with less privilege, the program runs all the same.
         getrlimit(Resource::RLIMIT_NOFILE)

@@ -1,14 +1,13 @@
-//! One process from its start to its end: output to whoever is attached, the deadline, the exit.
+//! One process from its start to its end: output taken from its pipes or its terminal, the deadline, the exit.
 //!
 //! ```text
-//! stdout pipe --copy--> publish --> a queue of 4 chunks per client --> the client's stream
-//! stderr pipe --copy-----^                                     `end` goes last, after all output
+//! stdout pipe --copy--> Output --> a client's stream
+//! stderr pipe --copy----^          `end` goes last, after all output
 //! reaper or deadline ----> exited
 //! ```
 //!
-//! Holds: memory is bounded, whatever a process writes: a client that reads slowly fills its queue, then the copy
-//! waits, then the pipe fills and the process waits. A client that leaves takes its queue along; without clients output
-//! is discarded, so that nobody's leaving stops or ends a process.
+//! Holds: when a client that is attached reads slowly the copy waits, then the pipe fills and the process waits. Nobody's
+//! leaving stops or ends a process.
 
 use std::io::ErrorKind;
 use std::os::unix::process::ExitStatusExt as _;
@@ -16,19 +15,16 @@ use std::process::ExitStatus;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::join_all;
 use nix::sys::signal::Signal;
-use roost_common::guest::process::ProcessEvent;
-use roost_common::guest::process::process_event::{DataEvent, EndEvent, data_event};
-use tokio::io::{AsyncReadExt as _, sink};
-use tokio::net::unix::pipe;
+use roost_common::guest::process::process_event::EndEvent;
 use tokio::sync::{oneshot, watch};
 use tokio::time::{Instant, sleep_until};
 
 use super::Process;
+use super::descriptor::Descriptor;
+use super::output::{Kind, Output};
 use super::reaper::Reaper;
-
-/// The most that one `data` event carries.
-const CHUNK: usize = 32 * 1024;
 
 /// How long output is waited for that others write after the process has ended, such as the last words of `> >(tee
 /// log)`. A background program that keeps the pipe open costs its caller this much, no more.
@@ -39,39 +35,34 @@ const LEFT_IN_PIPE: usize = 64 * 1024;
 
 /// Our ends of a process's output, and how it ends.
 pub(super) struct Ends {
-    pub(super) stdout: pipe::Receiver,
-    pub(super) stderr: pipe::Receiver,
+    pub(super) outputs: Vec<(Kind, Arc<Descriptor>)>,
     pub(super) exit: oneshot::Receiver<ExitStatus>,
     /// When the process is killed, if it still runs.
     pub(super) deadline: Option<Instant>,
 }
 
 /// Accompanies a process to its end, which it publishes.
-pub(super) async fn drive(process: Arc<Process>, reaper: Arc<Reaper>, mut ends: Ends, on_exit: impl FnOnce()) {
+pub(super) async fn drive(process: &Process, reaper: &Reaper, ends: Ends, on_exit: impl FnOnce()) {
     let (exited, has_exited) = watch::channel(None);
     let watch_exit = async {
-        let (status, deadline) = wait(&process, &reaper, ends.exit, ends.deadline).await;
+        let (status, deadline) = wait(process, reaper, ends.exit, ends.deadline).await;
         on_exit();
         exited.send_replace(Some(Instant::now()));
         (status, deadline)
     };
-    let (stdout, stderr, (status, deadline)) = tokio::join!(
-        copy(
-            &process,
-            &mut ends.stdout,
-            data_event::Output::Stdout,
-            has_exited.clone()
-        ),
-        copy(&process, &mut ends.stderr, data_event::Output::Stderr, has_exited),
-        watch_exit,
-    );
-    process.publish_end(end_event(status, deadline)).await;
-    // Others still write here. Closing the pipe would end them by SIGPIPE, not reading it would stop them.
-    if stdout == Pipe::StillOpen {
-        tokio::spawn(discard(ends.stdout));
-    }
-    if stderr == Pipe::StillOpen {
-        tokio::spawn(discard(ends.stderr));
+    let copies = ends.outputs.into_iter().map(|(kind, end)| {
+        let exited = has_exited.clone();
+        async move { copy(&process.output, &end, kind, exited).await.then_some((kind, end)) }
+    });
+    let (still_open, (status, deadline)) = tokio::join!(join_all(copies), watch_exit);
+    process.output.end(end_event(status, deadline));
+    for (kind, end) in still_open.into_iter().flatten() {
+        match kind {
+            // Others still write here. Closing the pipe would end them by SIGPIPE, not reading it would stop them.
+            Kind::Stdout | Kind::Stderr => drop(tokio::spawn(discard(end))),
+            // Others are still in the terminal, which was the process's: it hangs up.
+            Kind::Terminal => drop(end),
+        }
     }
 }
 
@@ -104,32 +95,9 @@ async fn wait(
     (exit.await.ok(), if killed { Deadline::Passed } else { Deadline::Kept })
 }
 
-/// What became of a pipe.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Pipe {
-    AtEnd,
-    StillOpen,
-}
-
-async fn copy(
-    process: &Process,
-    pipe: &mut pipe::Receiver,
-    kind: fn(Vec<u8>) -> data_event::Output,
-    mut exited: watch::Receiver<Option<Instant>>,
-) -> Pipe {
-    let mut buffer = vec![0; CHUNK];
-    let publish = async |bytes: &[u8]| {
-        let data = DataEvent {
-            output: Some(kind(bytes.to_vec())),
-            ..Default::default()
-        };
-        process
-            .publish(ProcessEvent {
-                event: data.into(),
-                ..Default::default()
-            })
-            .await;
-    };
+/// Takes what the process writes. Whether others can still write when it has ended.
+async fn copy(output: &Output, end: &Descriptor, kind: Kind, mut exited: watch::Receiver<Option<Instant>>) -> bool {
+    let mut buffer = vec![0; kind.chunk()];
     let grace = async {
         let at = exited.wait_for(Option::is_some).await.ok().and_then(|at| *at);
         sleep_until(at.unwrap_or_else(Instant::now) + GRACE).await;
@@ -140,30 +108,32 @@ async fn copy(
             // A background program that always has more to say must not hold the end back.
             biased;
             () = &mut grace => break,
-            read = pipe.read(&mut buffer) => match read {
-                Ok(0) | Err(_) => return Pipe::AtEnd,
-                Ok(read) => publish(&buffer[..read]).await,
+            read = end.read(&mut buffer) => match read {
+                // A terminal that nobody is in any more is at its end by EIO.
+                Ok(0) | Err(_) => return false,
+                Ok(read) => output.append(kind, &buffer[..read]).await,
             },
         }
     }
     // A slow client may have held us up: what the process wrote can still be in the pipe.
     let mut taken = 0;
     while taken < LEFT_IN_PIPE {
-        match pipe.try_read(&mut buffer) {
+        match end.try_read(&mut buffer) {
             Ok(read) if read > 0 => {
-                publish(&buffer[..read]).await;
+                output.append(kind, &buffer[..read]).await;
                 taken += read;
             }
-            Err(error) if error.kind() == ErrorKind::WouldBlock => return Pipe::StillOpen,
-            Ok(_) | Err(_) => return Pipe::AtEnd,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return true,
+            Ok(_) | Err(_) => return false,
         }
     }
-    Pipe::StillOpen
+    true
 }
 
-async fn discard(mut pipe: pipe::Receiver) {
+async fn discard(end: Arc<Descriptor>) {
+    let mut buffer = [0; 4096];
     // An error ends the pipe as end-of-file does.
-    tokio::io::copy(&mut pipe, &mut sink()).await.ok();
+    while end.read(&mut buffer).await.is_ok_and(|read| read > 0) {}
 }
 
 /// The words are those of other guest agents, which clients show to people.

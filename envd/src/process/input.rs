@@ -1,29 +1,40 @@
-//! A process's standard input: one writer at a time, in the order of arrival.
+//! What a process reads, from a pipe or its terminal: one writer at a time, in the order of arrival.
 
-use tokio::io::AsyncWriteExt as _;
-use tokio::net::unix::pipe;
+use std::sync::Arc;
+
 use tokio::sync::{Mutex, watch};
 
-/// The writing end of the pipe, until it is closed.
+use super::descriptor::Descriptor;
+
+/// Where a process's input goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Way {
+    Pipe,
+    Terminal,
+}
+
+/// The writing end, until it is closed.
 pub(super) struct Stdin {
-    pipe: Mutex<Option<pipe::Sender>>,
+    pub(super) way: Way,
+    end: Mutex<Option<Arc<Descriptor>>>,
     closed: watch::Sender<bool>,
 }
 
 /// Why input did not arrive, or not all of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum InputError {
-    /// There is no pipe, it has been closed, or the process has ended.
+    /// There is nothing to write to, it has been closed, or the process has ended.
     Closed,
     /// The process reads no more.
     NoReader,
 }
 
 impl Stdin {
-    pub(super) fn new(pipe: Option<pipe::Sender>) -> Self {
-        let closed = watch::Sender::new(pipe.is_none());
+    pub(super) fn new(way: Way, end: Option<Arc<Descriptor>>) -> Self {
+        let closed = watch::Sender::new(end.is_none());
         Self {
-            pipe: Mutex::new(pipe),
+            way,
+            end: Mutex::new(end),
             closed,
         }
     }
@@ -32,12 +43,9 @@ impl Stdin {
     pub(super) async fn write(&self, bytes: &[u8]) -> Result<(), InputError> {
         let mut closed = self.closed.subscribe();
         let write = async {
-            let mut pipe = self.pipe.lock().await;
-            pipe.as_mut()
-                .ok_or(InputError::Closed)?
-                .write_all(bytes)
-                .await
-                .map_err(|_| InputError::NoReader)
+            let end = self.end.lock().await;
+            let end = end.as_ref().ok_or(InputError::Closed)?;
+            end.write_all(bytes).await.map_err(|_| InputError::NoReader)
         };
         let closing = async {
             // The sender is ours: no error.
@@ -47,7 +55,7 @@ impl Stdin {
             biased;
             () = closing => {
                 // No writer holds the lock for long any more.
-                self.pipe.lock().await.take();
+                self.end.lock().await.take();
                 Err(InputError::Closed)
             }
             written = write => written,
@@ -57,56 +65,67 @@ impl Stdin {
     /// Ends the input, also under a writer that waits. Closing again changes nothing.
     pub(super) fn close(&self) {
         self.closed.send_replace(true);
-        // A writer that holds the lock closes the pipe itself, as it wakes up.
-        if let Ok(mut pipe) = self.pipe.try_lock() {
-            pipe.take();
+        // A writer that holds the lock closes it itself, as it wakes up.
+        if let Ok(mut end) = self.end.try_lock() {
+            end.take();
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
-    use tokio::io::AsyncReadExt as _;
+    use nix::fcntl::OFlag;
+    use nix::unistd::pipe2;
 
     use super::*;
 
+    fn pipe() -> (Stdin, Descriptor) {
+        let (reader, writer) = pipe2(OFlag::O_CLOEXEC).unwrap();
+        let writer = Descriptor::new(writer).unwrap();
+        (
+            Stdin::new(Way::Pipe, Some(Arc::new(writer))),
+            Descriptor::new(reader).unwrap(),
+        )
+    }
+
+    async fn read_to_end(reader: &Descriptor) -> Vec<u8> {
+        let (mut all, mut buffer) = (Vec::new(), [0; 4096]);
+        loop {
+            match reader.read(&mut buffer).await.unwrap() {
+                0 => return all,
+                read => all.extend_from_slice(&buffer[..read]),
+            }
+        }
+    }
+
     #[tokio::test]
     async fn what_is_written_is_read_and_closing_is_end_of_file() {
-        let (sender, mut receiver) = pipe::pipe().unwrap();
-        let stdin = Stdin::new(Some(sender));
+        let (stdin, reader) = pipe();
         stdin.write(b"one ").await.unwrap();
         stdin.write(b"two").await.unwrap();
         stdin.close();
-        let mut text = String::new();
-        receiver.read_to_string(&mut text).await.unwrap();
-        assert_eq!(text, "one two");
+        assert_eq!(read_to_end(&reader).await, b"one two");
         assert_eq!(stdin.write(b"three").await, Err(InputError::Closed));
     }
 
     #[tokio::test]
     async fn closing_ends_a_write_that_waits_for_a_reader() {
-        let (sender, mut receiver) = pipe::pipe().unwrap();
-        let stdin = Arc::new(Stdin::new(Some(sender)));
+        let (stdin, reader) = pipe();
+        let stdin = Arc::new(stdin);
         let writer = tokio::spawn({
             let stdin = Arc::clone(&stdin);
             async move { stdin.write(&vec![b'x'; 1 << 20]).await }
         });
-        let mut first = [0];
-        receiver.read_exact(&mut first).await.unwrap();
+        reader.read(&mut [0]).await.unwrap();
         stdin.close();
         assert_eq!(writer.await.unwrap(), Err(InputError::Closed));
-        let mut rest = Vec::new();
-        receiver.read_to_end(&mut rest).await.unwrap();
-        assert!(rest.len() < 1 << 20);
+        assert!(read_to_end(&reader).await.len() < 1 << 20);
     }
 
     #[tokio::test]
     async fn a_process_that_reads_no_more_is_told_apart() {
-        let (sender, receiver) = pipe::pipe().unwrap();
-        let stdin = Stdin::new(Some(sender));
-        drop(receiver);
+        let (stdin, reader) = pipe();
+        drop(reader);
         assert_eq!(stdin.write(b"x").await, Err(InputError::NoReader));
     }
 }

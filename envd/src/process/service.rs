@@ -1,38 +1,33 @@
 //! The Connect service `process.Process`: requests are checked here, and errors given their codes.
 
-use std::str;
 use std::sync::Arc;
 use std::time::Duration;
 
-use base64::Engine as _;
-use base64::prelude::BASE64_STANDARD;
 use connectrpc::{
     ConnectError, ErrorCode, InboundStream, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream,
 };
 use futures::stream::{self, Stream, StreamExt as _};
-use http::header::AUTHORIZATION;
 use nix::errno::Errno;
-use roost_common::guest::KEEPALIVE_HEADER;
 use roost_common::guest::process::process_event::KeepAlive;
 use roost_common::guest::process::process_input::Input;
 use roost_common::guest::process::process_selector::Selector;
 use roost_common::guest::process::{
-    CloseStdinRequest, CloseStdinResponse, ConnectRequest, ConnectResponse, ListRequest, ListResponse,
+    CloseStdinRequest, CloseStdinResponse, ConnectRequest, ConnectResponse, ListRequest, ListResponse, PTY,
     Process as Service, ProcessEvent, ProcessInput, ProcessSelector, SendInputRequest, SendInputResponse,
     SendSignalRequest, SendSignalResponse, Signal, StartRequest, StartResponse, StreamInputRequest,
     StreamInputResponse, UpdateRequest, UpdateResponse, stream_input_request,
 };
 use tokio::time::Instant;
 
-use super::input::InputError;
-use super::spawn::{Plan, SpawnError, StdinSource};
-use super::{AttachError, Events, Process, Processes};
+use super::input::{InputError, Way};
+use super::output::{AttachError, Client};
+use super::spawn::{Plan, SpawnError, Streams};
+use super::terminal::Size;
+use super::{Process, Processes, ResizeError};
+use crate::caller::{basic_user, keepalive};
 use crate::guest::Guest;
 use crate::hold::{Hold, Start};
 use crate::users::UserError;
-
-/// Silence after which a stream says that it lives, where the caller does not say.
-const KEEPALIVE: Duration = Duration::from_secs(90);
 
 /// The service, and the guest that it runs processes in.
 pub(crate) struct ProcessService {
@@ -57,8 +52,13 @@ impl Service for ProcessService {
         context: RequestContext,
         request: ServiceRequest<'_, ConnectRequest>,
     ) -> ServiceResult<ServiceStream<ConnectResponse>> {
-        let process = self.find(request.to_owned_message().process.into_option())?;
-        let events = process.attach().map_err(attach_error)?;
+        let request = request.to_owned_message();
+        let selector = selector(request.process.into_option())?;
+        let (pid, output) = self
+            .processes
+            .find_output(&selector)
+            .ok_or_else(|| not_found(&selector))?;
+        let events = output.attach(pid, request.offset).map_err(attach_error)?;
         let wrap = |event: ProcessEvent| ConnectResponse {
             event: event.into(),
             ..Default::default()
@@ -72,9 +72,11 @@ impl Service for ProcessService {
         request: ServiceRequest<'_, StartRequest>,
     ) -> ServiceResult<ServiceStream<StartResponse>> {
         let request = request.to_owned_message();
-        if request.pty.is_set() {
-            return Err(ConnectError::unimplemented("this envd has no terminals yet"));
-        }
+        let streams = match request.pty.into_option() {
+            Some(terminal) => Streams::Terminal(size(terminal)?),
+            None if request.stdin.unwrap_or(true) => Streams::Pipes,
+            None => Streams::Outputs,
+        };
         let config = request
             .process
             .into_option()
@@ -95,11 +97,7 @@ impl Service for ProcessService {
                 args: config.args.clone(),
                 environment,
                 workdir: config.cwd.clone().or(settings.workdir),
-                stdin: if request.stdin.unwrap_or(true) {
-                    StdinSource::Pipe
-                } else {
-                    StdinSource::Empty
-                },
+                streams,
             };
             let events = processes.start(&plan, config, request.tag, deadline);
             drop(start);
@@ -116,8 +114,22 @@ impl Service for ProcessService {
         Response::stream_ok(event_stream(events, keepalive(&context)).map(move |event| Ok(wrap(event))))
     }
 
-    async fn update(&self, _: RequestContext, _: ServiceRequest<'_, UpdateRequest>) -> ServiceResult<UpdateResponse> {
-        Err(ConnectError::unimplemented("this envd has no terminals yet"))
+    async fn update(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, UpdateRequest>,
+    ) -> ServiceResult<UpdateResponse> {
+        let request = request.to_owned_message();
+        let process = self.find(request.process.into_option())?;
+        if let Some(terminal) = request.pty.into_option() {
+            process.resize(size(terminal)?).map_err(|error| match error {
+                ResizeError::NoTerminal => ConnectError::failed_precondition("the process has no terminal"),
+                ResizeError::Kernel(errno) => {
+                    ConnectError::internal(format!("the terminal cannot have this size: {errno}"))
+                }
+            })?;
+        }
+        Response::ok(UpdateResponse::default())
     }
 
     async fn stream_input(
@@ -181,22 +193,34 @@ impl Service for ProcessService {
         _: RequestContext,
         request: ServiceRequest<'_, CloseStdinRequest>,
     ) -> ServiceResult<CloseStdinResponse> {
-        self.find(request.to_owned_message().process.into_option())?
-            .stdin
-            .close();
+        let process = self.find(request.to_owned_message().process.into_option())?;
+        if process.stdin.way == Way::Terminal {
+            return Err(ConnectError::failed_precondition(
+                "the input of a terminal cannot be closed; its end-of-file character, usually Ctrl-D, can be sent",
+            ));
+        }
+        process.stdin.close();
         Response::ok(CloseStdinResponse::default())
     }
 }
 
 impl ProcessService {
-    fn find(&self, selector: Option<ProcessSelector>) -> Result<Arc<Process>, ConnectError> {
-        let selector = selector
-            .and_then(|selector| selector.selector)
-            .ok_or_else(|| ConnectError::invalid_argument("no process given"))?;
-        self.processes.find(&selector).ok_or_else(|| match selector {
-            Selector::Pid(pid) => ConnectError::not_found(format!("there is no process {pid}")),
-            Selector::Tag(tag) => ConnectError::not_found(format!("there is no process with tag {tag:?}")),
-        })
+    fn find(&self, process: Option<ProcessSelector>) -> Result<Arc<Process>, ConnectError> {
+        let selector = selector(process)?;
+        self.processes.find(&selector).ok_or_else(|| not_found(&selector))
+    }
+}
+
+fn selector(process: Option<ProcessSelector>) -> Result<Selector, ConnectError> {
+    process
+        .and_then(|process| process.selector)
+        .ok_or_else(|| ConnectError::invalid_argument("no process given"))
+}
+
+fn not_found(selector: &Selector) -> ConnectError {
+    match selector {
+        Selector::Pid(pid) => ConnectError::not_found(format!("there is no process {pid}")),
+        Selector::Tag(tag) => ConnectError::not_found(format!("there is no process with tag {tag:?}")),
     }
 }
 
@@ -211,20 +235,34 @@ async fn may_start(hold: &Arc<Hold>, deadline: Option<Instant>) -> Result<Start,
 }
 
 async fn write(process: &Process, input: Option<ProcessInput>) -> Result<(), ConnectError> {
-    match input.and_then(|input| input.input) {
-        Some(Input::Stdin(bytes)) => process.stdin.write(&bytes).await.map_err(|error| match error {
-            InputError::Closed => ConnectError::failed_precondition("the process's standard input is closed"),
-            InputError::NoReader => ConnectError::failed_precondition("the process reads no more input"),
-        }),
-        Some(Input::Pty(_)) => Err(ConnectError::failed_precondition("the process has no terminal")),
-        None => Err(ConnectError::invalid_argument("no input given")),
+    let (way, bytes) = match input.and_then(|input| input.input) {
+        Some(Input::Stdin(bytes)) => (Way::Pipe, bytes),
+        Some(Input::Pty(bytes)) => (Way::Terminal, bytes),
+        None => return Err(ConnectError::invalid_argument("no input given")),
+    };
+    if way != process.stdin.way {
+        return Err(ConnectError::failed_precondition(match process.stdin.way {
+            Way::Pipe => "the process has no terminal",
+            Way::Terminal => "the process reads from a terminal, and the input is for a pipe",
+        }));
     }
+    process.stdin.write(&bytes).await.map_err(|error| match error {
+        InputError::Closed => ConnectError::failed_precondition("the process's standard input is closed"),
+        InputError::NoReader => ConnectError::failed_precondition("the process reads no more input"),
+    })
+}
+
+fn size(terminal: PTY) -> Result<Size, ConnectError> {
+    let Some(size) = terminal.size.into_option() else {
+        return Ok(Size::default());
+    };
+    Size::new(size.cols, size.rows).ok_or_else(|| ConnectError::invalid_argument("no terminal can have this size"))
 }
 
 /// A process's events; after `silence` without one, a `keepalive`.
-fn event_stream(events: Events, silence: Duration) -> impl Stream<Item = ProcessEvent> + Send + 'static {
+fn event_stream(events: Client, silence: Duration) -> impl Stream<Item = ProcessEvent> + Send + 'static {
     stream::unfold(events, move |mut events| async move {
-        match tokio::time::timeout(silence, events.recv()).await {
+        match tokio::time::timeout(silence, events.next()).await {
             Ok(event) => event.map(|event| (event, events)),
             Err(_) => Some((
                 ProcessEvent {
@@ -237,40 +275,11 @@ fn event_stream(events: Events, silence: Duration) -> impl Stream<Item = Process
     })
 }
 
-fn keepalive(context: &RequestContext) -> Duration {
-    let seconds = context
-        .header(KEEPALIVE_HEADER)
-        .and_then(|value| value.to_str().ok()?.parse().ok());
-    seconds
-        .filter(|seconds| (1..=3600).contains(seconds))
-        .map_or(KEEPALIVE, Duration::from_secs)
-}
-
-/// The user name of HTTP Basic authentication, if there is one. Other schemes are not ours to judge.
-fn basic_user(context: &RequestContext) -> Result<Option<String>, ConnectError> {
-    let Some(value) = context.header(AUTHORIZATION) else {
-        return Ok(None);
-    };
-    let malformed = || ConnectError::invalid_argument("the Authorization header is malformed");
-    let (scheme, credentials) = value
-        .to_str()
-        .map_err(|_| malformed())?
-        .split_once(' ')
-        .ok_or_else(malformed)?;
-    if !scheme.eq_ignore_ascii_case("basic") {
-        return Ok(None);
-    }
-    let decoded = BASE64_STANDARD.decode(credentials.trim()).map_err(|_| malformed())?;
-    let (user, _password) = str::from_utf8(&decoded)
-        .ok()
-        .and_then(|text| text.split_once(':'))
-        .ok_or_else(malformed)?;
-    Ok((!user.is_empty()).then(|| user.to_owned()))
-}
-
 fn attach_error(error: AttachError) -> ConnectError {
     match error {
-        AttachError::Ended => ConnectError::not_found("the process has ended"),
+        AttachError::Beyond { end } => {
+            ConnectError::invalid_argument(format!("the output ends at {end}, before this offset"))
+        }
         AttachError::TooMany => ConnectError::resource_exhausted("too many clients read this process"),
     }
 }

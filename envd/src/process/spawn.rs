@@ -15,6 +15,7 @@ use tokio::sync::oneshot;
 
 use super::child::{ChildSetup, Credentials, Step};
 use super::reaper::Reaper;
+use super::terminal::{Size, Terminal};
 use crate::sys;
 use crate::users::{User, UserError};
 
@@ -29,23 +30,35 @@ pub(crate) struct Plan {
     pub(crate) environment: BTreeMap<String, String>,
     /// What the caller or the sandbox's default named; the user's home when neither did.
     pub(crate) workdir: Option<String>,
-    pub(crate) stdin: StdinSource,
+    pub(crate) streams: Streams,
 }
 
-/// Where a process reads from.
+/// Where a process reads from and writes to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum StdinSource {
-    Pipe,
-    Empty,
+pub(crate) enum Streams {
+    Pipes,
+    /// Pipes for output; the input is at its end.
+    Outputs,
+    Terminal(Size),
 }
 
-/// A child and our ends of its pipes.
-pub(crate) struct Spawned {
-    pub(crate) pid: u32,
-    pub(crate) stdin: Option<OwnedFd>,
-    pub(crate) stdout: OwnedFd,
-    pub(crate) stderr: OwnedFd,
-    pub(crate) exit: oneshot::Receiver<ExitStatus>,
+/// The kind of terminal, unless the caller names another: what the terminals of browsers and of people are like.
+const TERM: &str = "xterm-256color";
+
+/// A child and our ends of its streams.
+pub(super) struct Spawned {
+    pub(super) pid: u32,
+    pub(super) ends: SpawnedEnds,
+    pub(super) exit: oneshot::Receiver<ExitStatus>,
+}
+
+pub(super) enum SpawnedEnds {
+    Pipes {
+        stdin: Option<OwnedFd>,
+        stdout: OwnedFd,
+        stderr: OwnedFd,
+    },
+    Terminal(OwnedFd),
 }
 
 /// Why nothing was started. Nothing is left behind.
@@ -68,34 +81,54 @@ pub(crate) enum SpawnError {
 }
 
 /// Starts `plan`'s program. Blocks for as long as fork and exec take.
-pub(crate) fn spawn(reaper: &Reaper, plan: &Plan) -> Result<Spawned, SpawnError> {
+pub(super) fn spawn(reaper: &Reaper, plan: &Plan) -> Result<Spawned, SpawnError> {
     check_text(plan)?;
     let workdir = workdir(plan);
     let (report, report_write) = pipe2(OFlag::O_CLOEXEC).map_err(SpawnError::Resources)?;
     let mut command = Command::new(&plan.program);
     command.args(&plan.args).env_clear().envs(environment(plan));
-    command
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .stdin(match plan.stdin {
-            StdinSource::Pipe => Stdio::piped(),
-            StdinSource::Empty => Stdio::null(),
-        });
+    let terminal = match plan.streams {
+        Streams::Pipes | Streams::Outputs => {
+            command.stdout(Stdio::piped()).stderr(Stdio::piped());
+            command.stdin(if plan.streams == Streams::Pipes {
+                Stdio::piped()
+            } else {
+                Stdio::null()
+            });
+            None
+        }
+        Streams::Terminal(size) => {
+            let terminal = Terminal::open(size, Uid::from_raw(plan.user.uid)).map_err(SpawnError::Resources)?;
+            let copy = || -> Result<OwnedFd, SpawnError> {
+                let copied = terminal.programs.try_clone();
+                copied.map_err(|error| SpawnError::Resources(errno(&error)))
+            };
+            command.stdin(copy()?).stdout(copy()?).stderr(copy()?);
+            Some(terminal)
+        }
+    };
+    let (ours, programs) = terminal.map_or((None, None), |Terminal { ours, programs }| (Some(ours), Some(programs)));
     let setup = ChildSetup {
         credentials: credentials(&plan.user),
         workdir: CString::new(workdir.as_os_str().as_encoded_bytes()).map_err(|_| SpawnError::Text("cwd"))?,
+        terminal: programs,
         report: report_write,
     };
     sys::set_child_setup(&mut command, setup);
     let started = reaper.start(&mut command);
-    // Our copy of the report pipe's writing end, so that reading it ends.
+    // Our copies of the report pipe's writing end and of the program's end of the terminal, so that reading them ends.
     drop(command);
     let (mut child, exit) = started.map_err(|error| failure(plan, &workdir, report, &error))?;
     Ok(Spawned {
         pid: child.id(),
-        stdin: child.stdin.take().map(OwnedFd::from),
-        stdout: child.stdout.take().expect("stdout was asked to be a pipe").into(),
-        stderr: child.stderr.take().expect("stderr was asked to be a pipe").into(),
+        ends: match ours {
+            Some(ours) => SpawnedEnds::Terminal(ours),
+            None => SpawnedEnds::Pipes {
+                stdin: child.stdin.take().map(OwnedFd::from),
+                stdout: child.stdout.take().expect("stdout was asked to be a pipe").into(),
+                stderr: child.stderr.take().expect("stderr was asked to be a pipe").into(),
+            },
+        },
         exit,
     })
 }
@@ -139,6 +172,9 @@ fn environment(plan: &Plan) -> BTreeMap<&str, &str> {
         ("SHELL", user.shell.as_str()),
         ("USER", user.name.as_str()),
     ]);
+    if matches!(plan.streams, Streams::Terminal(_)) {
+        environment.insert("TERM", TERM);
+    }
     environment.extend(
         plan.environment
             .iter()
@@ -148,7 +184,7 @@ fn environment(plan: &Plan) -> BTreeMap<&str, &str> {
 }
 
 /// `None` when the child may stay what envd is: the same user, and no privilege that could be meant to go.
-fn credentials(user: &User) -> Option<Credentials> {
+pub(crate) fn credentials(user: &User) -> Option<Credentials> {
     let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
     if !geteuid().is_root() && uid == geteuid() && gid == getegid() {
         return None;
@@ -161,7 +197,7 @@ fn credentials(user: &User) -> Option<Credentials> {
 }
 
 fn failure(plan: &Plan, workdir: &Path, report: OwnedFd, error: &io::Error) -> SpawnError {
-    let errno = Errno::from_raw(error.raw_os_error().unwrap_or_default());
+    let errno = errno(error);
     let mut step = [0];
     // No byte: the steps before exec went well, or there was no child at all.
     let reported = File::from(report).read(&mut step).unwrap_or_default() == 1;
@@ -181,4 +217,8 @@ fn failure(plan: &Plan, workdir: &Path, report: OwnedFd, error: &io::Error) -> S
             errno,
         },
     }
+}
+
+fn errno(error: &io::Error) -> Errno {
+    Errno::from_raw(error.raw_os_error().unwrap_or_default())
 }

@@ -62,6 +62,10 @@ impl Envd {
         ProcessClient::new(HttpClient::plaintext(), config)
     }
 
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// The most memory that envd has had resident, in KiB.
     pub fn peak_memory(&self) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
@@ -155,12 +159,34 @@ pub fn as_user(name: &str) -> CallOptions {
     CallOptions::default().with_header("authorization", format!("Basic {credentials}"))
 }
 
+/// Whether a test that becomes another user can run. Where all tests must (`CI=true`, or `ROOST_CI` set), it is no choice.
+pub fn can_become_another_user() -> bool {
+    let can = nix::unistd::geteuid().is_root();
+    let must = std::env::var("CI").is_ok_and(|value| value == "true") || std::env::var_os("ROOST_CI").is_some();
+    assert!(
+        can || !must,
+        "this test must run as root, to become another user: CI or ROOST_CI is set"
+    );
+    if !can {
+        // Past libtest, which would keep it to itself.
+        let said = writeln!(std::io::stderr(), "\nNOT TESTED: only root can become another user");
+        said.expect("standard error");
+    }
+    can
+}
+
 /// All that a process said.
 #[derive(Debug, Default)]
 pub struct Ran {
     pub pid: u32,
     pub stdout: Vec<u8>,
     pub stderr: Vec<u8>,
+    /// Of the terminal.
+    pub pty: Vec<u8>,
+    /// Where the last data ended, by its offset; every event with an offset was checked against it.
+    pub offset: Option<u64>,
+    /// All that was cut.
+    pub cut: u64,
     pub keepalives: usize,
     pub largest: usize,
     pub end: EndEvent,
@@ -195,6 +221,14 @@ pub async fn run(envd: &Envd, request: StartRequest, options: CallOptions) -> Re
 
 /// Adds an event to what is known.
 pub fn take(ran: &mut Ran, events: &mut Vec<&'static str>, event: ProcessEvent) {
+    if !matches!(event.event, Some(Event::Keepalive(_))) {
+        let cut = event.cut.unwrap_or_default();
+        if let Some(before) = ran.offset {
+            assert_eq!(before, event.offset.expect("counted") - cut, "a hole that is not told");
+        }
+        ran.offset = event.offset;
+        ran.cut += cut;
+    }
     events.push(match event.event.expect("an event says what it is") {
         Event::Start(start) => {
             ran.pid = start.pid;
@@ -204,8 +238,9 @@ pub fn take(ran: &mut Ran, events: &mut Vec<&'static str>, event: ProcessEvent) 
             let (to, bytes) = match data.output.expect("data is of a stream") {
                 Output::Stdout(bytes) => (&mut ran.stdout, bytes),
                 Output::Stderr(bytes) => (&mut ran.stderr, bytes),
-                Output::Pty(_) => panic!("there was no terminal"),
+                Output::Pty(bytes) => (&mut ran.pty, bytes),
             };
+            ran.offset = ran.offset.map(|offset| offset + bytes.len() as u64);
             ran.largest = ran.largest.max(bytes.len());
             to.extend_from_slice(&bytes);
             "data"
