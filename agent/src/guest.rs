@@ -25,6 +25,7 @@ use tokio::net::TcpStream;
 
 use crate::errors::Chain;
 use crate::failpoint;
+use crate::proxy::Connections;
 
 /// Pause between two attempts to reach an envd that is not up yet.
 const PROBE_PAUSE: Duration = Duration::from_millis(20);
@@ -223,6 +224,7 @@ pub struct Guest {
     address: SocketAddr,
     token: Token,
     process: ProcessClient<HttpClient>,
+    connections: Connections,
 }
 
 impl std::fmt::Debug for Guest {
@@ -247,7 +249,18 @@ impl Guest {
             address,
             process: ProcessClient::new(transport, config),
             token,
+            connections: Connections::default(),
         }
+    }
+
+    /// Where its envd is reached, and at other ports what else listens in it.
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// What is proxied to it, which ends with it.
+    pub(crate) fn connections(&self) -> &Connections {
+        &self.connections
     }
 
     /// Waits until envd answers, at most `limit`; its version.

@@ -23,6 +23,7 @@ pub mod guest;
 pub mod host;
 pub mod outbox;
 pub mod pki;
+pub mod proxy;
 pub mod recover;
 pub mod registry;
 pub mod sandbox;
