@@ -24,6 +24,7 @@ pub mod host;
 pub mod metrics;
 pub mod outbox;
 pub mod pki;
+pub mod proxy;
 pub mod recover;
 pub mod registry;
 pub mod sandbox;

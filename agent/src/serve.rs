@@ -1,4 +1,4 @@
-//! The HTTPS listener: accepts, shakes hands, and gives each connection to the service. Everything before the handshake's end is
+//! The HTTPS listener: accepts, shakes hands, and gives each request to the service or the proxy. Everything before the handshake's end is
 //! bounded, and a client whose certificate is not listed gets one answer and no further.
 
 use std::convert::Infallible;
@@ -10,9 +10,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use connectrpc::{ConnectError, ConnectRpcService, Limits, Router};
 use http::{Request, Response, StatusCode, header};
-use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
+use http_body_util::{BodyExt, Full};
 use hyper::body::{Body as _, Frame, Incoming, SizeHint};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use rustix::net::sockopt;
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
@@ -23,17 +24,21 @@ use crate::api::files;
 use crate::api::operator::Operator;
 use crate::api::service::Service;
 use crate::errors::Chain;
+use crate::proxy::{Body, Proxy};
 use crate::tls;
 use roost_hostagent::hostagent::v1::HostAgentServiceExt;
 use roost_hostagent::roost::v1::RoostServiceExt;
 
 /// Most connections at a time; more wait in the kernel's backlog.
-const MAX_CONNECTIONS: usize = 1024;
+const MAX_CONNECTIONS: usize = 4096;
 /// Time that a client has for its handshake.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 /// Time for the headers of a request, counted from the answer before it: so it is also how long a connection may be idle. Control
 /// planes keep idle connections for 90 s, and must not find one closed.
 const IDLE_LIMIT: Duration = Duration::from_secs(120);
+/// Seconds of silence after which the kernel asks a client whether it is there, and between its questions; how many it leaves
+/// unanswered. A tunnel that is silent has nothing else that tells.
+const PROBE: (Duration, Duration, u32) = (Duration::from_secs(60), Duration::from_secs(15), 4);
 /// How often an h2 client is asked whether it is there.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
 /// How long it has to say so.
@@ -58,7 +63,12 @@ pub struct Access {
     pub client_names: Vec<String>,
 }
 
-type Body = UnsyncBoxBody<Bytes, ConnectError>;
+/// What answers requests.
+#[derive(Clone)]
+struct Services {
+    rpc: ConnectRpcService,
+    proxy: Proxy,
+}
 
 /// Serves until the process ends.
 pub async fn serve(listener: TcpListener, access: Access, service: Arc<Service>) -> Infallible {
@@ -66,11 +76,16 @@ pub async fn serve(listener: TcpListener, access: Access, service: Arc<Service>)
         .with_max_request_body_size(MAX_REQUEST)
         .with_max_message_size(MAX_REQUEST);
     let operator = Arc::new(Operator(service.clone()));
+    let proxy = Proxy::new(service.clone());
     let router = operator.register(service.register(Router::new()));
     let rpc = ConnectRpcService::new(router).with_limits(limits);
+    let services = Services { rpc, proxy };
     let access = Arc::new(access);
     let acceptor = TlsAcceptor::from(access.tls.clone());
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    if let Err(error) = probe(&listener) {
+        tracing::warn!(%error, "clients that have gone without a word are not noticed");
+    }
     loop {
         let place = places.clone().acquire_owned().await.expect("never closed");
         let (stream, peer) = match listener.accept().await {
@@ -82,9 +97,9 @@ pub async fn serve(listener: TcpListener, access: Access, service: Arc<Service>)
                 continue;
             }
         };
-        let (acceptor, rpc, access) = (acceptor.clone(), rpc.clone(), access.clone());
+        let (acceptor, services, access) = (acceptor.clone(), services.clone(), access.clone());
         tokio::spawn(async move {
-            if let Err(error) = connection(stream, acceptor, rpc, &access).await {
+            if let Err(error) = connection(stream, acceptor, services, &access).await {
                 tracing::info!(%peer, error = %Chain(error.as_ref()), "connection ended");
             }
             drop(place);
@@ -92,10 +107,19 @@ pub async fn serve(listener: TcpListener, access: Access, service: Arc<Service>)
     }
 }
 
+/// Has the kernel notice clients that have gone without a word: connections have this from their listener.
+fn probe(listener: &TcpListener) -> rustix::io::Result<()> {
+    let (silence, pause, questions) = PROBE;
+    sockopt::set_socket_keepalive(listener, true)?;
+    sockopt::set_tcp_keepidle(listener, silence)?;
+    sockopt::set_tcp_keepintvl(listener, pause)?;
+    sockopt::set_tcp_keepcnt(listener, questions)
+}
+
 async fn connection(
     stream: TcpStream,
     acceptor: TlsAcceptor,
-    rpc: ConnectRpcService,
+    services: Services,
     access: &Access,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     stream.set_nodelay(true)?;
@@ -118,8 +142,14 @@ async fn connection(
     let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
     let listed = certificate.is_some_and(|certificate| tls::client_is_listed(certificate, &access.client_names));
     let service = hyper::service::service_fn(move |request: Request<Incoming>| {
-        let rpc = rpc.clone();
-        async move { Ok::<_, Infallible>(if listed { answer(rpc, request).await } else { refuse() }) }
+        let services = services.clone();
+        async move {
+            Ok::<_, Infallible>(if listed {
+                answer(services, request).await
+            } else {
+                refuse()
+            })
+        }
     });
     // By what was agreed on, not by what the first bytes look like: waiting for those has no limit of its own.
     let h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
@@ -140,14 +170,19 @@ async fn connection(
             .header_read_timeout(IDLE_LIMIT)
             .max_buf_size(64 << 10)
             .keep_alive(listed);
-        server.serve_connection(io, service).await?;
+        server.serve_connection(io, service).with_upgrades().await?;
     }
     Ok(())
 }
 
-async fn answer(rpc: ConnectRpcService, request: Request<Incoming>) -> Response<Body> {
-    let answer = rpc
-        .oneshot(request.map(ReadToTheEnd::new))
+async fn answer(services: Services, request: Request<Incoming>) -> Response<Body> {
+    let request = request.map(ReadToTheEnd::new);
+    if services.proxy.takes(request.uri()) {
+        return services.proxy.answer(request).await;
+    }
+    let answer = services
+        .rpc
+        .oneshot(request)
         .await
         .unwrap_or_else(|never: Infallible| match never {});
     answer.map(|body| body.map_err(|never| match never {}).boxed_unsync())

@@ -100,7 +100,7 @@ impl Service {
     }
 
     /// The guest of a running sandbox. One that is held would leave its caller without an answer.
-    pub(super) fn running(&self, id: &str) -> Result<(Handle, Arc<Guest>), ApiError> {
+    pub(crate) fn running(&self, id: &str) -> Result<(Handle, Arc<Guest>), ApiError> {
         let handle = self.find_reachable(id)?;
         match handle.view() {
             View::Running(..) if handle.hold_state().is_held() => Err(ApiError::Held {

@@ -29,6 +29,7 @@ use tokio::net::TcpStream;
 
 use crate::errors::Chain;
 use crate::failpoint;
+use crate::proxy::Connections;
 
 /// Pause between two attempts to reach an envd that is not up yet.
 const PROBE_PAUSE: Duration = Duration::from_millis(20);
@@ -224,6 +225,7 @@ pub struct Guest {
     token: Token,
     process: ProcessClient<HttpClient>,
     filesystem: FilesystemClient<HttpClient>,
+    connections: Connections,
 }
 
 impl std::fmt::Debug for Guest {
@@ -249,7 +251,18 @@ impl Guest {
             process: ProcessClient::new(transport.clone(), config.clone()),
             filesystem: FilesystemClient::new(transport, config.with_default_max_message_size(files::MAX_LISTING)),
             token,
+            connections: Connections::default(),
         }
+    }
+
+    /// Where its envd is reached, and at other ports what else listens in it.
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// What is proxied to it, which ends with it.
+    pub(crate) fn connections(&self) -> &Connections {
+        &self.connections
     }
 
     /// Waits until envd answers, at most `limit`; its version.

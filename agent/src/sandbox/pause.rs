@@ -1,7 +1,7 @@
 //! Pausing a sandbox: from a running VM to files that it can be resumed from.
 //!
 //! ```text
-//! prepare --> freeze --> vm.pause --> sync disk --> vm.snapshot --> publish --> seal --> record --> end the VMM --> tidy
+//! drain proxied --> prepare --> freeze --> vm.pause --> sync disk --> vm.snapshot --> publish --> seal --> record --> end the VMM --> tidy
 //! '------------- a failure up to here thaws the guest, and it runs on -------------------'
 //! ```
 //!
@@ -148,7 +148,10 @@ async fn attempt_to_pause(host: &Arc<Host>, mut vm: Vm, reason: PauseReason) -> 
                 return PauseEnd::Ended(vm, ending);
             }
             match undo(host, &mut vm, progress).await {
-                None => PauseEnd::Running(vm, error),
+                None => {
+                    vm.guest.connections().open();
+                    PauseEnd::Running(vm, error)
+                }
                 Some(ending) => PauseEnd::Ended(vm, ending),
             }
         }
@@ -163,6 +166,8 @@ async fn steps(
 ) -> Result<Kept, PauseError> {
     let ended = &mut progress.ended;
     load_memory(host, vm, ended).await?;
+    // Before the guest makes ready, so that what it does to end a connection is in its snapshot.
+    unless_ended(&mut vm.shim, ended, vm.guest.connections().drain()).await?;
     let Stopped {
         disk: _,
         written_at: disk_written_at,
