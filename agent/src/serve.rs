@@ -22,7 +22,7 @@ use tower::ServiceExt;
 use crate::api::operator::Operator;
 use crate::api::service::Service;
 use crate::errors::Chain;
-use crate::tls;
+use crate::tls::{self, Identities};
 use roost_hostagent::hostagent::v1::HostAgentServiceExt;
 use roost_hostagent::roost::v1::RoostServiceExt;
 
@@ -51,8 +51,8 @@ This port speaks HTTPS with client certificates. Use https:// instead.";
 /// Who may call, and how they are known.
 #[derive(Debug)]
 pub struct Access {
-    /// Our certificate and their CA.
-    pub tls: Arc<rustls::ServerConfig>,
+    /// Our certificates and their CAs.
+    pub tls: Arc<Identities>,
     /// Names of clients.
     pub client_names: Vec<String>,
 }
@@ -68,7 +68,6 @@ pub async fn serve(listener: TcpListener, access: Access, service: Arc<Service>)
     let router = operator.register(service.register(Router::new()));
     let rpc = ConnectRpcService::new(router).with_limits(limits);
     let access = Arc::new(access);
-    let acceptor = TlsAcceptor::from(access.tls.clone());
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         let place = places.clone().acquire_owned().await.expect("never closed");
@@ -81,9 +80,9 @@ pub async fn serve(listener: TcpListener, access: Access, service: Arc<Service>)
                 continue;
             }
         };
-        let (acceptor, rpc, access) = (acceptor.clone(), rpc.clone(), access.clone());
+        let (rpc, access) = (rpc.clone(), access.clone());
         tokio::spawn(async move {
-            if let Err(error) = connection(stream, acceptor, rpc, &access).await {
+            if let Err(error) = connection(stream, rpc, &access).await {
                 tracing::info!(%peer, error = %Chain(error.as_ref()), "connection ended");
             }
             drop(place);
@@ -93,11 +92,11 @@ pub async fn serve(listener: TcpListener, access: Access, service: Arc<Service>)
 
 async fn connection(
     stream: TcpStream,
-    acceptor: TlsAcceptor,
     rpc: ConnectRpcService,
     access: &Access,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     stream.set_nodelay(true)?;
+    let acceptor = TlsAcceptor::from(access.tls.on(stream.local_addr()?.ip()));
     let handshake = async {
         let mut first = [0];
         if stream.peek(&mut first).await? == 0 {
@@ -116,12 +115,12 @@ async fn connection(
     };
     let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
     let listed = certificate.is_some_and(|certificate| tls::client_is_listed(certificate, &access.client_names));
+    // By what was agreed on, not by what the first bytes look like: waiting for those has no limit of its own.
+    let h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
     let service = hyper::service::service_fn(move |request: Request<Incoming>| {
         let rpc = rpc.clone();
         async move { Ok::<_, Infallible>(if listed { answer(rpc, request).await } else { refuse() }) }
     });
-    // By what was agreed on, not by what the first bytes look like: waiting for those has no limit of its own.
-    let h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
     let io = TokioIo::new(stream);
     if h2 {
         let mut server = hyper::server::conn::http2::Builder::new(TokioExecutor::new());

@@ -37,7 +37,9 @@ fn main() -> anyhow::Result<()> {
         .init();
     let config = Config::load(arguments.config.as_deref())?;
     let access = Access {
-        tls: tls::server(&config.pki_dir).context("no API without certificates (`roost pki init` makes some)")?,
+        tls: tls::Identities::standalone(
+            tls::server(&config.pki_dir).context("no API without certificates (`roost pki init` makes some)")?,
+        ),
         client_names: config.client_names.clone(),
     };
     if arguments.check_config {
