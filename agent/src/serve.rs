@@ -21,6 +21,7 @@ use tower::ServiceExt;
 
 use crate::api::operator::Operator;
 use crate::api::service::Service;
+use crate::control::listing::Connection;
 use crate::errors::Chain;
 use crate::tls::{self, Identities};
 use roost_hostagent::hostagent::v1::HostAgentServiceExt;
@@ -68,6 +69,7 @@ pub async fn serve(listener: TcpListener, access: Access, service: Arc<Service>)
     let router = operator.register(service.register(Router::new()));
     let rpc = ConnectRpcService::new(router).with_limits(limits);
     let access = Arc::new(access);
+    let mut number = 0;
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         let place = places.clone().acquire_owned().await.expect("never closed");
@@ -80,9 +82,10 @@ pub async fn serve(listener: TcpListener, access: Access, service: Arc<Service>)
                 continue;
             }
         };
+        number += 1;
         let (rpc, access) = (rpc.clone(), access.clone());
         tokio::spawn(async move {
-            if let Err(error) = connection(stream, rpc, &access).await {
+            if let Err(error) = connection(stream, Connection(number), rpc, &access).await {
                 tracing::info!(%peer, error = %Chain(error.as_ref()), "connection ended");
             }
             drop(place);
@@ -92,6 +95,7 @@ pub async fn serve(listener: TcpListener, access: Access, service: Arc<Service>)
 
 async fn connection(
     stream: TcpStream,
+    number: Connection,
     rpc: ConnectRpcService,
     access: &Access,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
@@ -117,7 +121,10 @@ async fn connection(
     let listed = certificate.is_some_and(|certificate| tls::client_is_listed(certificate, &access.client_names));
     // By what was agreed on, not by what the first bytes look like: waiting for those has no limit of its own.
     let h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
-    let service = hyper::service::service_fn(move |request: Request<Incoming>| {
+    let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
+        if !h2 {
+            request.extensions_mut().insert(number);
+        }
         let rpc = rpc.clone();
         async move { Ok::<_, Infallible>(if listed { answer(rpc, request).await } else { refuse() }) }
     });
