@@ -3,11 +3,13 @@
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use roost_common::shim::{MEMORY_RANGE, VCPUS_RANGE};
 use roost_common::units::{MAX_DISK, Mebibytes, Vcpus};
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer, de};
 
+use crate::control::url::Url;
 use crate::guest::GuestNet;
 
 /// Where the configuration is looked for when nothing else is said.
@@ -64,6 +66,8 @@ pub struct Config {
     pub pki_dir: PathBuf,
     /// Common names or DNS names of client certificates that may call the API.
     pub client_names: Vec<String>,
+    /// The control plane of this host, if it has one.
+    pub control_plane: ControlPlane,
     /// privd's socket.
     pub privd_socket: PathBuf,
     /// How shims are started.
@@ -110,6 +114,59 @@ pub struct Config {
     pub guests: GuestNet,
 }
 
+/// The control plane of a host: table `[control_plane]`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ControlPlane {
+    /// Where it is: `https://…`, or `http://…` on the same host or a network that nobody else is on. Unset: where this host was registered.
+    pub url: Option<Url>,
+    /// Address and port under which it calls this host, for the registration.
+    pub address: Option<Address>,
+    /// CAs of its HTTPS, in PEM; unset: those that the system trusts.
+    pub ca_file: Option<PathBuf>,
+}
+
+/// Address and port under which a host is called, as in `192.0.2.1:50051`; or a name and a port.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Address(String);
+
+/// Why a text is none.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is no address and port under which a host can be called, as in 192.0.2.1:50051")]
+pub struct AddressError(String);
+
+impl Address {
+    /// The text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for Address {
+    type Err = AddressError;
+
+    fn from_str(text: &str) -> Result<Self, AddressError> {
+        let is_usable = match text.parse::<SocketAddr>() {
+            Ok(address) => !address.ip().is_unspecified() && address.port() > 0,
+            Err(_) => text.rsplit_once(':').is_some_and(|(name, port)| {
+                let is_name = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'.';
+                !name.is_empty() && name.bytes().all(is_name) && port.parse::<u16>().is_ok_and(|port| port > 0)
+            }),
+        };
+        if is_usable {
+            Ok(Self(text.to_owned()))
+        } else {
+            Err(AddressError(text.to_owned()))
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Address {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
+    }
+}
+
 /// How shims are started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -139,6 +196,7 @@ impl Default for Config {
             vm_run_dir: "/run/roost/vm".into(),
             pki_dir: "/etc/roost/pki".into(),
             client_names: vec!["wrenn-cp".into(), crate::pki::CLIENT_NAME.into()],
+            control_plane: ControlPlane::default(),
             privd_socket: roost_common::privd::SOCKET.into(),
             shim: Shim::Systemd,
             shim_socket: roost_common::shim::SOCKET.into(),
@@ -302,10 +360,30 @@ mod tests {
             ("busy_network_bytes = 1073741825", "busy_network_bytes"),
             ("busy_disk_bytes = 0", "busy_disk_bytes"),
             ("busy_disk_bytes = 1073741825", "busy_disk_bytes"),
+            ("[control_plane]\nulr = \"https://x\"", "ulr"),
+            ("[control_plane]\nurl = \"x\"", "url"),
+            ("[control_plane]\nurl = \"ftp://x\"", "url"),
+            ("[control_plane]\naddress = \"192.0.2.1\"", "address"),
+            ("[control_plane]\naddress = \"0.0.0.0:50051\"", "address"),
+            ("[control_plane]\naddress = \"192.0.2.1:0\"", "address"),
+            ("[control_plane]\naddress = \"a b:1\"", "address"),
+            ("[control_plane]\nca_file = 1", "ca_file"),
         ] {
             let error = anyhow::Error::new(parse(text).expect_err(text));
             assert!(format!("{error:#}").contains(named), "{text}: {error:#}");
         }
+    }
+
+    #[test]
+    fn a_control_plane_has_an_url_and_an_address_of_ours() {
+        let text = "[control_plane]\nurl = \"https://control.example/\"\naddress = \"[2001:db8::1]:50051\"\nca_file = \"/x\"\n";
+        let ControlPlane { url, address, ca_file } = parse(text).expect("parsed").control_plane;
+        assert_eq!(url.expect("set").to_string(), "https://control.example");
+        assert_eq!(address.expect("set").as_str(), "[2001:db8::1]:50051");
+        assert_eq!(ca_file, Some("/x".into()));
+        let named = parse("[control_plane]\naddress = \"host-1.example:50051\"").expect("parsed");
+        assert!(named.control_plane.address.is_some());
+        assert_eq!(parse("").expect("parsed").control_plane, ControlPlane::default());
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! control plane, roost CLI --mTLS--> api --> registry --> one task per sandbox (sandbox::task)
-//!                                                            |  one enum (sandbox::Sandbox), one message at a time
+//!   control (heartbeats, events)                              |  one enum (sandbox::Sandbox), one message at a time
 //!                                                            v
 //!                          host: privd (disk, network), shim (VMM), images, files     guest: envd     vmm: REST
 //! ```
@@ -16,6 +16,7 @@ pub mod activity;
 pub mod api;
 pub mod cli;
 pub mod config;
+pub mod control;
 pub mod drain;
 pub mod errors;
 mod failpoint;

@@ -23,9 +23,10 @@ use tower::ServiceExt;
 use crate::api::files;
 use crate::api::operator::Operator;
 use crate::api::service::Service;
+use crate::control::listing::Connection;
 use crate::errors::Chain;
 use crate::proxy::{Body, Proxy};
-use crate::tls;
+use crate::tls::{self, Identities};
 use roost_hostagent::hostagent::v1::HostAgentServiceExt;
 use roost_hostagent::roost::v1::RoostServiceExt;
 
@@ -57,8 +58,8 @@ This port speaks HTTPS with client certificates. Use https:// instead.";
 /// Who may call, and how they are known.
 #[derive(Debug)]
 pub struct Access {
-    /// Our certificate and their CA.
-    pub tls: Arc<rustls::ServerConfig>,
+    /// Our certificates and their CAs.
+    pub tls: Arc<Identities>,
     /// Names of clients.
     pub client_names: Vec<String>,
 }
@@ -81,7 +82,7 @@ pub async fn serve(listener: TcpListener, access: Access, service: Arc<Service>)
     let rpc = ConnectRpcService::new(router).with_limits(limits);
     let services = Services { rpc, proxy };
     let access = Arc::new(access);
-    let acceptor = TlsAcceptor::from(access.tls.clone());
+    let mut number = 0;
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     if let Err(error) = probe(&listener) {
         tracing::warn!(%error, "clients that have gone without a word are not noticed");
@@ -97,9 +98,10 @@ pub async fn serve(listener: TcpListener, access: Access, service: Arc<Service>)
                 continue;
             }
         };
-        let (acceptor, services, access) = (acceptor.clone(), services.clone(), access.clone());
+        number += 1;
+        let (services, access) = (services.clone(), access.clone());
         tokio::spawn(async move {
-            if let Err(error) = connection(stream, acceptor, services, &access).await {
+            if let Err(error) = connection(stream, Connection(number), services, &access).await {
                 tracing::info!(%peer, error = %Chain(error.as_ref()), "connection ended");
             }
             drop(place);
@@ -118,11 +120,12 @@ fn probe(listener: &TcpListener) -> rustix::io::Result<()> {
 
 async fn connection(
     stream: TcpStream,
-    acceptor: TlsAcceptor,
+    number: Connection,
     services: Services,
     access: &Access,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     stream.set_nodelay(true)?;
+    let acceptor = TlsAcceptor::from(access.tls.on(stream.local_addr()?.ip()));
     let handshake = async {
         let mut first = [0];
         if stream.peek(&mut first).await? == 0 {
@@ -141,7 +144,12 @@ async fn connection(
     };
     let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
     let listed = certificate.is_some_and(|certificate| tls::client_is_listed(certificate, &access.client_names));
-    let service = hyper::service::service_fn(move |request: Request<Incoming>| {
+    // By what was agreed on, not by what the first bytes look like: waiting for those has no limit of its own.
+    let h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
+    let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
+        if !h2 {
+            request.extensions_mut().insert(number);
+        }
         let services = services.clone();
         async move {
             Ok::<_, Infallible>(if listed {
@@ -151,8 +159,6 @@ async fn connection(
             })
         }
     });
-    // By what was agreed on, not by what the first bytes look like: waiting for those has no limit of its own.
-    let h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
     let io = TokioIo::new(stream);
     if h2 {
         let mut server = hyper::server::conn::http2::Builder::new(TokioExecutor::new());

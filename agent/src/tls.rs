@@ -1,9 +1,15 @@
 //! Transport security: TLS 1.3 only, both sides with certificates of one private CA, and of the clients only those of a listed
 //! name. The verifiers are rustls' own; nothing here judges a chain.
+//!
+//! A host under a control plane has two identities ([`Identities`]): the control plane's, which is swapped while connections are
+//! served, and its own for whoever calls from this host. Each comes with its own CA for clients, so neither CA can name callers of the
+//! other's.
 
+use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
 
+use arc_swap::ArcSwap;
 use rustls::server::WebPkiClientVerifier;
 use rustls::version::TLS13;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
@@ -41,22 +47,149 @@ pub enum TlsError {
 /// # Errors
 /// Any [`TlsError`].
 pub fn server(dir: &Path) -> Result<Arc<ServerConfig>, TlsError> {
+    let (certificates, key) = (chain(&dir.join("server.pem"))?, key(&dir.join("server-key.pem"))?);
+    server_of(dir, roots(dir)?, certificates, key)
+}
+
+/// `from` is where that is from, for an error.
+fn server_of(
+    from: &Path,
+    roots: RootCertStore,
+    certificates: Vec<CertificateDer<'static>>,
+    key: PrivateKeyDer<'static>,
+) -> Result<Arc<ServerConfig>, TlsError> {
     let unusable = |source: Box<dyn std::error::Error + Send + Sync>| TlsError::Unusable {
-        dir: dir.into(),
+        dir: from.into(),
         source,
     };
     let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots(dir)?), provider.clone())
+    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone())
         .build()
         .map_err(|error| unusable(error.into()))?;
     let mut config = ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&TLS13])
         .map_err(|error| unusable(error.into()))?
         .with_client_cert_verifier(verifier)
-        .with_single_cert(chain(&dir.join("server.pem"))?, key(&dir.join("server-key.pem"))?)
+        .with_single_cert(certificates, key)
         .map_err(|error| unusable(error.into()))?;
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     Ok(Arc::new(config))
+}
+
+/// What a control plane has given a host to be known by.
+#[derive(Debug)]
+pub struct Registered {
+    config: Arc<ServerConfig>,
+    /// Which addresses its certificate names.
+    addresses: Vec<IpAddr>,
+}
+
+impl Registered {
+    /// Of texts in PEM; `from` is the file that they are from, for an error.
+    ///
+    /// # Errors
+    /// Any [`TlsError`].
+    pub fn new(from: &Path, certificate: &str, key: &str, ca: &str) -> Result<Self, TlsError> {
+        let failed = |what| {
+            move |source| TlsError::Pem {
+                path: from.into(),
+                what,
+                source,
+            }
+        };
+        let certificates = |pem: &str| {
+            let all = CertificateDer::pem_slice_iter(pem.as_bytes()).collect::<Result<Vec<_>, _>>();
+            all.map_err(failed("certificate"))
+        };
+        let chain = certificates(certificate)?;
+        let addresses = match chain.first() {
+            Some(leaf) => addresses_of(leaf),
+            None => return Err(failed("certificate")(rustls_pki_types::pem::Error::NoItemsFound)),
+        };
+        let mut roots = RootCertStore::empty();
+        for certificate in certificates(ca)? {
+            roots.add(certificate).map_err(|error| TlsError::Unusable {
+                dir: from.into(),
+                source: error.into(),
+            })?;
+        }
+        let key = PrivateKeyDer::from_pem_slice(key.as_bytes()).map_err(failed("key"))?;
+        Ok(Self {
+            config: server_of(from, roots, chain, key)?,
+            addresses,
+        })
+    }
+}
+
+/// Who this host is to those who connect. Configurations are swapped as a whole and taken by new connections, with a cache of sessions
+/// of their own: so no session goes on under a certificate or a CA that has been replaced, and no connection ends for it.
+#[derive(Debug)]
+pub struct Identities {
+    local: Option<Arc<ServerConfig>>,
+    registered: Option<ArcSwap<Registered>>,
+}
+
+impl Identities {
+    /// A host without a control plane.
+    pub fn standalone(local: Arc<ServerConfig>) -> Arc<Self> {
+        Arc::new(Self {
+            local: Some(local),
+            registered: None,
+        })
+    }
+
+    /// A host under a control plane, and what it is to callers of its own, if anything.
+    pub fn registered(registered: Registered, local: Option<Arc<ServerConfig>>) -> Arc<Self> {
+        Arc::new(Self {
+            local,
+            registered: Some(ArcSwap::from_pointee(registered)),
+        })
+    }
+
+    /// Replaces what the control plane gave, for connections from now on.
+    pub fn swap(&self, next: Registered) {
+        if let Some(registered) = &self.registered {
+            registered.store(Arc::new(next));
+        }
+    }
+
+    /// Who we are on a connection to this address of ours. The loopback is for this host's own callers, unless it is where the control
+    /// plane calls too, which is what its certificate says.
+    pub fn on(&self, dialled: IpAddr) -> Arc<ServerConfig> {
+        let registered = self.registered.as_ref().map(ArcSwap::load);
+        match (registered, &self.local) {
+            (Some(registered), Some(local)) => {
+                let dialled = dialled.to_canonical();
+                if dialled.is_loopback() && !registered.addresses.contains(&dialled) {
+                    local.clone()
+                } else {
+                    registered.config.clone()
+                }
+            }
+            (Some(registered), None) => registered.config.clone(),
+            (None, local) => local.clone().expect("it is made with one of the two"),
+        }
+    }
+}
+
+fn addresses_of(certificate: &CertificateDer<'_>) -> Vec<IpAddr> {
+    let Ok((_, certificate)) = X509Certificate::from_der(certificate) else {
+        return Vec::new();
+    };
+    let Ok(Some(names)) = certificate.subject_alternative_name() else {
+        return Vec::new();
+    };
+    let address = |bytes: &[u8]| match bytes.len() {
+        4 => <[u8; 4]>::try_from(bytes).ok().map(IpAddr::from),
+        _ => <[u8; 16]>::try_from(bytes).ok().map(IpAddr::from),
+    };
+    let names = names.value.general_names.iter();
+    names
+        .filter_map(|name| match name {
+            GeneralName::IPAddress(bytes) => address(bytes),
+            _ => None,
+        })
+        .collect()
 }
 
 /// A client's side: `ca.pem`, `client.pem` and `client-key.pem` of a directory. Speaks HTTP/1.1.

@@ -55,7 +55,7 @@ impl Agent {
             ..Config::default()
         };
         let access = Access {
-            tls: tls::server(&config.pki_dir).expect("usable"),
+            tls: tls::Identities::standalone(tls::server(&config.pki_dir).expect("usable")),
             client_names: config.client_names.clone(),
         };
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");

@@ -12,6 +12,8 @@ use roost_common::net::SlotAddresses;
 
 use super::errors::ApiError;
 use super::{files, process};
+use crate::control::clock::Moment;
+use crate::control::listing::{Connection, Shown};
 use crate::drain::drain;
 use crate::guest::Guest;
 use crate::guest::process::{Channel, Signal};
@@ -368,17 +370,20 @@ impl HostAgentService for Service {
 
     async fn list_sandboxes<'a>(
         &'a self,
-        _: RequestContext,
+        context: RequestContext,
         _: ServiceRequest<'_, ListSandboxesRequest>,
     ) -> ServiceResult<impl Encodable<ListSandboxesResponse> + Send + use<'a>> {
         self.ready()?;
         // A control plane takes every id among the sandboxes for alive, and of those that are not, it takes the ones listed as
-        // auto-paused for paused and the rest for stopped: so every paused one is listed so, always, whoever paused it.
+        // auto-paused for paused and the rest for stopped: so every paused one is listed so, whoever paused it, unless it may have
+        // them for missing.
+        let connection = context.extensions().get::<Connection>().copied();
+        let shown = self.registry.host().listing.shown(connection, Moment::now());
         let (paused, alive): (Vec<Handle>, Vec<Handle>) = self
             .registry
             .list()
             .into_iter()
-            .partition(|handle| matches!(handle.view(), View::Paused(_)));
+            .partition(|handle| shown == Shown::AsPaused && matches!(handle.view(), View::Paused(_)));
         Response::ok(ListSandboxesResponse {
             sandboxes: alive.iter().map(Self::info).collect(),
             auto_paused_sandbox_ids: paused.iter().map(|handle| handle.plan.id.to_string()).collect(),

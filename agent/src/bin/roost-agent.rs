@@ -1,21 +1,27 @@
-//! The agent's daemon: reads its configuration, binds its listener, tidies up, serves.
+//! The agent's daemon: reads its configuration, binds its listener, tidies up, serves. Or registers its host, and ends.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::Parser;
 use roost_agent::api::service::Service;
-use roost_agent::config::Config;
+use roost_agent::config::{Address, Config};
+use roost_agent::control::credentials::{Secret, Store};
+use roost_agent::control::register::register;
+use roost_agent::control::standing::{self, Standing};
+use roost_agent::control::url::Url;
 use roost_agent::errors::Chain;
 use roost_agent::host::Host;
+use roost_agent::host::files::Layout;
 use roost_agent::metrics::sampler;
 use roost_agent::outbox::{self, Outbox};
 use roost_agent::registry::Registry;
 use roost_agent::serve::{Access, serve};
-use roost_agent::{recover, tls, watermark};
+use roost_agent::{recover, watermark};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
 
 /// Owns the sandboxes of this host and serves their API.
 #[derive(Parser)]
@@ -27,6 +33,19 @@ struct Arguments {
     /// Read the configuration and the certificates, say what is wrong with them, and end
     #[arg(long)]
     check_config: bool,
+    /// Register this host at the control plane, and end. Without TOKEN it is read from --token-file, or from
+    /// ROOST_REGISTRATION_TOKEN in the environment: other users of this host see a command line
+    #[arg(long, value_name = "TOKEN", num_args = 0..=1, default_missing_value = "")]
+    register: Option<String>,
+    /// File with the token for --register
+    #[arg(long, value_name = "FILE", requires = "register")]
+    token_file: Option<PathBuf>,
+    /// Where the control plane is [default: url in [control_plane] of the configuration, or where this host was registered]
+    #[arg(long, value_name = "URL")]
+    control_plane: Option<Url>,
+    /// Address and port under which the control plane can call this host [default: address in [control_plane]]
+    #[arg(long, value_name = "IP:PORT")]
+    address: Option<Address>,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -36,11 +55,14 @@ fn main() -> anyhow::Result<()> {
         .with_writer(std::io::stderr)
         .with_ansi(false)
         .init();
-    let config = Config::load(arguments.config.as_deref())?;
-    let access = Access {
-        tls: tls::server(&config.pki_dir).context("no API without certificates (`roost pki init` makes some)")?,
-        client_names: config.client_names.clone(),
-    };
+    let mut config = Config::load(arguments.config.as_deref())?;
+    let wanted = &mut config.control_plane;
+    wanted.url = arguments.control_plane.or(wanted.url.take());
+    wanted.address = arguments.address.or(wanted.address.take());
+    if let Some(token) = arguments.register {
+        return register_host(&config, token_of(token, arguments.token_file)?);
+    }
+    let standing = Standing::load(&config)?;
     if arguments.check_config {
         println!("configuration and certificates can be used");
         return Ok(());
@@ -55,11 +77,12 @@ fn main() -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("no runtime")?;
-    let outcome = runtime.block_on(run(config, access));
+    let outcome = runtime.block_on(run(config, standing));
     // Not through the runtime's end: that would drop every task, and a dropped sandbox ends its VM. VMs outlive the agent.
     match outcome {
         Ok(End::Asked) => std::process::exit(0),
         Ok(End::Terminated) => std::process::exit(TERMINATED),
+        Ok(End::Deleted) => std::process::exit(DELETED),
         Err(error) => {
             eprintln!("Error: {error:?}");
             std::process::exit(1)
@@ -69,6 +92,8 @@ fn main() -> anyhow::Result<()> {
 
 /// Exit status after a Terminate, which its unit does not start again.
 const TERMINATED: i32 = 3;
+/// Exit status once the control plane has deleted this host, which its unit does not start again either.
+const DELETED: i32 = 4;
 
 /// Why the agent ends.
 enum End {
@@ -76,9 +101,53 @@ enum End {
     Asked,
     /// A control plane has given up this host, and nothing runs any more.
     Terminated,
+    /// A control plane has deleted this host, and nothing runs any more.
+    Deleted,
 }
 
-async fn run(config: Config, access: Access) -> anyhow::Result<End> {
+/// The registration token: as it was given, or of a file, or of the environment.
+fn token_of(given: String, file: Option<PathBuf>) -> anyhow::Result<Secret> {
+    let token = match (given, file) {
+        (given, None) if !given.is_empty() => given,
+        (given, Some(file)) if given.is_empty() => {
+            std::fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?
+        }
+        (_, Some(_)) => bail!("a token and --token-file are one too many"),
+        (_, None) => std::env::var("ROOST_REGISTRATION_TOKEN")
+            .context("no token: give one to --register, or --token-file, or ROOST_REGISTRATION_TOKEN")?,
+    };
+    let token = token.trim();
+    if token.is_empty() {
+        bail!("the registration token is empty");
+    }
+    Ok(Secret::new(token.to_owned()))
+}
+
+fn register_host(config: &Config, token: Secret) -> anyhow::Result<()> {
+    let wanted = &config.control_plane;
+    let url = wanted
+        .url
+        .clone()
+        .context("no --control-plane, and no url in [control_plane]")?;
+    let address = wanted
+        .address
+        .as_ref()
+        .context("no --address, and no address in [control_plane]")?;
+    let store = Store::new(&Layout::new(&config.dir, &config.vm_run_dir).credentials());
+    let client = standing::client(config, url.clone())?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("no runtime")?;
+    let registered = runtime.block_on(register(&client, &store, &config.dir, &token, address.as_str()))?;
+    println!(
+        "registered at {url} as host {}; start roost-agent.service, or start it anew",
+        registered.host_id
+    );
+    Ok(())
+}
+
+async fn run(config: Config, standing: Standing) -> anyhow::Result<End> {
     let mut terminate = signal(SignalKind::terminate()).context("no signals")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("no signals")?;
     let listen: SocketAddr = config.listen;
@@ -86,18 +155,40 @@ async fn run(config: Config, access: Access) -> anyhow::Result<End> {
     let listener = TcpListener::bind(listen)
         .await
         .with_context(|| format!("cannot listen on {listen}"))?;
-    let host = Host::new(config);
+    let access = Access {
+        tls: standing.identities().clone(),
+        client_names: config.client_names.clone(),
+    };
+    let host = match &standing {
+        Standing::Standalone(_) => Host::new(config),
+        Standing::Registered(_) => Host::new(config).under_control_plane(),
+    };
     let outbox = Outbox::open(&host.layout.outbox(), outbox::Limits::default());
-    let host = std::sync::Arc::new(match outbox {
-        Ok(outbox) => host.with_outbox(outbox),
-        // Sandboxes matter more than the news of them.
-        Err(error) => {
-            tracing::error!(error = %Chain(&error), "no outbox: events are lost until the agent is started anew");
-            host
-        }
+    // Sandboxes matter more than the news of them.
+    let outbox = outbox.inspect_err(|error| {
+        tracing::error!(error = %Chain(error), "no outbox: events are lost until the agent is started anew");
+    });
+    let outbox = outbox.ok();
+    let host = std::sync::Arc::new(match outbox.clone() {
+        Some(outbox) => host.with_outbox(outbox),
+        None => host,
     });
     let registry = Registry::new(host);
     let service = Service::new(registry.clone());
+    let (is_recovered, mut recovered) = watch::channel(false);
+    let control = {
+        let registry = registry.clone();
+        async move {
+            match standing {
+                Standing::Standalone(_) => std::future::pending().await,
+                Standing::Registered(session) => {
+                    // An end of what tells it is the end of all of this.
+                    let recovered = async move { drop(recovered.wait_for(|is| *is).await) };
+                    standing::run(session, registry, outbox, recovered).await;
+                }
+            }
+        }
+    };
     let recovery = {
         let service = service.clone();
         async move {
@@ -105,6 +196,7 @@ async fn run(config: Config, access: Access) -> anyhow::Result<End> {
             watermark::start(registry.clone()).await;
             tokio::spawn(sampler::run(registry));
             service.recovered();
+            is_recovered.send_replace(true);
             notify_ready();
             tracing::info!(%listen, "serving");
             std::future::pending::<anyhow::Result<End>>().await
@@ -114,6 +206,7 @@ async fn run(config: Config, access: Access) -> anyhow::Result<End> {
         outcome = recovery => outcome,
         never = serve(listener, access, service.clone()) => match never {},
         () = service.terminated() => Ok(End::Terminated),
+        () = control => Ok(End::Deleted),
         _ = terminate.recv() => Ok(End::Asked),
         _ = interrupt.recv() => Ok(End::Asked),
     }

@@ -10,6 +10,7 @@
 //! <dir>/sandboxes/.removing-<id>  a sandbox on its way out; recovery finishes it
 //! <dir>/tombstones/<id>.json      why a sandbox ended
 //! <dir>/outbox/                   lifecycle events that nobody has taken yet (see [`crate::outbox`])
+//! <dir>/credentials/              who this host is to its control plane (see [`crate::control::credentials`])
 //! <vm_run_dir>/<id>/              sockets, exit record, console; the VM's uid may write
 //! ```
 //!
@@ -102,6 +103,11 @@ impl Layout {
     /// Lifecycle events that nobody has taken yet.
     pub fn outbox(&self) -> PathBuf {
         self.dir.join("outbox")
+    }
+
+    /// Who this host is to its control plane.
+    pub fn credentials(&self) -> PathBuf {
+        self.dir.join("credentials")
     }
 }
 

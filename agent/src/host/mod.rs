@@ -18,6 +18,7 @@ use std::sync::Arc;
 use roost_common::ids::Slot;
 
 use crate::config::Config;
+use crate::control::listing::Listing;
 use crate::errors::Chain;
 use crate::guest::{Guest, Token};
 use crate::outbox::{Event, Outbox};
@@ -41,6 +42,8 @@ pub struct Host {
     pub slots: Arc<Slots>,
     /// Resolvers for guests.
     pub resolvers: Vec<Ipv4Addr>,
+    /// How paused sandboxes are listed.
+    pub listing: Listing,
     outbox: Option<Outbox>,
 }
 
@@ -53,6 +56,7 @@ impl Host {
             shims: Shims::new(&config),
             slots: Arc::new(Slots::new()),
             resolvers: config.resolvers(),
+            listing: Listing::standalone(),
             outbox: None,
             config,
         }
@@ -63,6 +67,15 @@ impl Host {
     pub fn with_outbox(self, outbox: Outbox) -> Self {
         Self {
             outbox: Some(outbox),
+            ..self
+        }
+    }
+
+    /// The same, under a control plane.
+    #[must_use]
+    pub fn under_control_plane(self) -> Self {
+        Self {
+            listing: Listing::under_control_plane(),
             ..self
         }
     }

@@ -49,6 +49,7 @@ use self::path::{Place, Way};
 use self::upstream::{Upstream, dial};
 use crate::api::service::Service;
 use crate::errors::Chain;
+use crate::guest::Guest;
 use crate::sandbox::task::{Handle, InUse};
 
 /// Most requests and tunnels of one sandbox.
@@ -128,6 +129,7 @@ impl Proxy {
             call: guest.connections().enter()?,
             in_use: handle.begin_use(),
             handle,
+            guest,
             address: SocketAddr::new(envd.ip(), place.port),
             host_place,
         })
@@ -271,6 +273,7 @@ struct Visit {
     call: Call,
     in_use: InUse,
     handle: Handle,
+    guest: Arc<Guest>,
     address: SocketAddr,
     host_place: OwnedSemaphorePermit,
 }
@@ -278,12 +281,12 @@ struct Visit {
 impl Visit {
     /// Waits until its guest has ended, or is about to be paused.
     fn over(&self) -> impl Future<Output = ()> + Send + use<> {
-        let (drained, handle) = (self.call.is_over(), self.handle.clone());
+        let (drained, handle, guest) = (self.call.is_over(), self.handle.clone(), self.guest.clone());
         async move {
             tokio::select! {
                 () = drained => {}
                 // A guest that has ended is held by whatever takes it down, for as long as that takes.
-                () = handle.stopped_running() => {}
+                () = handle.stopped_running(&guest) => {}
             }
         }
     }
@@ -316,8 +319,8 @@ impl Visit {
             mut call,
             in_use,
             handle,
-            address: _,
             host_place,
+            ..
         } = self;
         call.becomes_tunnel();
         // Only what moves is use from here on.
