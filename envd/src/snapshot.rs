@@ -89,9 +89,10 @@ mod tests {
         };
         // A caller that leaves ends nothing.
         drop(settling.join(count(Some(gate))));
-        let second = settling.run(count(None));
+        // Before the first is let go: a future that nobody has asked yet would come too late.
+        let mut second = settling.join(count(None));
         go.send(()).unwrap();
-        second.await.unwrap();
+        second.changed().await.unwrap_err();
         assert_eq!(runs.load(Ordering::Relaxed), 1);
         settling.run(count(None)).await.unwrap();
         assert_eq!(runs.load(Ordering::Relaxed), 2, "one that has ended was waited for");

@@ -381,6 +381,11 @@ fn a_signature_opens_one_path_for_one_thing_until_it_expires() {
         call(&envd, "GET", "/files?path=file", &[("X-Access-Token", "secret")], b"").status,
         200
     );
+    assert_eq!(call(&envd, "GET", &query, &[("X-Access-Token", "")], b"").status, 200);
+    assert_eq!(
+        call(&envd, "GET", "/files?path=file", &[("X-Access-Token", "")], b"").status,
+        401
+    );
     let compose = format!("/files/compose?signature={write}");
     assert_eq!(call(&envd, "POST", &compose, &[], b"{}").status, 401);
     assert_eq!(

@@ -74,7 +74,9 @@ impl Query {
     /// # Errors
     /// [`RestError::Token`], [`RestError::Signature`].
     pub(crate) fn admit(&self, guest: &Guest, headers: &HeaderMap, operation: Operation) -> Result<(), RestError> {
+        // An empty one is none given, as in `/init`.
         let header = headers.get(ACCESS_TOKEN_HEADER).map(HeaderValue::as_bytes);
+        let header = header.filter(|token| !token.is_empty());
         let (None, Some(token)) = (header, guest.settings().token) else {
             return if guest.admits(header) {
                 Ok(())

@@ -205,6 +205,31 @@ mod tests {
     }
 
     #[test]
+    fn more_entries_than_an_answer_holds_are_refused() {
+        let dir = Dir::new("list-many");
+        let directories = 260;
+        for directory in 0..directories {
+            let path = dir.path().join(directory.to_string());
+            make_dirs(&path).unwrap();
+            for link in 0..MAX_ENTRIES / directories {
+                // Of all kinds of entries the cheapest: the second and later names of one file.
+                let (first, name) = (dir.path().join("0/0"), path.join(link.to_string()));
+                if name == first {
+                    fs::write(&first, "").unwrap();
+                } else if fs::hard_link(&first, &name).is_err() {
+                    // A filesystem that allows fewer.
+                    fs::write(&name, "").unwrap();
+                }
+            }
+        }
+        let names = Names::read(Path::new("/nonexistent"));
+        assert_eq!(list(dir.path(), 1, &names).unwrap().len(), directories);
+        let refused = list(dir.path(), 2, &names).unwrap_err();
+        assert!(matches!(refused, FileError::TooManyEntries { .. }), "{refused}");
+        assert_eq!(refused.code(), connectrpc::ErrorCode::ResourceExhausted);
+    }
+
+    #[test]
     fn removing_a_link_leaves_what_it_leads_to() {
         let dir = Dir::new("remove");
         make_dirs(&dir.path().join("a")).unwrap();
