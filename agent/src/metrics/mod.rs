@@ -272,7 +272,9 @@ mod tests {
     #[test]
     fn a_clock_that_goes_back_loses_nothing() {
         let rings = Rings::default();
-        [1000, 1001, 400, 401].map(|unix| rings.add(point(unix)));
+        for unix in [1000, 1001, 400, 401] {
+            rings.add(point(unix));
+        }
         let points = rings.take();
         assert_eq!(points.minutes.len(), 4);
         assert_eq!(names(&points.hours), [990, 390]);

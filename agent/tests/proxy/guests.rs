@@ -95,7 +95,7 @@ impl Agent {
             ..Config::default()
         };
         let access = Access {
-            tls: tls::server(&config.pki_dir).expect("usable"),
+            tls: tls::Identities::standalone(tls::server(&config.pki_dir).expect("usable")),
             client_names: config.client_names.clone(),
         };
         let tls = tls::client(&config.pki_dir).expect("usable");
