@@ -7,6 +7,7 @@ mod bad_input;
 mod concurrency;
 mod faults;
 mod full_disk;
+mod guest_calls;
 mod isolation;
 mod lifecycle;
 mod limits;

@@ -4,9 +4,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use connectrpc::client::{BoxFuture, ClientBody, ClientConfig, ClientTransport};
-use http::{Request, Response};
+use http::{Request, Response, StatusCode};
+use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper::body::Incoming;
+use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 use rustls_pki_types::ServerName;
 use tokio::net::TcpStream;
@@ -23,6 +26,9 @@ pub(super) type Operator = RoostServiceClient<Https>;
 
 /// Largest answer that is read: an Exec's output, and what JSON or an agent of another configuration may add.
 const MAX_ANSWER: usize = 256 << 20;
+
+/// Largest refusal that is read.
+const MAX_REFUSAL: usize = 64 << 10;
 
 /// Time for a connection to stand, and again for its handshake.
 const CONNECT_LIMIT: Duration = Duration::from_secs(15);
@@ -46,6 +52,10 @@ pub(super) enum ClientError {
         #[source]
         source: std::io::Error,
     },
+    #[error("{0:?} is no sandbox id")]
+    BadSandbox(String),
+    #[error("refused with status {status}: {message}")]
+    Refused { status: StatusCode, message: String },
     #[error("{host} broke the connection off; it may not trust our client certificate")]
     Broken {
         host: String,
@@ -70,6 +80,11 @@ pub(super) fn connect(host: &str, pki: &Path) -> Result<Client, ClientError> {
 /// The same for what roost adds.
 pub(super) fn connect_operator(host: &str, pki: &Path) -> Result<Operator, ClientError> {
     channel(host, pki).map(|(https, config)| Operator::new(https, config))
+}
+
+/// The transport alone, for what is no call.
+pub(super) fn connect_plain(host: &str, pki: &Path) -> Result<Https, ClientError> {
+    channel(host, pki).map(|(https, _)| https)
 }
 
 fn channel(host: &str, pki: &Path) -> Result<(Https, ClientConfig), ClientError> {
@@ -103,9 +118,30 @@ impl ClientTransport for Https {
 
 impl Https {
     async fn exchange(self, mut request: Request<ClientBody>) -> Result<Response<Incoming>, ClientError> {
-        let host = self.host;
+        let host = self.host.clone();
+        let mut sender = self.open().await?;
+        let value = http::HeaderValue::from_str(&host).map_err(|_| ClientError::BadHost(host.clone()))?;
+        request.headers_mut().insert(http::header::HOST, value);
+        let path = request
+            .uri()
+            .path()
+            .parse()
+            .map_err(|_| ClientError::BadHost(host.clone()))?;
+        *request.uri_mut() = path;
+        let broken = |source| ClientError::Broken { host, source };
+        sender.send_request(request).await.map_err(broken)
+    }
+
+    /// A connection to the agent that speaks HTTP.
+    async fn open<B>(&self) -> Result<hyper::client::conn::http1::SendRequest<B>, ClientError>
+    where
+        B: hyper::body::Body + Send + 'static,
+        B::Data: Send,
+        B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        let host = &self.host;
         let late = |_| std::io::Error::from(std::io::ErrorKind::TimedOut);
-        let connected = tokio::time::timeout(CONNECT_LIMIT, TcpStream::connect(&host)).await;
+        let connected = tokio::time::timeout(CONNECT_LIMIT, TcpStream::connect(host)).await;
         let stream = connected
             .map_err(late)
             .and_then(|stream| stream)
@@ -113,7 +149,7 @@ impl Https {
                 host: host.clone(),
                 source,
             })?;
-        let shaken = tokio::time::timeout(CONNECT_LIMIT, self.tls.connect(self.name, stream)).await;
+        let shaken = tokio::time::timeout(CONNECT_LIMIT, self.tls.connect(self.name.clone(), stream)).await;
         let stream = shaken
             .map_err(late)
             .and_then(|stream| stream)
@@ -125,19 +161,38 @@ impl Https {
             host: host.clone(),
             source,
         };
-        let (mut sender, connection) = hyper::client::conn::http1::handshake::<_, ClientBody>(TokioIo::new(stream))
+        let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
             .await
             .map_err(broken)?;
         // Its end is told by the answer or by reading its body.
-        tokio::spawn(connection);
-        let value = http::HeaderValue::from_str(&host).map_err(|_| ClientError::BadHost(host.clone()))?;
-        request.headers_mut().insert(http::header::HOST, value);
-        let path = request
-            .uri()
-            .path()
-            .parse()
-            .map_err(|_| ClientError::BadHost(host.clone()))?;
-        *request.uri_mut() = path;
-        sender.send_request(request).await.map_err(broken)
+        tokio::spawn(connection.with_upgrades());
+        Ok(sender)
+    }
+
+    /// Bytes both ways to a port of a sandbox.
+    pub(super) async fn forward(&self, sandbox: &str, port: u16) -> Result<Upgraded, ClientError> {
+        let mut sender = self.open::<Empty<Bytes>>().await?;
+        let request = Request::builder()
+            .uri(format!("/forward/{sandbox}/{port}"))
+            .header(http::header::HOST, &self.host)
+            .header(http::header::CONNECTION, "upgrade")
+            .header(http::header::UPGRADE, "tcp")
+            .body(Empty::new())
+            .map_err(|_| ClientError::BadSandbox(sandbox.to_owned()))?;
+        let broken = |source| ClientError::Broken {
+            host: self.host.clone(),
+            source,
+        };
+        let answer = sender.send_request(request).await.map_err(broken)?;
+        if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
+            return hyper::upgrade::on(answer).await.map_err(broken);
+        }
+        let status = answer.status();
+        let body = Limited::new(answer.into_body(), MAX_REFUSAL).collect().await;
+        let said = body.map(|body| body.to_bytes()).unwrap_or_default();
+        let object: Option<serde_json::Value> = serde_json::from_slice(&said).ok();
+        let message = object.as_ref().and_then(|object| object.get("message")?.as_str());
+        let message = message.unwrap_or("no reason was given").replace(char::is_control, "?");
+        Err(ClientError::Refused { status, message })
     }
 }

@@ -100,7 +100,7 @@ pub(super) async fn copy(client: &Client, wish: Copy) -> Result<(), CliError> {
                 bar: &bar,
             };
             let path = there
-                .into_directory(path, from.file_name().map(|name| name.to_string_lossy().into_owned()))
+                .below(path, from.file_name().map(|name| name.to_string_lossy().into_owned()))
                 .await;
             bar.set_length(size_here(&from)?);
             there.put(&from, &path).await
@@ -141,7 +141,7 @@ struct There<'a> {
 
 impl There<'_> {
     /// The path of something that is copied to `path`: in it, where that is a directory.
-    async fn into_directory(&self, path: String, name: Option<String>) -> String {
+    async fn below(&self, path: String, name: Option<String>) -> String {
         match (name, self.list(&path, 1).await) {
             (Some(name), Ok(_)) => format!("{}/{name}", path.trim_end_matches('/')),
             _ => path,

@@ -6,6 +6,7 @@
 mod client;
 mod copy;
 mod exec;
+mod forward;
 mod top;
 
 use std::collections::HashMap;
@@ -23,6 +24,7 @@ use crate::sandbox::unix_now;
 use client::{Client, ClientError, Operator};
 use copy::{Copy, CopyError};
 use exec::{Exec, ExecError};
+use forward::Forward;
 use roost_hostagent::hostagent::v1::{
     CreateSandboxRequest, CreateSnapshotRequest, DeleteSnapshotRequest, DestroySandboxRequest, FlattenRootfsRequest,
     ListSandboxesRequest, PauseSandboxRequest, PingSandboxRequest, ResumeSandboxRequest, SandboxInfo,
@@ -73,6 +75,8 @@ enum Command {
     Run(Run),
     /// Copy files and directories into a sandbox or out of it
     Cp(Copy),
+    /// Make ports of a sandbox ports of this machine, until it is interrupted
+    Forward(Forward),
     /// Print what a sandbox has written to its console, as far back as that is kept
     Logs {
         /// The messages of its VMM in place of its console
@@ -328,6 +332,7 @@ async fn run(arguments: Arguments) -> Result<ExitCode, CliError> {
             return self::run_once((&client()?, &operator), wish).await;
         }
         Command::Cp(wish) => copy::copy(&client()?, wish).await?,
+        Command::Forward(wish) => forward::forward(client::connect_plain(&host, &pki)?, wish).await?,
         Command::Logs { vmm, id } => logs(&client::connect_operator(&host, &pki)?, id, vmm).await?,
         Command::Top => top::top(&client()?).await?,
         Command::Completions { shell } => {
