@@ -186,6 +186,8 @@ fn path(path: String) -> Result<String, ApiError> {
 
 fn entry(info: EntryInfo) -> FileEntry {
     let kind = match info.r#type.as_known() {
+        // Guest agents of this family say of a link what it leads to.
+        _ if info.symlink_target.is_some() => "symlink",
         Some(FileType::FILE_TYPE_DIRECTORY) => "directory",
         Some(FileType::FILE_TYPE_SYMLINK) => "symlink",
         // Devices and sockets have no word of their own.

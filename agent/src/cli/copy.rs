@@ -153,7 +153,7 @@ impl There<'_> {
         self.bar.set_message(from.display().to_string());
         if about.is_symlink() {
             let target = fs::read_link(from).map_err(at(from))?.to_string_lossy().into_owned();
-            return self.run(&["ln", "-sfn", "--", &target, to]).await;
+            return self.run(&["ln", "-sfn", "--", &target, to]).await.map(drop);
         }
         if about.is_file() {
             self.put_file(from, to).await?;
@@ -275,8 +275,10 @@ impl There<'_> {
             match entry.r#type.as_str() {
                 "directory" => Box::pin(self.fetch_tree(&entry.path, &below)).await?,
                 "symlink" => {
+                    // The listing says where it leads to in the end; what it says itself is to be copied.
+                    let target = self.run(&["readlink", "-n", "--", &entry.path]).await?;
                     drop(fs::remove_file(&below));
-                    symlink(entry.symlink_target.unwrap_or_default(), &below).map_err(at(&below))?;
+                    symlink(target, &below).map_err(at(&below))?;
                 }
                 _ => {
                     self.bar.inc_length(entry.size.max(0).unsigned_abs());
@@ -337,7 +339,8 @@ impl There<'_> {
         Ok(self.client.list_dir(request).await?.into_owned().entries)
     }
 
-    async fn run(&self, command: &[&str]) -> Result<(), CliError> {
+    /// Runs a command that must succeed; what it wrote.
+    async fn run(&self, command: &[&str]) -> Result<String, CliError> {
         let mut words = command.iter().map(|word| (*word).to_owned());
         let request = ExecRequest {
             sandbox_id: self.sandbox.clone(),
@@ -347,7 +350,7 @@ impl There<'_> {
         };
         let answer = self.client.exec(request).await?.into_owned();
         if answer.exit_code == 0 {
-            return Ok(());
+            return Ok(String::from_utf8_lossy(&answer.stdout).into_owned());
         }
         let said = String::from_utf8_lossy(&answer.stderr).replace(char::is_control, " ");
         Err(CopyError::Command(command.join(" "), said.trim().to_owned()).into())
