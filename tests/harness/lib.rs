@@ -8,6 +8,7 @@ pub mod disk;
 pub mod internet;
 pub mod roost;
 
+use std::io::Write as _;
 use std::sync::{Mutex, Once};
 use std::time::{Duration, Instant};
 
@@ -19,6 +20,16 @@ pub const PATIENCE: Duration = Duration::from_secs(300);
 /// Whether tests are to run at full size, by `cargo xtask test --all`.
 pub fn is_full_size() -> bool {
     std::env::var_os("ROOST_TESTS_ALL").is_some()
+}
+
+/// Prints past libtest, which would keep it to itself until the end, and of a test that passes for ever.
+///
+/// # Panics
+/// When standard error has gone.
+pub fn show(line: &str) {
+    std::io::stderr()
+        .write_all(format!("  {line}\n").as_bytes())
+        .expect("written");
 }
 
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use roost_tests::roost::{self, PKI, Sandbox, call, certificates, curl, kill_9, pids, roost, wait_for_agent};
-use roost_tests::{eventually, in_rig, is_full_size};
+use roost_tests::{eventually, in_rig, is_full_size, show};
 use serde_json::{Value, json};
 
 /// Counts to 60, five a second, and ends with 7.
@@ -79,7 +79,10 @@ fn a_command_that_was_left_is_found_again_and_says_what_was_lost() {
             kept.len()
         );
         assert!(kept.ends_with(b"\n199999\n200000\n"));
-        println!("NOTE: of {all} bytes that nobody read, {} were kept", kept.len());
+        show(&format!(
+            "NOTE: of {all} bytes that nobody read, {} were kept",
+            kept.len()
+        ));
 
         let request = json!({"sandboxId": id, "pid": pid, "signal": "SIGTERM"});
         assert_eq!(call("KillProcess", &request).status, 200);
@@ -196,7 +199,9 @@ fn files_go_in_and_out_whole_and_the_agent_holds_none_of_them() {
         roost::ok(&["cp", &format!("{id}:/root/large"), &format!("{large}.back")]);
         let down = peak();
         sh(&format!("cmp {large} {large}.back"));
-        println!("NOTE: {mebibytes} MiB up and down: the agent's peak {before} KiB, then {up}, then {down}");
+        show(&format!(
+            "NOTE: {mebibytes} MiB up and down: the agent's peak {before} KiB, then {up}, then {down}"
+        ));
         // Two pieces of each copy and what allocators keep; nothing that grows with the file.
         assert!(
             down < before + 24 * 1024,

@@ -9,14 +9,14 @@ mod fault;
 mod steps;
 
 use std::collections::BTreeMap;
-use std::io::{Read as _, Write as _};
+use std::io::Read as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use roost_tests::census::Census;
 use roost_tests::disk::preallocate;
 use roost_tests::roost::{self, Sandbox, Template, find, find_paused, status, wait_for_agent};
-use roost_tests::{eventually, in_rig, is_full_size};
+use roost_tests::{eventually, in_rig, is_full_size, show};
 
 use fault::Fault;
 use steps::{Operation, Point, Step};
@@ -86,13 +86,6 @@ fn whatever_happens_at_any_step_of_anything_nothing_is_lost_and_nothing_stays() 
         failures.len(),
         failures.join("\n")
     );
-}
-
-/// Prints past libtest, which would keep it to itself until the end.
-fn show(line: &str) {
-    std::io::stderr()
-        .write_all(format!("  {line}\n").as_bytes())
-        .expect("written");
 }
 
 /// How many cases there were of each operation and fault.

@@ -5,13 +5,12 @@
 //! same turns again: what a turn draws depends on the seed, its number and the state of its sandbox alone. When in an operation a kill
 //! comes is up to the machine. `ROOST_OPERATIONS` says how many there are.
 
-use std::io::Write as _;
 use std::process::{Child, Command, Output};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use roost_tests::census::Census;
 use roost_tests::roost::{self, Sandbox, Template, kill_9, kill_9_pid, pids, vmm_command, wait_for_agent};
-use roost_tests::{eventually, in_rig, is_full_size};
+use roost_tests::{eventually, in_rig, is_full_size, show};
 use serde_json::Value;
 
 const SANDBOXES: usize = 6;
@@ -227,13 +226,6 @@ fn whatever_is_done_in_whatever_order_every_sandbox_is_what_it_must_be() {
             known.look();
         }
     });
-}
-
-/// Prints past libtest, which would keep it to itself until the end.
-fn show(line: &str) {
-    std::io::stderr()
-        .write_all(format!("  {line}\n").as_bytes())
-        .expect("written");
 }
 
 impl World {
