@@ -58,6 +58,8 @@ pub enum ConfigError {
 pub struct Config {
     /// Address and port of the HTTPS API.
     pub listen: SocketAddr,
+    /// Loopback address and port of Prometheus metrics and health, as plain HTTP for anybody on this machine.
+    pub status_listen: SocketAddr,
     /// Kernels, images, sandboxes; `ROOST_DIR` in the environment overrides it.
     pub dir: PathBuf,
     /// Run directories of VMs, one below it for each.
@@ -192,6 +194,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             listen: SocketAddr::from(([0, 0, 0, 0], 50051)),
+            status_listen: SocketAddr::from(([127, 0, 0, 1], 50052)),
             dir: "/var/lib/roost".into(),
             vm_run_dir: "/run/roost/vm".into(),
             pki_dir: "/etc/roost/pki".into(),
@@ -291,6 +294,13 @@ impl Config {
         {
             return out_of_range("dns", format!("{:?}", config.dns), "at most 8 addresses");
         }
+        if !config.status_listen.ip().is_loopback() {
+            return out_of_range(
+                "status_listen",
+                config.status_listen.to_string(),
+                "a loopback address: whoever can reach it is not asked who they are",
+            );
+        }
         if config.client_names.is_empty() {
             return out_of_range("client_names", "[]".into(), "at least one name, else nobody may call");
         }
@@ -342,6 +352,7 @@ mod tests {
         for (text, named) in [
             ("listne = \"0.0.0.0:1\"", "listne"),
             ("listen = \"nowhere\"", "listen"),
+            ("status_listen = \"0.0.0.0:50052\"", "status_listen"),
             ("max_sandboxes = 0", "max_sandboxes"),
             ("max_sandboxes = 5000", "max_sandboxes"),
             ("shim = \"docker\"", "shim"),

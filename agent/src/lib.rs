@@ -31,6 +31,7 @@ pub mod registry;
 pub mod sandbox;
 pub mod serve;
 pub mod snapshot;
+pub mod status;
 pub mod templates;
 pub mod tls;
 pub mod tombstone;

@@ -157,6 +157,14 @@ impl Registry {
         }
     }
 
+    /// What was seen of the disk at the last look.
+    pub(crate) fn space(&self) -> Option<Space> {
+        match *self.room() {
+            Room::Unknown => None,
+            Room::Short(seen) | Room::Spare { seen, .. } => Some(seen),
+        }
+    }
+
     /// What was seen of the disk, and whether that is too little for new work.
     pub(crate) fn room_is(&self, seen: Space, is_short: bool) {
         let now = if is_short {

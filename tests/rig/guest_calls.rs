@@ -280,6 +280,15 @@ fn every_call_of_a_guest_answers_what_it_is_asked_and_refuses_what_it_cannot() {
                 |point: &Value| number(&point["memBytes"]) > 1 << 20 && number(&point["diskBytes"]) > 1 << 20;
             points.iter().any(is_sound).then_some(())
         });
+        let watched = curl(&["http://127.0.0.1:50052/metrics"]).text;
+        for line in [
+            "roost_sandboxes{state=\"running\"} 1",
+            "roost_operation_seconds_count{kind=\"create\",outcome=\"ok\"}",
+            "roost_privd_call_seconds_count{kind=\"open_disk\",outcome=\"ok\"}",
+        ] {
+            assert!(watched.contains(line), "{line} is not in {watched}");
+        }
+        assert!(!watched.contains(id.as_str()), "no time series is one sandbox's");
         let flushed = fine("FlushSandboxMetrics", json!({}));
         for ring in ["points10m", "points2h", "points24h"] {
             assert!(

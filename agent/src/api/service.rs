@@ -66,6 +66,11 @@ impl Service {
         self.recovered.store(true, Ordering::Release);
     }
 
+    /// Does what is asked of a sandbox, and notes how long that took.
+    async fn timed<T, E>(&self, kind: &'static str, work: impl Future<Output = Result<T, E>>) -> Result<T, E> {
+        self.registry.host().operations.of(kind, work).await
+    }
+
     /// Places for files that are held whole.
     pub(super) fn whole_files(&self) -> &Semaphore {
         &self.whole_files
@@ -346,7 +351,7 @@ impl HostAgentService for Service {
         request: ServiceRequest<'_, CreateSandboxRequest>,
     ) -> ServiceResult<impl Encodable<CreateSandboxResponse> + Send + use<'a>> {
         let request = request.to_owned_message();
-        Response::ok(self.create(request).await?)
+        Response::ok(self.timed("create", self.create(request)).await?)
     }
 
     async fn destroy_sandbox<'a>(
@@ -355,7 +360,9 @@ impl HostAgentService for Service {
         request: ServiceRequest<'_, DestroySandboxRequest>,
     ) -> ServiceResult<impl Encodable<DestroySandboxResponse> + Send + use<'a>> {
         let handle = self.find(request.sandbox_id)?;
-        handle.destroy().await.map_err(ApiError::Destroy)?;
+        self.timed("destroy", handle.destroy())
+            .await
+            .map_err(ApiError::Destroy)?;
         Response::ok(DestroySandboxResponse::default())
     }
 
@@ -408,7 +415,8 @@ impl HostAgentService for Service {
         request: ServiceRequest<'_, PauseSandboxRequest>,
     ) -> ServiceResult<impl Encodable<PauseSandboxResponse> + Send + use<'a>> {
         let handle = self.find_reachable(request.sandbox_id)?;
-        handle.pause(PauseReason::Requested).await.map_err(ApiError::Pause)?;
+        let paused = self.timed("pause", handle.pause(PauseReason::Requested)).await;
+        paused.map_err(ApiError::Pause)?;
         Response::ok(PauseSandboxResponse::default())
     }
 
@@ -418,7 +426,7 @@ impl HostAgentService for Service {
         request: ServiceRequest<'_, ResumeSandboxRequest>,
     ) -> ServiceResult<impl Encodable<ResumeSandboxResponse> + Send + use<'a>> {
         let request = request.to_owned_message();
-        Response::ok(self.resume(request).await?)
+        Response::ok(self.timed("resume", self.resume(request)).await?)
     }
 
     async fn create_snapshot<'a>(
@@ -428,7 +436,10 @@ impl HostAgentService for Service {
     ) -> ServiceResult<impl Encodable<CreateSnapshotResponse> + Send + use<'a>> {
         let wish = request.to_owned_message();
         let (sandbox, team, template) = (&wish.sandbox_id, &wish.team_id, &wish.template_id);
-        let captured = self.capture(CaptureKind::Snapshot, sandbox, &wish.name, team, template);
+        let captured = self.timed(
+            "snapshot",
+            self.capture(CaptureKind::Snapshot, sandbox, &wish.name, team, template),
+        );
         Response::ok(CreateSnapshotResponse {
             size_bytes: captured.await?,
             name: wish.name,
@@ -443,7 +454,10 @@ impl HostAgentService for Service {
     ) -> ServiceResult<impl Encodable<FlattenRootfsResponse> + Send + use<'a>> {
         let wish = request.to_owned_message();
         let (sandbox, team, template) = (&wish.sandbox_id, &wish.team_id, &wish.template_id);
-        let captured = self.capture(CaptureKind::Rootfs, sandbox, &wish.name, team, template);
+        let captured = self.timed(
+            "flatten",
+            self.capture(CaptureKind::Rootfs, sandbox, &wish.name, team, template),
+        );
         Response::ok(FlattenRootfsResponse {
             size_bytes: captured.await?,
             ..FlattenRootfsResponse::default()

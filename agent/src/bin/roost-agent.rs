@@ -18,7 +18,7 @@ use roost_agent::metrics::sampler;
 use roost_agent::outbox::{self, Outbox};
 use roost_agent::registry::Registry;
 use roost_agent::serve::{Access, serve};
-use roost_agent::{recover, watermark};
+use roost_agent::{recover, status, watermark};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -155,6 +155,10 @@ async fn run(config: Config, standing: Standing) -> anyhow::Result<End> {
     let listener = TcpListener::bind(listen)
         .await
         .with_context(|| format!("cannot listen on {listen}"))?;
+    let status_listen = config.status_listen;
+    let status_listener = TcpListener::bind(status_listen)
+        .await
+        .with_context(|| format!("cannot listen on {status_listen} (status_listen)"))?;
     let access = Access {
         tls: standing.identities().clone(),
         client_names: config.client_names.clone(),
@@ -176,6 +180,8 @@ async fn run(config: Config, standing: Standing) -> anyhow::Result<End> {
     let registry = Registry::new(host);
     let service = Service::new(registry.clone());
     let (is_recovered, mut recovered) = watch::channel(false);
+    let serving = recovered.clone();
+    let (registry_of_status, is_serving) = (registry.clone(), move || *serving.borrow());
     let control = {
         let registry = registry.clone();
         async move {
@@ -205,6 +211,7 @@ async fn run(config: Config, standing: Standing) -> anyhow::Result<End> {
     tokio::select! {
         outcome = recovery => outcome,
         never = serve(listener, access, service.clone()) => match never {},
+        never = status::serve(status_listener, registry_of_status, is_serving) => match never {},
         () = service.terminated() => Ok(End::Terminated),
         () = control => Ok(End::Deleted),
         _ = terminate.recv() => Ok(End::Asked),

@@ -22,6 +22,7 @@ use crate::control::listing::Listing;
 use crate::errors::Chain;
 use crate::guest::{Guest, Token};
 use crate::outbox::{Event, Outbox};
+use crate::status::Timings;
 use files::Layout;
 use privd::PrivdClientHandle;
 use shim::Shims;
@@ -44,6 +45,8 @@ pub struct Host {
     pub resolvers: Vec<Ipv4Addr>,
     /// How paused sandboxes are listed.
     pub listing: Listing,
+    /// How long what callers ask of sandboxes takes.
+    pub operations: Timings,
     outbox: Option<Outbox>,
 }
 
@@ -57,6 +60,7 @@ impl Host {
             slots: Arc::new(Slots::new()),
             resolvers: config.resolvers(),
             listing: Listing::standalone(),
+            operations: Timings::default(),
             outbox: None,
             config,
         }
@@ -78,6 +82,11 @@ impl Host {
             listing: Listing::under_control_plane(),
             ..self
         }
+    }
+
+    /// Where events are kept, if they are.
+    pub fn outbox(&self) -> Option<&Outbox> {
+        self.outbox.as_ref()
     }
 
     /// Keeps an event until somebody has taken it. Where it cannot be kept that is logged: a control plane that lists sandboxes

@@ -22,6 +22,7 @@ use tarpc::context::Context;
 use tokio::sync::{Mutex, Semaphore};
 
 use crate::failpoint;
+use crate::status::Timings;
 
 /// How long one call may take: longer than privd waits for a name that is still in use (5 s), and for a busy host.
 const CALL_LIMIT: Duration = Duration::from_secs(60);
@@ -64,6 +65,7 @@ pub struct PrivdClientHandle {
     path: PathBuf,
     connection: Mutex<Option<PrivdClient>>,
     calls: Arc<Semaphore>,
+    timings: Timings,
 }
 
 impl PrivdClientHandle {
@@ -73,7 +75,13 @@ impl PrivdClientHandle {
             path,
             connection: Mutex::new(None),
             calls: Arc::new(Semaphore::new(MAX_IN_FLIGHT)),
+            timings: Timings::default(),
         }
+    }
+
+    /// How long its calls take.
+    pub fn timings(&self) -> &Timings {
+        &self.timings
     }
 
     /// Opens a sandbox's disk; see [`roost_common::privd::Privd::open_disk`].
@@ -137,6 +145,17 @@ impl PrivdClientHandle {
         F: Future<Output = Result<Result<T, PrivdError>, RpcError>>,
     {
         let _permit = self.calls.acquire().await.expect("never closed");
+        self.timings.of(verb, self.call_until_answered(verb, attempt)).await
+    }
+
+    async fn call_until_answered<T, F>(
+        &self,
+        verb: &'static str,
+        attempt: impl Fn(PrivdClient, Context) -> F,
+    ) -> Result<T, CallError>
+    where
+        F: Future<Output = Result<Result<T, PrivdError>, RpcError>>,
+    {
         let mut retried = false;
         loop {
             let privd = self.connected().await?;

@@ -1,0 +1,278 @@
+//! What the agent knows of itself, for those who watch it: Prometheus metrics and health on a listener of this machine alone.
+//!
+//! Holds: nothing here names a sandbox, a team or a template, so that the number of time series does not grow with them and whoever may
+//! look learns of none. The listener speaks plain HTTP to anybody on this machine; it changes nothing.
+
+use std::convert::Infallible;
+use std::fmt::Error;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http::{Method, Request, Response, StatusCode, header};
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::Registry as Metrics;
+use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+
+use crate::registry::Registry;
+use crate::sandbox::task::View;
+
+/// Most connections at a time; more wait in the kernel's backlog.
+const MAX_CONNECTIONS: usize = 16;
+/// Time for the headers of a request, and so how long a connection may be idle.
+const IDLE_LIMIT: Duration = Duration::from_secs(75);
+/// The format of the metrics.
+const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+/// Bounds of the histograms, in seconds: from a call of privd to a large memory that is written.
+const SECONDS: [f64; 15] = [
+    0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 60.0, 600.0,
+];
+
+/// Names and values of labels.
+type Labels = [(&'static str, &'static str); 2];
+
+/// How long things take, and how they end.
+#[derive(Debug, Clone)]
+pub struct Timings(Family<Labels, Histogram, fn() -> Histogram>);
+
+impl Default for Timings {
+    fn default() -> Self {
+        Self(Family::new_with_constructor(|| Histogram::new(SECONDS)))
+    }
+}
+
+impl Timings {
+    /// Does `work`, and notes how long that took. `kind` is the name of what it is.
+    pub async fn of<T, E>(&self, kind: &'static str, work: impl Future<Output = Result<T, E>>) -> Result<T, E> {
+        let began = Instant::now();
+        let outcome = work.await;
+        let word = if outcome.is_ok() { "ok" } else { "error" };
+        let labels = [("kind", kind), ("outcome", word)];
+        self.0.get_or_create(&labels).observe(began.elapsed().as_secs_f64());
+        outcome
+    }
+}
+
+/// What is counted anew each time that somebody looks.
+#[derive(Debug)]
+struct Seen(Arc<Registry>);
+
+/// The states in which sandboxes are listed, in the words of the API.
+const STATES: [&str; 7] = [
+    "starting",
+    "running",
+    "pausing",
+    "paused",
+    "resuming",
+    "unreachable",
+    "stopping",
+];
+
+impl Collector for Seen {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), Error> {
+        let registry = &self.0;
+        let views: Vec<View> = registry.list().iter().map(|handle| handle.view()).collect();
+        let one = ConstGauge::new(0_u64);
+        let mut states = encoder.encode_descriptor("roost_sandboxes", "Sandboxes", None, one.metric_type())?;
+        for state in STATES {
+            let count = views.iter().filter(|view| view.name() == state).count();
+            let labels = [("state", state)];
+            ConstGauge::new(count as u64).encode(states.encode_family(&labels)?)?;
+        }
+        let host = registry.host();
+        let room = registry.space();
+        for (name, help, value) in [
+            (
+                "roost_sandboxes_limit",
+                "Most sandboxes at a time",
+                u64::from(host.config.max_sandboxes),
+            ),
+            (
+                "roost_disk_free_bytes",
+                "Free on the filesystem of the data directory",
+                room.map_or(0, |room| room.free),
+            ),
+            (
+                "roost_disk_reserve_bytes",
+                "Kept free, for the memory of running sandboxes among it",
+                room.map_or(0, |room| room.reserve),
+            ),
+            (
+                "roost_outbox_events",
+                "Lifecycle events that nobody has taken yet",
+                host.outbox().map_or(0, |outbox| outbox.depth() as u64),
+            ),
+        ] {
+            let gauge = ConstGauge::new(value);
+            gauge.encode(encoder.encode_descriptor(name, help, None, gauge.metric_type())?)?;
+        }
+        for (name, help, value) in [
+            (
+                "roost_outbox_dropped_events",
+                "Lifecycle events that were dropped for want of room",
+                host.outbox().map_or(0, |outbox| outbox.dropped()),
+            ),
+            (
+                "roost_outbox_refused_events",
+                "Lifecycle events that the control plane refused",
+                host.outbox().map_or(0, |outbox| outbox.refused()),
+            ),
+        ] {
+            let counter = ConstCounter::new(value);
+            counter.encode(encoder.encode_descriptor(name, help, None, counter.metric_type())?)?;
+        }
+        Ok(())
+    }
+}
+
+/// All metrics of an agent.
+fn metrics(registry: &Arc<Registry>) -> Metrics {
+    let mut metrics = Metrics::default();
+    let host = registry.host();
+    metrics.register(
+        "roost_operation_seconds",
+        "Creates, pauses, resumes, captures and destroys, as their callers see them",
+        host.operations.0.clone(),
+    );
+    metrics.register(
+        "roost_privd_call_seconds",
+        "Calls of privd, its answer included",
+        host.privd.timings().0.clone(),
+    );
+    metrics.register_collector(Box::new(Seen(registry.clone())));
+    metrics
+}
+
+/// Serves until the process ends. `is_ready` says whether recovery is complete.
+pub async fn serve(
+    listener: TcpListener,
+    registry: Arc<Registry>,
+    is_ready: impl Fn() -> bool + Clone + Send + 'static,
+) -> Infallible {
+    let metrics = Arc::new(metrics(&registry));
+    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    loop {
+        let place = places.clone().acquire_owned().await.expect("never closed");
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                // Out of descriptors, mostly: those that are open must close before another attempt makes sense.
+                tracing::error!(%error, "cannot accept a connection on the status listener");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let (metrics, is_ready) = (metrics.clone(), is_ready.clone());
+        tokio::spawn(async move {
+            let service = hyper::service::service_fn(move |request: Request<Incoming>| {
+                let answer = answer(&request, &metrics, is_ready());
+                async move { Ok::<_, Infallible>(answer) }
+            });
+            let mut server = hyper::server::conn::http1::Builder::new();
+            server.timer(TokioTimer::new()).header_read_timeout(IDLE_LIMIT);
+            if let Err(error) = server.serve_connection(TokioIo::new(stream), service).await {
+                tracing::debug!(%error, "a status connection ended");
+            }
+            drop(place);
+        });
+    }
+}
+
+fn answer<B>(request: &Request<B>, metrics: &Metrics, is_ready: bool) -> Response<Full<Bytes>> {
+    let text = |status, text: &'static str| reply(status, "text/plain; charset=utf-8", text.into());
+    if !matches!(*request.method(), Method::GET | Method::HEAD) {
+        return text(StatusCode::METHOD_NOT_ALLOWED, "GET only\n");
+    }
+    match request.uri().path() {
+        "/health" if is_ready => text(StatusCode::OK, "serving\n"),
+        "/health" => text(StatusCode::SERVICE_UNAVAILABLE, "recovering\n"),
+        "/metrics" => {
+            let mut page = String::new();
+            match encode(&mut page, metrics) {
+                Ok(()) => reply(StatusCode::OK, OPEN_METRICS, page.into()),
+                Err(Error) => text(StatusCode::INTERNAL_SERVER_ERROR, "the metrics could not be written\n"),
+            }
+        }
+        _ => text(StatusCode::NOT_FOUND, "there are /metrics and /health\n"),
+    }
+}
+
+fn reply(status: StatusCode, kind: &'static str, body: Bytes) -> Response<Full<Bytes>> {
+    Response::builder()
+        .status(status)
+        .header(header::CONTENT_TYPE, kind)
+        .body(Full::new(body))
+        .expect("constant parts")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+    use crate::host::Host;
+
+    fn asked(method: Method, path: &str) -> Request<()> {
+        let mut request = Request::new(());
+        *request.method_mut() = method;
+        *request.uri_mut() = path.parse().expect("a path");
+        request
+    }
+
+    fn page(metrics: &Metrics) -> String {
+        let mut page = String::new();
+        encode(&mut page, metrics).expect("written");
+        page
+    }
+
+    #[tokio::test]
+    async fn what_is_done_is_counted_by_kind_and_outcome() {
+        let registry = Registry::new(Arc::new(Host::new(Config::default())));
+        let metrics = metrics(&registry);
+        let operations = &registry.host().operations;
+        operations.of("create", async { Ok::<_, ()>(1) }).await.expect("done");
+        operations
+            .of("create", async { Err::<(), _>(2) })
+            .await
+            .expect_err("not done");
+        operations.of("create", async { Ok::<_, ()>(1) }).await.expect("done");
+        let page = page(&metrics);
+        for line in [
+            "roost_operation_seconds_count{kind=\"create\",outcome=\"ok\"} 2",
+            "roost_operation_seconds_count{kind=\"create\",outcome=\"error\"} 1",
+            "roost_sandboxes{state=\"running\"} 0",
+            "roost_sandboxes_limit 4096",
+            "roost_outbox_events 0",
+            "roost_outbox_dropped_events_total 0",
+        ] {
+            assert!(page.lines().any(|has| has == line), "{line:?} is not in\n{page}");
+        }
+        assert!(page.ends_with("# EOF\n"));
+    }
+
+    #[test]
+    fn there_are_two_pages_to_be_read_and_nothing_else() {
+        let metrics = Metrics::default();
+        for (method, path, is_ready, status) in [
+            (Method::GET, "/health", true, 200),
+            (Method::GET, "/health", false, 503),
+            (Method::GET, "/metrics", false, 200),
+            (Method::HEAD, "/metrics", true, 200),
+            (Method::POST, "/metrics", true, 405),
+            (Method::GET, "/", true, 404),
+            (Method::GET, "/metrics/", true, 404),
+        ] {
+            let answer = answer(&asked(method.clone(), path), &metrics, is_ready);
+            assert_eq!(answer.status().as_u16(), status, "{method} {path}");
+        }
+    }
+}
