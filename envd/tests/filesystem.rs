@@ -283,6 +283,24 @@ async fn changes_are_told_also_below_directories_that_are_new() {
     );
     assert_eq!(status, 200);
     until(&mut stream, WRITE, "old/deep/file").await;
+    // One to a new file is its creation and a write to it; where its bytes were before is told to nobody.
+    let (status, _) = envd.http(
+        "POST",
+        "/files?path=old/uploaded",
+        &[("content-type", "application/octet-stream")],
+        "up",
+    );
+    assert_eq!(status, 200);
+    let mut told = Vec::new();
+    while told
+        .last()
+        .is_none_or(|(name, kind)| (name, kind) != (&"old/uploaded".to_owned(), &Some(WRITE)))
+    {
+        let event = change(&mut stream).await.expect("the watch goes on");
+        told.push((event.name, event.r#type.as_known()));
+    }
+    assert!(told.contains(&("old/uploaded".to_owned(), Some(CREATE))), "{told:?}");
+    assert!(!told.iter().any(|(name, _)| name.contains('#')), "{told:?}");
     // The end of the directory is the end of the watch.
     fs::remove_dir_all(at("")).unwrap();
     until(&mut stream, REMOVE, ".").await;

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Seek as _, Write as _};
 use std::os::fd::AsRawFd as _;
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -125,7 +125,10 @@ impl Target {
                 describe(&file, &path, metadata)?;
                 let unnamed = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
                 match linkat(AT_FDCWD, &unnamed, AT_FDCWD, &path, AtFlags::AT_SYMLINK_FOLLOW) {
-                    Ok(()) => return Ok(path),
+                    Ok(()) => {
+                        tell_watchers(&file, &path);
+                        return Ok(path);
+                    }
                     // Made by somebody else meanwhile, or a link to what is not there yet.
                     Err(Errno::EEXIST) => create(&path)?,
                     Err(errno) => return Err(errno_at(Step::Make, &path)(errno)),
@@ -135,6 +138,27 @@ impl Target {
         replace(&mut file, &there, &path)?;
         describe(&there, &path, metadata)?;
         Ok(path)
+    }
+}
+
+/// Has those who watch the directory see that a file was written there, and not only that one has come: clients wait for that. Its last
+/// byte is written again, by its name: the kernel tells of what is written by the name that was opened, and `file` had none. Best effort.
+fn tell_watchers(file: &File, path: &Path) {
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY;
+    let named = File::options().write(true).custom_flags(flags).open(path);
+    let (Ok(named), Ok(ours)) = (named, file.metadata()) else {
+        return;
+    };
+    // Somebody else may have put another there.
+    let is_same = |there: fs::Metadata| (there.dev(), there.ino()) == (ours.dev(), ours.ino());
+    if !named.metadata().is_ok_and(is_same) {
+        return;
+    }
+    let mut byte = [0];
+    if let Some(last) = ours.len().checked_sub(1)
+        && file.read_exact_at(&mut byte, last).is_ok()
+    {
+        named.write_all_at(&byte, last).ok();
     }
 }
 
@@ -210,7 +234,7 @@ fn knows_no_unnamed(error: &io::Error) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
+    use std::os::unix::fs::{PermissionsExt as _, symlink};
 
     use super::*;
     use crate::testing::Dir;

@@ -12,7 +12,7 @@
 //! its new name.
 
 use std::collections::HashMap;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -235,7 +235,11 @@ impl Tree {
             }
             return Ok(Next::More);
         };
-        let path = directory.join(name);
+        let path = directory.join(&name);
+        let may_be_unnamed = mask.intersects(AddWatchFlags::IN_MODIFY | AddWatchFlags::IN_ATTRIB) && is_unnamed(&name);
+        if may_be_unnamed && !self.plan.path.join(&path).exists() {
+            return Ok(Next::More);
+        }
         for kind in kinds(mask) {
             told.push(self.event(&path, kind));
         }
@@ -305,6 +309,13 @@ impl Tree {
             ..Default::default()
         }
     }
+}
+
+/// Whether a name is what the kernel calls a file without one, such as those that uploads go to (`d_tmpfile`, fs/dcache.c): changes of it
+/// are told with this name, and concern nobody before it has another.
+fn is_unnamed(name: &OsStr) -> bool {
+    let number = name.as_encoded_bytes().strip_prefix(b"#");
+    number.is_some_and(|number| !number.is_empty() && number.iter().all(u8::is_ascii_digit))
 }
 
 fn add(inotify: &Inotify, path: &Path) -> Result<WatchDescriptor, FileError> {
