@@ -5,6 +5,7 @@
 //! guest   kernel, initramfs and the `minimal` template, under target/rig
 //! rig     a throw-away Debian host in QEMU with this build installed; runs one command in it
 //! test    what CI checks, the end-to-end tests in the rig included
+//! sdk     client libraries of others against envd
 //! demo    one sandbox from create to destroy, and what it left behind
 //! ```
 //!
@@ -21,6 +22,7 @@ mod host;
 mod kernel;
 mod qemu;
 mod rig;
+mod sdk;
 mod series;
 mod setup;
 mod step;
@@ -53,6 +55,8 @@ enum Task {
     Test(test::Options),
     /// Everything that can happen at every step of every operation, in the rig; takes long
     Faults,
+    /// Client libraries of others against envd; needs Node.js and its registry
+    Sdk,
     /// Show one sandbox from create to destroy, and that nothing is left of it
     Demo(demo::Options),
 }
@@ -65,6 +69,7 @@ fn main() -> ExitCode {
         Task::Rig(options) => rig::run(&options),
         Task::Test(options) => test::run(&options),
         Task::Faults => test::run(&test::Options::all_faults()),
+        Task::Sdk => sdk::run().map(|()| 0),
         Task::Demo(options) => demo::run(&options),
     };
     finish(outcome)

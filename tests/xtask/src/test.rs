@@ -15,7 +15,7 @@ use clap::Args;
 use crate::binaries::{self, Binaries, cargo};
 use crate::rig::{self, Boot, STATUS_RIG_FAILED};
 use crate::step::{shown, step};
-use crate::{cache, series, setup};
+use crate::{cache, sdk, series, setup};
 
 /// Time for all rig tests, and for those of full size.
 const RIG_SECONDS: u64 = 3600;
@@ -181,6 +181,9 @@ pub(crate) fn run(options: &Options) -> Result<u8> {
                     .try_for_each(|arguments| shown(cargo().args(*arguments)))
             });
         }
+    }
+    if checks && options.all {
+        record(&mut summary, "client libraries", sdk::run);
     }
     let mut closing = Vec::new();
     let rig_tests = !options.no_rig && (options.rig || !options.power);
