@@ -330,3 +330,188 @@ fn words(body: &[u8]) -> String {
     let message = object.as_ref().and_then(|object| object.get("message")?.as_str());
     message.map_or_else(|| String::from_utf8_lossy(body).into_owned(), str::to_owned)
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::TcpListener;
+    use tokio::sync::oneshot;
+
+    use super::super::Token;
+    use super::*;
+
+    /// A guest that reads one request, as far as `until` wants it, and then does as it likes.
+    async fn guest<F>(
+        until: fn(&[u8]) -> bool,
+        then: impl FnOnce(TcpStream) -> F + Send + 'static,
+    ) -> (Guest, oneshot::Receiver<Vec<u8>>)
+    where
+        F: Future<Output = ()> + Send,
+    {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
+        let address = listener.local_addr().expect("an address");
+        let (told, heard) = oneshot::channel();
+        tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.expect("accepted");
+            let (mut request, mut piece) = (Vec::new(), [0; 4096]);
+            while !until(&request) {
+                match stream.read(&mut piece).await {
+                    Ok(0) | Err(_) => break,
+                    Ok(read) => request.extend_from_slice(&piece[..read]),
+                }
+            }
+            // Not every test asks.
+            drop(told.send(request));
+            then(stream).await;
+        });
+        (Guest::new(address, Token::random()), heard)
+    }
+
+    fn has_head(request: &[u8]) -> bool {
+        request.windows(4).any(|window| window == b"\r\n\r\n")
+    }
+
+    fn is_whole(request: &[u8]) -> bool {
+        request.ends_with(b"\r\n0\r\n\r\n")
+    }
+
+    /// Answers with these bytes and closes.
+    async fn answers(bytes: &'static [u8]) -> Guest {
+        let then = move |mut stream: TcpStream| async move {
+            // Who has heard enough closes.
+            drop(stream.write_all(bytes).await);
+        };
+        guest(has_head, then).await.0
+    }
+
+    /// Sends the first bytes, and then the second without end.
+    async fn never_ends(first: &'static [u8], again: &'static [u8]) -> Guest {
+        let then = move |mut stream: TcpStream| async move {
+            drop(stream.write_all(first).await);
+            while stream.write_all(again).await.is_ok() {}
+        };
+        guest(has_head, then).await.0
+    }
+
+    async fn read(guest: &Guest) -> Result<Vec<u8>, GuestError> {
+        guest.read_file("/a").await?.whole(100_000).await
+    }
+
+    #[tokio::test]
+    async fn a_file_is_read_whole_or_not_at_all() {
+        let whole = answers(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello").await;
+        assert_eq!(read(&whole).await.expect("read"), b"hello");
+        for broken in [
+            &b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\nhello"[..],
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n",
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nhello\r\n0\r\n\r\n",
+            b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\nhello",
+            b"\xff\xfe\x00\x01",
+            b"",
+        ] {
+            let error = read(&answers(broken).await).await.expect_err("broken");
+            assert!(matches!(error, GuestError::Http { .. }), "{error:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn what_never_ends_is_given_up() {
+        let body = never_ends(b"HTTP/1.1 200 OK\r\n\r\n", &[b'x'; 4096]).await;
+        assert!(matches!(read(&body).await, Err(GuestError::TooLarge(100_000))));
+        let head = never_ends(b"HTTP/1.1 200 OK\r\n", b"X-Header: and another, and another\r\n").await;
+        assert!(matches!(read(&head).await, Err(GuestError::Http { .. })));
+        let refusal = never_ends(b"HTTP/1.1 404 Not Found\r\n\r\n", &[b'x'; 4096]).await;
+        assert!(matches!(
+            read(&refusal).await,
+            Err(GuestError::File {
+                code: ErrorCode::NotFound,
+                ..
+            })
+        ));
+    }
+
+    #[tokio::test]
+    async fn a_refusal_has_its_code_and_words_that_can_be_shown() {
+        let named = answers(b"HTTP/1.1 404 Not Found\r\n\r\n{\"message\": \"no /a \\u001b[31m here\"}");
+        let error = read(&named.await).await.expect_err("refused");
+        let GuestError::File { code, message } = error else {
+            panic!("{error:?}")
+        };
+        assert_eq!((code, message.as_str()), (ErrorCode::NotFound, "no /a ?[31m here"));
+        for (status, expected) in [
+            (400, ErrorCode::InvalidArgument),
+            (401, ErrorCode::Internal),
+            (403, ErrorCode::PermissionDenied),
+            (507, ErrorCode::ResourceExhausted),
+            (500, ErrorCode::Internal),
+        ] {
+            assert_eq!(code_of(status), expected, "{status}");
+        }
+    }
+
+    fn code_of(status: u16) -> ErrorCode {
+        code(StatusCode::from_u16(status).expect("a status"))
+    }
+
+    #[tokio::test]
+    async fn a_file_is_written_as_a_form_that_ends_with_it() {
+        let then = |mut stream: TcpStream| async move {
+            let answer = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]";
+            stream.write_all(answer).await.expect("answered");
+        };
+        let (guest, heard) = guest(is_whole, then).await;
+        let mut writing = guest.write_file("/dir/a b&c").await.expect("begun");
+        for piece in [&b"one "[..], b"two"] {
+            writing.send(Bytes::from_static(piece)).await.expect("sent");
+        }
+        writing.finish().await.expect("written");
+        let request = String::from_utf8(heard.await.expect("heard")).expect("text");
+        assert!(
+            request.starts_with("POST /files?path=%2Fdir%2Fa+b%26c HTTP/1.1\r\n"),
+            "{request}"
+        );
+        let contents: String = request
+            .split("\r\n")
+            .filter(|line| ["one ", "two"].contains(line))
+            .collect();
+        assert_eq!(contents, "one two", "{request}");
+        assert!(
+            request.contains("--\r\n\r\n0\r\n\r\n") || request.ends_with("--\r\n\r\n0\r\n\r\n"),
+            "{request}"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_file_that_is_given_up_has_no_end() {
+        let (guest, heard) = guest(is_whole, |_| async {}).await;
+        let mut writing = guest.write_file("/a").await.expect("begun");
+        writing.send(Bytes::from_static(b"half")).await.expect("sent");
+        drop(writing);
+        let request = heard.await.expect("heard");
+        assert!(!is_whole(&request), "an envd would take this for the file");
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_refuses_a_file_under_way_says_why() {
+        let then = |mut stream: TcpStream| async move {
+            let answer = b"HTTP/1.1 507 Insufficient Storage\r\nContent-Length: 19\r\n\r\n{\"message\": \"full\"}";
+            stream.write_all(answer).await.expect("answered");
+        };
+        let (full, _) = guest(has_head, then).await;
+        let (gone, _) = guest(has_head, |stream| async { drop(stream) }).await;
+        for (guest, is_told) in [(full, true), (gone, false)] {
+            let mut writing = guest.write_file("/a").await.expect("begun");
+            let error = loop {
+                // Until the answer is noticed; with luck only at the end.
+                if let Err(error) = writing.send(Bytes::from_static(&[b'x'; 65536])).await {
+                    break error;
+                }
+            };
+            let says_full =
+                matches!(&error, GuestError::File { code: ErrorCode::ResourceExhausted, message } if message == "full");
+            // Who closes with bytes unread may have its answer lost on the way.
+            assert!(says_full || matches!(error, GuestError::Http { .. }), "{error:?}");
+            assert!(is_told || !says_full);
+        }
+    }
+}

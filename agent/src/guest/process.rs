@@ -561,7 +561,92 @@ fn code_of_signal(status: &str) -> i32 {
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::TcpListener;
+
+    use super::super::Token;
     use super::*;
+
+    /// A guest whose stream begins with the first message and goes on with the second without end.
+    async fn streams(first: &'static [u8], again: &'static [u8]) -> Guest {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
+        let address = listener.local_addr().expect("an address");
+        tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.expect("accepted");
+            let mut request = [0; 4096];
+            drop(stream.read(&mut request).await);
+            let head = b"HTTP/1.1 200 OK\r\nContent-Type: application/connect+proto\r\n\r\n";
+            drop(stream.write_all(&[head, first].concat()).await);
+            while !again.is_empty() && stream.write_all(again).await.is_ok() {}
+        });
+        Guest::new(address, Token::random())
+    }
+
+    /// Envelopes, as the Connect protocol has them: flags, length, a `StartResponse`.
+    const STARTED: &[u8] = &[0, 0, 0, 0, 6, 0x0a, 4, 0x0a, 2, 8, 7];
+    const KEEPALIVE: &[u8] = &[0, 0, 0, 0, 4, 0x0a, 2, 0x22, 0];
+    const NOTHING: &[u8] = &[0, 0, 0, 0, 0];
+    const ONE_BYTE: &[u8] = &[0, 0, 0, 0, 7, 0x0a, 5, 0x12, 3, 0x0a, 1, b'x'];
+
+    async fn all(guest: &Guest) -> Result<Vec<What>, GuestError> {
+        let mut events = guest.start(Command::default()).await?;
+        let mut all = Vec::new();
+        while let Some(event) = events.next().await? {
+            all.push(event.what);
+            if all.len() == 1000 {
+                return Ok(all);
+            }
+        }
+        Ok(all)
+    }
+
+    #[tokio::test]
+    async fn a_stream_that_says_nothing_without_end_is_given_up() {
+        for nothing in [KEEPALIVE, NOTHING] {
+            let outcome = all(&streams(STARTED, nothing).await).await;
+            assert!(
+                matches!(outcome, Err(GuestError::BadStream(said)) if said.contains("without end")),
+                "{outcome:?}"
+            );
+        }
+        // One that says something is as long as its process runs.
+        let events = all(&streams(STARTED, ONE_BYTE).await).await.expect("events");
+        assert_eq!(events[0], What::Started { pid: 7 });
+        assert_eq!(events[999], What::Output(Channel::Stdout, b"x".to_vec()));
+    }
+
+    #[tokio::test]
+    async fn a_message_that_is_garbage_or_too_large_or_breaks_off_ends_the_stream() {
+        const LARGE: &[u8] = &[0, 0x7f, 0xff, 0xff, 0xff, 0x0a];
+        for bad in [
+            LARGE,
+            &[0, 0, 0, 0, 2, 0x0a, 0xff],
+            &[0xff, 0, 0, 0, 1, 0],
+            &[0, 0, 0, 0, 9, 0x0a],
+            b"",
+            b"\0\0\0",
+        ] {
+            let guest = streams(bad, b"").await;
+            assert!(all(&guest).await.is_err(), "{bad:?}");
+        }
+        // An error of the guest's own at the end of the stream: its words are shown as they may be.
+        let end = b"\x02\0\0\0\x37{\"error\": {\"code\": \"not_found\", \"message\": \"a\\u0007b\"}}   ";
+        let error = all(&streams(end, b"").await).await.expect_err("an error");
+        assert!(
+            matches!(&error, GuestError::Process { code: ErrorCode::NotFound, message } if message == "a?b"),
+            "{error:?}"
+        );
+    }
+
+    #[tokio::test]
+    async fn output_is_counted_where_the_guest_does_not() {
+        let guest = streams(STARTED, ONE_BYTE).await;
+        let mut events = guest.start(Command::default()).await.expect("started");
+        for offset in [0, 0, 1, 2] {
+            let event = events.next().await.expect("it goes on").expect("an event");
+            assert_eq!((event.offset, event.cut), (Some(offset), 0));
+        }
+    }
 
     #[test]
     fn signals_become_the_exit_codes_of_shells() {
