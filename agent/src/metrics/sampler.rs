@@ -1,15 +1,16 @@
-//! Takes the samples: every second of every sandbox that runs, a bounded number at a time.
+//! Takes the samples: every second of every sandbox that runs.
 //!
 //! CPU time is the VM's cgroup's, which no guest can lie about; memory and disk are what the guest says. It is asked every few seconds
-//! only, because asking wakes it. One that does not answer has what it said last.
+//! only, because asking wakes it, and by a task of its own: one that does not answer holds no other up, and has what it said last.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::stream::{self, StreamExt as _};
 use roost_common::guest::Metrics;
 use roost_common::ids::SandboxId;
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use super::Point;
@@ -31,7 +32,9 @@ struct Known {
     guest: Arc<Guest>,
     cpu: Option<(Instant, u64)>,
     said: Option<Metrics>,
-    age: u32,
+    /// The question that it has not answered yet; dropped with this.
+    asked: JoinSet<Option<Metrics>>,
+    samples: u32,
 }
 
 impl Known {
@@ -40,52 +43,73 @@ impl Known {
             guest,
             cpu: None,
             said: None,
-            age: 0,
+            asked: JoinSet::new(),
+            samples: 0,
         }
+    }
+
+    /// Takes the answer that has come, and asks where it is time.
+    fn ask(&mut self, places: &Arc<Semaphore>) {
+        while let Some(answer) = self.asked.try_join_next() {
+            // What it said before is better than nothing.
+            self.said = answer.ok().flatten().or(self.said.take());
+        }
+        if self.samples.is_multiple_of(GUEST_EVERY) && self.asked.is_empty() {
+            let (guest, places) = (self.guest.clone(), places.clone());
+            self.asked.spawn(async move {
+                let _place = places.acquire_owned().await.ok()?;
+                guest.metrics().await.ok()
+            });
+        }
+        self.samples = self.samples.wrapping_add(1);
     }
 }
 
 /// Samples for ever.
 pub async fn run(registry: Arc<Registry>) {
+    let places = Arc::new(Semaphore::new(AT_A_TIME));
     let mut known: HashMap<SandboxId, Known> = HashMap::new();
     let mut ticks = tokio::time::interval(PERIOD);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
     loop {
         ticks.tick().await;
-        let running = registry.list().into_iter().filter_map(|handle| match handle.view() {
-            // One that is held stands still, and its guest would not answer.
-            View::Running(guest, _) if !handle.hold_state().is_held() => Some((handle, guest)),
-            _ => None,
-        });
         let mut before = std::mem::take(&mut known);
-        let samples = running.map(|(handle, guest)| {
+        for handle in registry.list() {
+            // One that is held stands still, and its guest would not answer.
+            let View::Running(guest, _) = handle.view() else {
+                continue;
+            };
+            if handle.hold_state().is_held() {
+                continue;
+            }
             let earlier = before
                 .remove(&handle.plan.id)
                 .filter(|known| Arc::ptr_eq(&known.guest, &guest));
-            sample(handle, earlier.unwrap_or_else(|| Known::new(guest)))
-        });
-        known = stream::iter(samples).buffer_unordered(AT_A_TIME).collect().await;
+            let mut now = earlier.unwrap_or_else(|| Known::new(guest));
+            now.ask(&places);
+            sample(&handle, &mut now);
+            known.insert(handle.plan.id.clone(), now);
+        }
     }
 }
 
-async fn sample(handle: Handle, mut known: Known) -> (SandboxId, Known) {
-    if known.age == 0 {
-        // What it said before is better than nothing.
-        known.said = known.guest.metrics().await.ok().or(known.said);
-    }
-    known.age = (known.age + 1) % GUEST_EVERY;
+fn sample(handle: &Handle, known: &mut Known) {
     let cgroup = handle.hold_state().cgroup();
     let usage = cgroup.and_then(|cgroup| read_cgroup(&cgroup).ok()?.cpu_usec);
     let now = Instant::now();
     let earlier = std::mem::replace(&mut known.cpu, usage.map(|usec| (now, usec)));
+    if known.said.is_none() && known.samples <= GUEST_EVERY {
+        // A point without its memory would be a lie; one that never answers has its CPU time all the same.
+        return;
+    }
+    let said = known.said.as_ref();
     let cpu_percent = match (usage, earlier) {
         (Some(after), Some((then, before))) => percent(before, after, now - then, handle.plan.vcpus.0),
         // The first of this incarnation.
         (Some(_), None) => 0.0,
         // A host without a cgroup for each VM.
-        (None, _) => known.said.as_ref().map_or(0.0, |said| said.cpu_used_pct),
+        (None, _) => said.map_or(0.0, |said| said.cpu_used_pct),
     };
-    let said = known.said.as_ref();
     let bytes = |bytes: Option<u64>| i64::try_from(bytes.unwrap_or_default()).unwrap_or(i64::MAX);
     handle.metrics.add(Point {
         unix: unix_now(),
@@ -97,7 +121,6 @@ async fn sample(handle: Handle, mut known: Known) -> (SandboxId, Known) {
         memory: bytes(said.map(|said| said.mem_used)),
         disk: bytes(said.map(|said| said.disk_used)),
     });
-    (handle.plan.id.clone(), known)
 }
 
 /// Percent of all vCPUs between two readings of a counter in µs.
