@@ -198,8 +198,9 @@ fn wrong_bodies_and_methods_are_refused() {
             415
         );
         assert!((400..500).contains(&with(&["--request", "PUT", "--data", "{}", URL]).status));
+        // Larger than a whole file in JSON.
         let huge = "/tmp/huge";
-        std::fs::write(huge, vec![b' '; 8 << 20]).expect("written");
+        std::fs::write(huge, vec![b' '; 50 << 20]).expect("written");
         let huge_data = format!("@{huge}");
         for version in ["--http1.1", "--http2"] {
             let answer = with(&[&json[..], &[version, "--data-binary", &huge_data, URL]].concat());
