@@ -209,7 +209,7 @@ fn procedures_that_are_none_are_unimplemented() {
             let answer = call(procedure, &json!({}));
             assert_eq!(
                 (answer.status, &answer.body["code"]),
-                (501, &json!("unimplemented")),
+                (404, &json!("unimplemented")),
                 "{procedure}: {answer:?}"
             );
         }
