@@ -33,7 +33,7 @@ pub(crate) fn run() -> Result<()> {
 
 fn fetch(dir: &Path) -> Result<()> {
     step("fetching client libraries", || {
-        fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
         for file in FILES {
             let from = cache::workspace().join("tests/sdk").join(file);
             fs::copy(&from, dir.join(file)).with_context(|| format!("cannot copy {}", from.display()))?;
