@@ -430,12 +430,10 @@ async fn logs(client: &Operator, id: String, vmm: bool) -> Result<(), CliError> 
     let mut out = io::stdout();
     if out.is_terminal() {
         let shown = |byte: &u8| matches!(byte, b'\n' | b'\t' | b' '..=b'~');
-        let safe: Vec<u8> = content
-            .iter()
-            .map(|byte| if shown(byte) { *byte } else { b'?' })
-            .collect();
-        let lines = String::from_utf8_lossy(&safe).replace("?\n", "\n");
-        out.write_all(lines.as_bytes())?;
+        // A console ends its lines with both.
+        let printed = content.iter().filter(|byte| **byte != b'\r');
+        let safe: Vec<u8> = printed.map(|byte| if shown(byte) { *byte } else { b'?' }).collect();
+        out.write_all(&safe)?;
     } else {
         out.write_all(&content)?;
     }
