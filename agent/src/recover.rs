@@ -5,19 +5,16 @@
 //! undone. Until that is complete the API answers Unavailable.
 
 use std::collections::BTreeSet;
-use std::fs::File;
 use std::io::Read;
-use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nix::fcntl::OFlag;
 use roost_common::ids::{SandboxId, Slot};
 use roost_common::shim::{EXIT_FILE, Exit, MAX_EXIT_FILE, SHIM_SOCKET};
 
 use crate::errors::{Chain, FileError};
 use crate::host::Host;
-use crate::host::files::{Layout, names};
+use crate::host::files::{Layout, blocking, names, open_of_vm};
 use crate::host::shim::{self, ShimFault};
 use crate::host::slots::SlotLease;
 use crate::registry::Registry;
@@ -231,7 +228,7 @@ async fn gone(host: &Arc<Host>, record: &Record) -> ReachEnd<Vm> {
         }
         Phase::Creating | Phase::Running | Phase::Paused(_) | Phase::Resuming(_) => {
             let (host, id) = (host.clone(), record.plan.id.clone());
-            let exit = pause::blocking(move || read_exit(&host.layout, &id));
+            let exit = blocking(move || read_exit(&host.layout, &id));
             ReachEnd::Gone(exit.await.map(Box::new))
         }
     }
@@ -253,14 +250,14 @@ async fn run_on(host: Arc<Host>, mut vm: Vm) -> ReachEnd<Vm> {
                 tracing::error!(sandbox_id = %id, error = %Chain(error), "the VMM of a resume that failed could not be ended");
             }
             let vm_has_ended = killed.is_ok();
-            let kept = pause::blocking(move || resume::put_back(&host, &record, kept, vm_has_ended));
+            let kept = blocking(move || resume::put_back(&host, &record, kept, vm_has_ended));
             ReachEnd::Paused(kept.await)
         }
         (Some(ending), _) => ReachEnd::Ended(vm, ending),
         (None, phase) => {
             record.phase = Phase::Running;
             let stale = phase != Phase::Running;
-            let settled = pause::blocking({
+            let settled = blocking({
                 let (host, record) = (host.clone(), record.clone());
                 move || {
                     if stale {
@@ -341,16 +338,7 @@ async fn clear(
 
 /// How the VMM ended, where its shim has written that down: it ended while no agent was there to be told.
 fn read_exit(layout: &Layout, id: &SandboxId) -> Option<Exit> {
-    let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
-    let file = File::options()
-        .read(true)
-        .custom_flags(flags.bits())
-        .open(layout.vm_run(id).join(EXIT_FILE))
-        .ok()?;
-    // The VM's uid may write in this directory.
-    if !file.metadata().ok()?.is_file() {
-        return None;
-    }
+    let file = open_of_vm(&layout.vm_run(id).join(EXIT_FILE)).ok()?;
     let mut content = Vec::new();
     file.take(MAX_EXIT_FILE as u64 + 1).read_to_end(&mut content).ok()?;
     Exit::from_json(&content).ok()

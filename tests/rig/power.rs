@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 
 use roost_tests::census::Census;
 use roost_tests::disk::run;
-use roost_tests::roost::{self, Sandbox, find, find_paused, wait_for_agent};
+use roost_tests::roost::{self, Sandbox, find_paused, status, wait_for_agent};
 use roost_tests::{PATIENCE, eventually, is_full_size};
 use serde::{Deserialize, Serialize};
 
@@ -378,11 +378,11 @@ fn prepare_pause(subject: &Subject) {
 
 /// What has become of a sandbox that a cut has met.
 fn became(id: &str) -> Became {
-    if find_paused(id).is_some() {
+    let status = status(id);
+    if status.as_deref() == Some("paused") {
         return if is_spent(id) { Became::Disk } else { Became::Paused };
     }
-    let listed = find(id);
-    assert!(listed.is_none(), "neither paused nor gone: {listed:?}");
+    assert!(status.is_none(), "neither paused nor gone: {status:?}");
     let why = roost::ok(&["why", id]);
     assert!(why.contains("vmm_lost"), "another reason: {why}");
     Became::Gone

@@ -13,6 +13,7 @@ use roost_hostagent::hostagent::v1::*;
 use tokio::sync::Semaphore;
 
 use super::errors::ApiError;
+use super::process::while_running;
 use super::service::Service;
 use crate::guest::files::Reading;
 use crate::guest::{Guest, GuestError};
@@ -20,7 +21,7 @@ use crate::guest::{Guest, GuestError};
 /// Largest file that a call takes or returns whole.
 pub(crate) const MAX_WHOLE: usize = 32 << 20;
 /// How many are held at a time; others wait.
-pub(super) const WHOLE_AT_A_TIME: usize = 8;
+const WHOLE_AT_A_TIME: usize = 8;
 /// Bytes of a file in one message.
 const CHUNK: usize = 64 << 10;
 /// Longest path: the kernel's.
@@ -132,15 +133,7 @@ impl Service {
                 }
                 chunks.next().await
             };
-            let outcome = tokio::select! {
-                biased;
-                next = next => next.map_err(ApiError::Guest),
-                () = handle.stopped_running(&guest) => Err(ApiError::NotRunning {
-                    id: handle.plan.id.clone(),
-                    state: handle.view().name(),
-                }),
-            };
-            match outcome {
+            match while_running(&handle, &guest, next).await {
                 Ok(chunk) => Some((Ok(chunk?), Some((chunks, path, handle, guest, in_use)))),
                 Err(error) => Some((Err(error), None)),
             }

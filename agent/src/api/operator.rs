@@ -1,13 +1,10 @@
 //! The procedures of `roost.v1`.
 
-use std::fs::File;
 use std::io;
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::sync::Arc;
 
 use connectrpc::{Encodable, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream};
 use futures::stream::Stream;
-use nix::fcntl::OFlag;
 use roost_common::ring;
 use roost_common::shim::{CONSOLE_FILE, LOG_FILE};
 use roost_hostagent::roost::v1::*;
@@ -18,6 +15,7 @@ use super::service::{Service, streamed};
 use crate::drain::{Drained, drain};
 use crate::errors::FileError;
 use crate::guest::process::{Channel, Command, Event, Input, Selector, What};
+use crate::host::files::{blocking, open_of_vm};
 use crate::sandbox::plan;
 use crate::tombstone::{self, Tombstone};
 
@@ -87,17 +85,14 @@ impl Operator {
         let layout = &self.0.ready()?.host().layout;
         let name = if is_vmm { LOG_FILE } else { CONSOLE_FILE };
         let path = layout.vm_run(&handle.plan.id).join(name);
-        let read = tokio::task::spawn_blocking(move || {
-            // A VM's uid may write in that directory: what is there is not followed or waited for.
-            let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
-            let opened = File::options().read(true).custom_flags(flags.bits()).open(&path);
-            let read = opened.and_then(|file| ring::read(&file, usize::MAX));
+        let read = blocking(move || {
+            let read = open_of_vm(&path).and_then(|file| ring::read(&file, usize::MAX));
             match read {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
                 other => other.map_err(|source| FileError::new("reading", &path, source)),
             }
         });
-        Ok(read.await.expect("file work does not panic")?)
+        Ok(read.await?)
     }
 }
 

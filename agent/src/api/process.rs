@@ -5,11 +5,11 @@
 
 use std::collections::BTreeMap;
 use std::future::Future;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::stream::{self, Stream};
+use futures::stream::{self, Stream, StreamExt as _};
 use roost_hostagent::hostagent::v1::*;
 
 use super::errors::ApiError;
@@ -44,7 +44,7 @@ enum At {
 
 impl Followed {
     async fn next(&mut self) -> Result<Option<Event>, ApiError> {
-        let (handle, at) = (&self.handle, &mut self.at);
+        let at = &mut self.at;
         let next = async {
             loop {
                 match at {
@@ -56,15 +56,24 @@ impl Followed {
                 }
             }
         };
-        tokio::select! {
-            biased;
-            next = next => next.map_err(|error| match handle.view() {
-                View::Running(..) => ApiError::Guest(error),
-                // A guest that is on its way to disk has its connections closed.
-                other => not_running(handle, &other),
-            }),
-            () = handle.stopped_running(&self.guest) => Err(not_running(handle, &handle.view())),
-        }
+        while_running(&self.handle, &self.guest, next).await
+    }
+}
+
+/// What a guest answers, for as long as it is there to do so.
+pub(super) async fn while_running<T>(
+    handle: &Handle,
+    guest: &Arc<Guest>,
+    answer: impl Future<Output = Result<T, GuestError>>,
+) -> Result<T, ApiError> {
+    tokio::select! {
+        biased;
+        answer = answer => answer.map_err(|error| match handle.view() {
+            View::Running(..) => ApiError::Guest(error),
+            // A guest that is on its way to disk has its connections closed.
+            other => not_running(handle, &other),
+        }),
+        () = handle.stopped_running(guest) => Err(not_running(handle, &handle.view())),
     }
 }
 
@@ -150,15 +159,8 @@ impl Service {
             tag: Some(tag.clone()),
             ..Command::default()
         };
-        let (handle, guest) = self.running(&request.sandbox_id)?;
-        let starter = guest.clone();
-        let mut followed = Followed {
-            _in_use: handle.begin_use(),
-            handle,
-            guest,
-            at: At::Opening(Box::pin(async move { starter.start(command).await })),
-        };
-        match followed.next().await?.map(|event| event.what) {
+        let mut followed = pin!(self.start_process(&request.sandbox_id, command)?);
+        match followed.next().await.transpose()?.map(|event| event.what) {
             Some(What::Started { pid }) => Ok(StartBackgroundResponse {
                 pid,
                 tag,
@@ -253,14 +255,7 @@ impl Service {
     {
         let (handle, guest) = self.running(sandbox)?;
         let _in_use = handle.begin_use();
-        tokio::select! {
-            biased;
-            answer = call(guest.clone()) => answer.map_err(|error| match handle.view() {
-                View::Running(..) => ApiError::Guest(error),
-                other => not_running(&handle, &other),
-            }),
-            () = handle.stopped_running(&guest) => Err(not_running(&handle, &handle.view())),
-        }
+        while_running(&handle, &guest, call(guest.clone())).await
     }
 }
 

@@ -17,6 +17,7 @@ use tokio::time::Instant;
 
 use super::client::{Client, Operator};
 use super::{CliError, pair, print, print_json};
+use crate::sandbox::build::random_hex;
 use roost_hostagent::hostagent::v1::ExecRequest;
 use roost_hostagent::roost::v1::__buffa::view::ProcessEventView;
 use roost_hostagent::roost::v1::{
@@ -110,7 +111,7 @@ pub(super) async fn exec(
         return Err(ExecError::NoTerminal.into());
     }
     let mut words = command.into_iter();
-    let tag = format!("roost-{}", uuid::Uuid::from_u128(random()));
+    let tag = format!("roost-{}", random_hex());
     let mut env = exec.env;
     if let Some(term) = std::env::var("TERM").ok().filter(|_| exec.tty) {
         env.insert(0, ("TERM".to_owned(), term));
@@ -516,12 +517,6 @@ fn terminal_size() -> TerminalSize {
         rows: size.map_or(0, |size| size.ws_row.into()),
         ..TerminalSize::default()
     }
-}
-
-fn random() -> u128 {
-    let mut bytes = [0; 16];
-    crate::sandbox::build::fill_random(&mut bytes);
-    u128::from_le_bytes(bytes)
 }
 
 #[cfg(test)]

@@ -8,8 +8,8 @@ use serde::Serialize;
 
 use super::client::{Answer, CallError, Client, json};
 use super::credentials::{Credentials, CredentialsError, Granted, Secret, Store};
-use super::session::blocking;
 use crate::errors::{Chain, FileError};
+use crate::host::files::blocking;
 
 /// Time for the answer.
 const LIMIT: Duration = Duration::from_secs(30);

@@ -21,6 +21,7 @@ use super::client::{Answer, CallError, Client, json};
 use super::credentials::{Credentials, Granted, Store};
 use super::retry;
 use crate::errors::{Chain, FileError};
+use crate::host::files::blocking;
 use crate::tls::{Identities, Registered, TlsError};
 
 /// Time for a refresh. It is worth more patience than a heartbeat: its answer must not be missed.
@@ -246,11 +247,4 @@ impl Session {
         tracing::info!(host_id = %next.host_id, "credentials refreshed");
         next
     }
-}
-
-/// File work, on a thread for it.
-pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    tokio::task::spawn_blocking(work)
-        .await
-        .expect("file work does not panic")
 }

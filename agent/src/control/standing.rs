@@ -13,7 +13,7 @@ use super::url::{Url, UrlError};
 use crate::config::Config;
 use crate::drain::drain;
 use crate::errors::Chain;
-use crate::host::files::Layout;
+use crate::host::files::{Layout, blocking};
 use crate::outbox::{self, Outbox};
 use crate::registry::Registry;
 use crate::sandbox::unix_now;
@@ -151,7 +151,7 @@ pub async fn run(
         tokio::time::sleep(DRAIN_PAUSE).await;
     }
     let store = session.store().clone();
-    match super::session::blocking(move || store.set_aside(unix_now())).await {
+    match blocking(move || store.set_aside(unix_now())).await {
         Ok(path) => tracing::warn!(path = %path.display(), "the credentials were set aside"),
         Err(error) => tracing::error!(error = %Chain(&error), "the credentials could not be set aside"),
     }

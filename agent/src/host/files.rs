@@ -21,6 +21,7 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::OFlag;
 use roost_common::ids::SandboxId;
 use roost_common::units::Bytes;
 
@@ -109,6 +110,26 @@ impl Layout {
     pub fn credentials(&self) -> PathBuf {
         self.dir.join("credentials")
     }
+}
+
+/// File work, on a thread for it and to its end.
+pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    tokio::task::spawn_blocking(work)
+        .await
+        .expect("file work does not panic")
+}
+
+/// Opens a file to read in a directory where a VM's uid may write: it is neither followed elsewhere nor waited for.
+///
+/// # Errors
+/// The kernel's, and `InvalidInput` for what is no regular file.
+pub(crate) fn open_of_vm(path: &Path) -> io::Result<File> {
+    let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
+    let file = OpenOptions::new().read(true).custom_flags(flags.bits()).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    Ok(file)
 }
 
 /// Makes a directory that only we can enter; one that is there already is an error.

@@ -24,12 +24,13 @@ use roost_common::privd::OpenDisk;
 use roost_common::units::Bytes;
 
 use super::parts::{Vm, millis};
-use super::pause::{self, PauseError, StopSteps, WriteSteps, blocking, unless_ended};
+use super::pause::{self, PauseError, StopSteps, WriteSteps, unless_ended};
 use super::record::{Kept, Record, RecordError};
 use super::{BuildError, CaptureEnd, Ending};
 use crate::errors::{Chain, FileError};
 use crate::failpoint::{pass, reach};
 use crate::host::Host;
+use crate::host::files::blocking;
 use crate::host::privd::CallError;
 use crate::snapshot::{self, Manifest, SnapshotError};
 use crate::templates::{CaptureKind, CaptureWish, Making, TemplateError, TemplateFile};

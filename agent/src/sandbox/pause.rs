@@ -29,6 +29,7 @@ use crate::errors::{Chain, FileError};
 use crate::failpoint::{pass, reach};
 use crate::guest::{Freeze, Guest, GuestError};
 use crate::host::acl::{self, Access};
+use crate::host::files::blocking;
 use crate::host::shim::{self, ShimFault, ShimLink, VmmEnd};
 use crate::host::{Host, files, kernels};
 use crate::outbox::{self, EventKind};
@@ -579,13 +580,6 @@ async fn in_turn(
         .await
         .map_err(|_| PauseError::SyncTimeout(limit))?;
     Ok(written.expect("file work does not panic")?)
-}
-
-/// File work, to its end.
-pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    tokio::task::spawn_blocking(work)
-        .await
-        .expect("file work does not panic")
 }
 
 #[cfg(test)]
