@@ -11,6 +11,7 @@ use serde::{Deserialize, Deserializer, de};
 
 use crate::control::url::Url;
 use crate::guest::GuestNet;
+use crate::trace::LogFormat;
 
 /// Where the configuration is looked for when nothing else is said.
 pub const DEFAULT_FILE: &str = "/etc/roost/agent.toml";
@@ -68,6 +69,8 @@ pub struct Config {
     pub pki_dir: PathBuf,
     /// Common names or DNS names of client certificates that may call the API.
     pub client_names: Vec<String>,
+    /// How log lines look: `text` or `json`. Which ones there are is `RUST_LOG`'s to say, in the environment.
+    pub log_format: LogFormat,
     /// The control plane of this host, if it has one.
     pub control_plane: ControlPlane,
     /// privd's socket.
@@ -199,6 +202,7 @@ impl Default for Config {
             vm_run_dir: "/run/roost/vm".into(),
             pki_dir: "/etc/roost/pki".into(),
             client_names: vec!["wrenn-cp".into(), crate::pki::CLIENT_NAME.into()],
+            log_format: LogFormat::default(),
             control_plane: ControlPlane::default(),
             privd_socket: roost_common::privd::SOCKET.into(),
             shim: Shim::Systemd,

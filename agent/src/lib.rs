@@ -35,5 +35,6 @@ pub mod status;
 pub mod templates;
 pub mod tls;
 pub mod tombstone;
+pub mod trace;
 pub mod vmm;
 pub mod watermark;

@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use connectrpc::{ConnectError, ConnectRpcService, Limits, Router};
+use connectrpc_health::Status;
+use connectrpc_reflection::Reflector;
 use http::{Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Body as _, Frame, Incoming, SizeHint};
@@ -19,6 +21,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
 use tower::ServiceExt;
+use tracing::{Instrument as _, Span};
 
 use crate::api::files;
 use crate::api::operator::Operator;
@@ -27,8 +30,10 @@ use crate::control::listing::Connection;
 use crate::errors::Chain;
 use crate::proxy::{Body, Proxy};
 use crate::tls::{self, Identities};
-use roost_hostagent::hostagent::v1::HostAgentServiceExt;
-use roost_hostagent::roost::v1::RoostServiceExt;
+use crate::trace;
+use roost_hostagent::DESCRIPTORS;
+use roost_hostagent::hostagent::v1::{HOST_AGENT_SERVICE_SERVICE_NAME, HostAgentServiceExt};
+use roost_hostagent::roost::v1::{ROOST_SERVICE_SERVICE_NAME, RoostServiceExt};
 
 /// Most connections at a time; more wait in the kernel's backlog.
 const MAX_CONNECTIONS: usize = 4096;
@@ -55,6 +60,9 @@ const PLAIN_HTTP: &[u8] =
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nContent-Length: 70\r\nConnection: close\r\n\r\n\
 This port speaks HTTPS with client certificates. Use https:// instead.";
 
+/// Our services.
+const SERVICES: [&str; 2] = [HOST_AGENT_SERVICE_SERVICE_NAME, ROOST_SERVICE_SERVICE_NAME];
+
 /// Who may call, and how they are known.
 #[derive(Debug)]
 pub struct Access {
@@ -71,6 +79,13 @@ struct Services {
     proxy: Proxy,
 }
 
+impl Services {
+    /// The span of a call. What is asked of a guest through the proxy has no name of ours, and its path is the guest's business.
+    fn span<B>(&self, request: &Request<B>) -> Span {
+        trace::of_call(request, self.proxy.takes(request.uri()).then_some("proxy"))
+    }
+}
+
 /// Serves until the process ends.
 pub async fn serve(listener: TcpListener, access: Access, service: Arc<Service>) -> Infallible {
     let limits = Limits::default()
@@ -78,7 +93,8 @@ pub async fn serve(listener: TcpListener, access: Access, service: Arc<Service>)
         .with_max_message_size(MAX_REQUEST);
     let operator = Arc::new(Operator(service.clone()));
     let proxy = Proxy::new(service.clone());
-    let router = operator.register(service.register(Router::new()));
+    let router = operator.register(service.clone().register(Router::new()));
+    let router = health(described(router), &service);
     let rpc = ConnectRpcService::new(router).with_limits(limits);
     let services = Services { rpc, proxy };
     let access = Arc::new(access);
@@ -107,6 +123,26 @@ pub async fn serve(listener: TcpListener, access: Access, service: Arc<Service>)
             drop(place);
         });
     }
+}
+
+/// Lets clients ask which calls there are: `grpc.reflection.v1`, for who may call them.
+fn described(router: Router) -> Router {
+    let descriptors = Reflector::from_descriptor_set_bytes(DESCRIPTORS).expect("the descriptors that our build made");
+    connectrpc_reflection::install(router, descriptors)
+}
+
+/// Tells health checkers whether calls are served yet: `grpc.health.v1`.
+fn health(router: Router, service: &Arc<Service>) -> Router {
+    let (router, health) = connectrpc_health::install_static(router, SERVICES);
+    health.shutdown();
+    let service = service.clone();
+    tokio::spawn(async move {
+        service.until_recovered().await;
+        for name in ["", SERVICES[0], SERVICES[1]] {
+            health.set_status(name, Status::Serving).expect("one that is there");
+        }
+    });
+    router
 }
 
 /// Has the kernel notice clients that have gone without a word: connections have this from their listener.
@@ -153,7 +189,8 @@ async fn connection(
         let services = services.clone();
         async move {
             Ok::<_, Infallible>(if listed {
-                answer(services, request).await
+                let span = services.span(&request);
+                answer(services, request).instrument(span).await
             } else {
                 refuse()
             })

@@ -6,6 +6,8 @@ use std::path::Path;
 use std::process::{Command, Output};
 use std::sync::Arc;
 
+use http_body_util::{BodyExt as _, Full};
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use roost_agent::api::service::Service;
 use roost_agent::config::Config;
 use roost_agent::guest::Token;
@@ -98,6 +100,28 @@ impl Agent {
         self.roost_with(&self.pki(), args).await
     }
 
+    /// The answer to a POST by h2.
+    async fn post(&self, path: &str, content_type: &str, body: Vec<u8>) -> (http::StatusCode, bytes::Bytes) {
+        let mut config = (*tls::client(&self.pki()).expect("usable")).clone();
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        let stream = TcpStream::connect(self.address).await.expect("connected");
+        let name = self.address.ip().into();
+        let stream = tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, stream);
+        let stream = TokioIo::new(stream.await.expect("trusted"));
+        let (mut sender, connection) = hyper::client::conn::http2::handshake(TokioExecutor::new(), stream)
+            .await
+            .expect("h2");
+        tokio::spawn(connection);
+        let request = http::Request::post(format!("https://{}{path}", self.address))
+            .header("content-type", content_type)
+            .body(Full::new(bytes::Bytes::from(body)))
+            .expect("a request");
+        let answer = sender.send_request(request).await.expect("answered");
+        let status = answer.status();
+        let body = answer.into_body().collect().await.expect("whole").to_bytes();
+        (status, body)
+    }
+
     /// Standard error of an invocation that must fail.
     async fn refusal(&self, args: &[&str]) -> String {
         let output = self.roost(args).await;
@@ -107,6 +131,68 @@ impl Agent {
 }
 
 const TEAM: &str = "11111111-2222-3333-4444-555555555555";
+
+/// A message of a stream, in Connect's envelope.
+fn enveloped(message: &str) -> Vec<u8> {
+    let length = u32::try_from(message.len()).expect("small").to_be_bytes();
+    [&[0][..], &length, message.as_bytes()].concat()
+}
+
+#[tokio::test]
+async fn health_checkers_hear_when_calls_are_served() {
+    let agent = Agent::start_recovering(&["roost-cli"]).await;
+    let names = ["", "hostagent.v1.HostAgentService", "roost.v1.RoostService"];
+    let ask = async |name: &str| {
+        let body = format!("{{\"service\":\"{name}\"}}").into_bytes();
+        let (status, answer) = agent
+            .post("/grpc.health.v1.Health/Check", "application/json", body)
+            .await;
+        (status.as_u16(), String::from_utf8_lossy(&answer).into_owned())
+    };
+    for name in names {
+        assert_eq!(ask(name).await, (200, r#"{"status":"NOT_SERVING"}"#.into()), "{name:?}");
+    }
+    let watch = enveloped(r#"{"service":"roost.v1.RoostService"}"#);
+    let watch = agent.post("/grpc.health.v1.Health/Watch", "application/connect+json", watch);
+    let seen = tokio::time::timeout(std::time::Duration::from_millis(300), watch).await;
+    assert!(seen.is_err(), "a watch goes on: {seen:?}");
+    recover::recover(&agent.registry).await.expect("recovered");
+    agent.service.recovered();
+    for name in names {
+        while ask(name).await.1.contains("NOT_SERVING") {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(ask(name).await, (200, r#"{"status":"SERVING"}"#.into()), "{name:?}");
+    }
+    let (status, said) = ask("no.such.Service").await;
+    assert_eq!(status, 404, "{said}");
+    // The limit of this service's own.
+    assert!(ask(&"x".repeat(20 << 10)).await.1.contains("resource_exhausted"));
+}
+
+#[tokio::test]
+async fn clients_can_ask_which_calls_there_are() {
+    let agent = Agent::start().await;
+    for version in ["v1", "v1alpha"] {
+        let path = format!("/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo");
+        let questions = [
+            enveloped(r#"{"listServices":""}"#),
+            enveloped(r#"{"fileContainingSymbol":"hostagent.v1.HostAgentService.CreateSandbox"}"#),
+            enveloped(r#"{"fileContainingSymbol":"no.Such"}"#),
+        ];
+        let (status, answer) = agent.post(&path, "application/connect+json", questions.concat()).await;
+        let answer = String::from_utf8_lossy(&answer);
+        assert_eq!(status, 200, "{answer}");
+        for part in [
+            r#""name":"hostagent.v1.HostAgentService""#,
+            r#""name":"roost.v1.RoostService""#,
+            "fileDescriptorProto",
+            "errorResponse",
+        ] {
+            assert!(answer.contains(part), "no {part} in {answer}");
+        }
+    }
+}
 
 #[tokio::test]
 async fn a_listed_client_is_served() {

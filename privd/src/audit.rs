@@ -1,10 +1,12 @@
-//! One line per call: who, what, with which arguments, how it ended, how long it took. At `info` whatever the outcome, so that
+//! One line per call: who, what, as part of what, with which arguments, how it ended, how long it took. At `info` whatever the outcome, so that
 //! the journal of this daemon is the list of everything that was ever made by it; at `debug` what only looks, and was let.
 
 use std::fmt::{self, Write as _};
 use std::time::Duration;
 
 use roost_common::privd::{EgressPolicy, Internet, PrivdError};
+
+use tarpc::context::Context;
 
 use crate::check::Peer;
 
@@ -20,20 +22,26 @@ pub(crate) struct Entry {
 }
 
 impl Entry {
-    /// A call of `op`.
-    pub(crate) fn new(op: &'static str) -> Self {
-        Self {
+    /// A call of `op`, of the trace that its context names.
+    pub(crate) fn new(op: &'static str, context: &Context) -> Self {
+        let entry = Self {
             op,
             only_looks: false,
             fields: String::new(),
+        };
+        let trace_id = context.trace_context.trace_id;
+        if trace_id.is_none() {
+            entry
+        } else {
+            entry.with("trace_id", format_args!("{:032x}", u128::from(trace_id)))
         }
     }
 
     /// A call of `op`, which makes nothing. The agent's own come every half minute.
-    pub(crate) fn looking(op: &'static str) -> Self {
+    pub(crate) fn looking(op: &'static str, context: &Context) -> Self {
         Self {
             only_looks: true,
-            ..Self::new(op)
+            ..Self::new(op, context)
         }
     }
 

@@ -130,8 +130,8 @@ impl Session {
 }
 
 impl Privd for Session {
-    async fn open_disk(self, _: Context, request: OpenDisk) -> Result<Disk, PrivdError> {
-        let entry = Entry::new("open_disk")
+    async fn open_disk(self, context: Context, request: OpenDisk) -> Result<Disk, PrivdError> {
+        let entry = Entry::new("open_disk", &context)
             .with("sandbox_id", &request.sandbox)
             .with("sectors", request.size.0)
             .with("owner", request.owner);
@@ -151,8 +151,8 @@ impl Privd for Session {
         .await
     }
 
-    async fn open_network(self, _: Context, request: OpenNetwork) -> Result<Network, PrivdError> {
-        let entry = Entry::new("open_network")
+    async fn open_network(self, context: Context, request: OpenNetwork) -> Result<Network, PrivdError> {
+        let entry = Entry::new("open_network", &context)
             .with("slot", request.slot)
             .with_policy(&request.policy);
         self.run_to_completion(entry, |_, _| {
@@ -165,8 +165,8 @@ impl Privd for Session {
         .await
     }
 
-    async fn set_policy(self, _: Context, request: SetPolicy) -> Result<(), PrivdError> {
-        let entry = Entry::new("set_policy").with_policy(&request.policy);
+    async fn set_policy(self, context: Context, request: SetPolicy) -> Result<(), PrivdError> {
+        let entry = Entry::new("set_policy", &context).with_policy(&request.policy);
         self.run_to_completion(entry, move |_, _| {
             let policy = check::policy(request.policy)?;
             netns::set_policy(request.tap.as_fd(), &policy)
@@ -174,15 +174,15 @@ impl Privd for Session {
         .await
     }
 
-    async fn network_counters(self, _: Context, request: ReadCounters) -> Result<NetworkCounters, PrivdError> {
-        self.run_to_completion(Entry::looking("network_counters"), move |_, _| {
+    async fn network_counters(self, context: Context, request: ReadCounters) -> Result<NetworkCounters, PrivdError> {
+        self.run_to_completion(Entry::looking("network_counters", &context), move |_, _| {
             netns::counters(request.tap.as_fd())
         })
         .await
     }
 
-    async fn inventory(self, _: Context, cursor: InventoryCursor) -> Result<InventoryPage, PrivdError> {
-        let entry = Entry::looking("inventory").with("cursor", cursor.0);
+    async fn inventory(self, context: Context, cursor: InventoryCursor) -> Result<InventoryPage, PrivdError> {
+        let entry = Entry::looking("inventory", &context).with("cursor", cursor.0);
         self.run_to_completion(entry, move |_, entry| {
             let page = inventory::page(cursor)?;
             entry.add("rows", page.rows.len());

@@ -171,6 +171,49 @@ fn a_terminal_has_a_size_and_keys_and_outlives_its_reader() {
 }
 
 #[test]
+fn an_editor_in_a_terminal_within_a_terminal_works_and_follows_its_size() {
+    in_rig(|| {
+        let sandbox = Sandbox::create(&["--memory", "256"]);
+        let tmux = |arguments: &[&str]| {
+            let output = Command::new("tmux")
+                .args(["-L", "roost-tests"])
+                .args(arguments)
+                .env("LANG", "C.UTF-8")
+                .output()
+                .expect("tmux runs");
+            let said = String::from_utf8_lossy(&output.stdout).into_owned();
+            assert!(output.status.success(), "{arguments:?}: {output:?}");
+            said
+        };
+        let shows = |word: &str| {
+            eventually(&format!("{word:?} on the screen"), || {
+                let screen = tmux(&["capture-pane", "-p"]);
+                screen.contains(word).then_some(screen)
+            })
+        };
+        let command = format!("roost exec -it {} -- vi -u NONE /root/written", sandbox.id);
+        tmux(&["new-session", "-d", "-x", "90", "-y", "25", &command]);
+        // A window keeps its size when nobody looks at it.
+        tmux(&["set-option", "-g", "remain-on-exit", "on"]);
+        let screen = shows("written");
+        assert!(screen.contains('~'), "lines of an empty file: {screen}");
+        let keys = |keys: &[&str]| tmux(&[&["send-keys"], keys].concat());
+        keys(&[":set lines? columns?", "Enter"]);
+        shows("columns=90");
+        keys(&["Enter"]);
+        tmux(&["resize-window", "-x", "101", "-y", "31"]);
+        eventually("the editor to have another size", || {
+            keys(&["Escape", ":set columns?", "Enter"]);
+            tmux(&["capture-pane", "-p"]).contains("columns=101").then_some(())
+        });
+        keys(&["Escape", "ihello", "Enter", "world", "Escape", "ggxp", ":wq", "Enter"]);
+        shows("Pane is dead");
+        assert_eq!(sandbox.sh("cat /root/written"), "ehllo\nworld");
+        tmux(&["kill-server"]);
+    });
+}
+
+#[test]
 fn files_go_in_and_out_whole_and_the_agent_holds_none_of_them() {
     in_rig(|| {
         let sandbox = Sandbox::create(&["--memory", "512", "--disk", "4096"]);

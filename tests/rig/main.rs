@@ -3,6 +3,7 @@
 //! `cargo xtask test` builds this program, boots the rig with this build installed and runs it there. What every test leaves on
 //! the host is compared with what was there before it (`in_rig`).
 
+mod api;
 mod bad_input;
 mod concurrency;
 mod faults;

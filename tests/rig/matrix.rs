@@ -403,12 +403,13 @@ fn acceptable(operation: Operation, point: Point, has_lost_vm: bool) -> &'static
         // What nobody was told of is gone, or it runs.
         (Operation::Create | Operation::Clone, ..) => &["gone", "running"],
         (Operation::Pause, Point::Open, true) => &["gone"],
-        (Operation::Pause, Point::Open, false) => &["running", "paused"],
+        (Operation::Pause, Point::Whole, true) => &["paused"],
+        (Operation::Pause, Point::Open | Point::Whole, false) => &["running", "paused"],
         (Operation::Pause, _, _) => &["paused"],
         (Operation::Resume | Operation::ResumeDisk, Point::Open, _) => &["paused", "running"],
         (Operation::Resume, Point::Recorded, true) => &["paused"],
         (Operation::Resume, Point::Thawed, true) => &["paused", "gone"],
-        (Operation::Resume, Point::Done, true) | (Operation::ResumeDisk, _, true) => &["gone"],
+        (Operation::Resume, Point::Done | Point::Whole, true) | (Operation::ResumeDisk, _, true) => &["gone"],
         (Operation::Resume | Operation::ResumeDisk, _, false) => &["running"],
         // A destroy that was cut off is gone on with by whoever repeats it.
         (Operation::Destroy, ..) => &["gone", "running", "stopping"],

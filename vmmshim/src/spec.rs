@@ -203,7 +203,7 @@ mod tests {
             "--api-socket", "fd=4",
             "--kernel", "/var/lib/roost/kernels/vmlinux-6.1.0",
             "--initramfs", "/var/lib/roost/kernels/initramfs-6.1.0",
-            "--cmdline", "console=ttyS0 root=/dev/vda rw ip=169.254.0.21::169.254.0.22:255.255.255.252::eth0:off reboot=k panic=-1 quiet",
+            "--cmdline", "console=ttyS0 root=/dev/vda rw ip=169.254.0.21::169.254.0.22:255.255.255.252::eth0:off reboot=k panic=-1 quiet cryptomgr.notests 8250.nr_uarts=1 i8042.noaux",
             "--cpus", "boot=2,nested=off",
             "--memory", "size=512M,shared=on,thp=off",
             "--disk", "path=/dev/dm-7,image_type=raw,id=rootfs",

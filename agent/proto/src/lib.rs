@@ -12,3 +12,6 @@
 )]
 
 connectrpc::include_generated!("hostagent_proto.rs");
+
+/// Both files as protobuf's compiler describes them, a `google.protobuf.FileDescriptorSet`: for clients that ask what there is.
+pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use connectrpc::{Encodable, InboundStream, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream};
@@ -27,7 +26,7 @@ use crate::sandbox::{Began, PauseReason, ResumeWish, Versions, unix_now};
 use crate::templates::{self, CaptureKind, CaptureWish, Sweep};
 use crate::tombstone;
 use roost_hostagent::hostagent::v1::*;
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::{Notify, Semaphore, watch};
 
 /// Time that an Exec has when its caller sets none.
 const DEFAULT_EXEC_LIMIT: Duration = Duration::from_secs(30);
@@ -38,7 +37,7 @@ const MAX_EXEC_SECONDS: i32 = 24 * 60 * 60;
 #[derive(Debug)]
 pub struct Service {
     registry: Arc<Registry>,
-    recovered: AtomicBool,
+    recovered: watch::Sender<bool>,
     /// Given once a Terminate has brought everything to rest.
     terminated: Arc<Notify>,
     /// Whole files that are held.
@@ -50,7 +49,7 @@ impl Service {
     pub fn new(registry: Arc<Registry>) -> Arc<Self> {
         Arc::new(Self {
             registry,
-            recovered: AtomicBool::new(false),
+            recovered: watch::Sender::new(false),
             terminated: Arc::default(),
             whole_files: files::places(),
         })
@@ -63,7 +62,18 @@ impl Service {
 
     /// Recovery is complete: calls are served from now on.
     pub fn recovered(&self) {
-        self.recovered.store(true, Ordering::Release);
+        self.recovered.send_replace(true);
+    }
+
+    /// Whether recovery is complete.
+    pub fn is_recovered(&self) -> bool {
+        *self.recovered.borrow()
+    }
+
+    /// Waits until recovery is complete.
+    pub async fn until_recovered(&self) {
+        let mut recovered = self.recovered.subscribe();
+        recovered.wait_for(|is| *is).await.expect("this service has the sender");
     }
 
     /// Does what is asked of a sandbox, and notes how long that took.
@@ -78,7 +88,7 @@ impl Service {
 
     /// The registry, once recovery is complete.
     pub(super) fn ready(&self) -> Result<&Arc<Registry>, ApiError> {
-        if self.recovered.load(Ordering::Acquire) {
+        if self.is_recovered() {
             Ok(&self.registry)
         } else {
             Err(ApiError::Recovering)

@@ -18,10 +18,9 @@ use roost_agent::metrics::sampler;
 use roost_agent::outbox::{self, Outbox};
 use roost_agent::registry::Registry;
 use roost_agent::serve::{Access, serve};
-use roost_agent::{recover, status, watermark};
+use roost_agent::{recover, status, trace, watermark};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::watch;
 
 /// Owns the sandboxes of this host and serves their API.
 #[derive(Parser)]
@@ -50,17 +49,22 @@ struct Arguments {
 
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
-    tracing_subscriber::fmt()
-        .with_env_filter(tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into()))
-        .with_writer(std::io::stderr)
-        .with_ansi(false)
-        .init();
     let mut config = Config::load(arguments.config.as_deref())?;
     let wanted = &mut config.control_plane;
     wanted.url = arguments.control_plane.or(wanted.url.take());
     wanted.address = arguments.address.or(wanted.address.take());
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("no runtime")?;
+    // An exporter of traces works in the runtime.
+    let traces = {
+        let _in_runtime = runtime.enter();
+        trace::start(config.log_format)?
+    };
     if let Some(token) = arguments.register {
-        return register_host(&config, token_of(token, arguments.token_file)?);
+        let token = token_of(token, arguments.token_file)?;
+        return runtime.block_on(register_host(&config, token));
     }
     let standing = Standing::load(&config)?;
     if arguments.check_config {
@@ -73,11 +77,10 @@ fn main() -> anyhow::Result<()> {
         report(panic);
         std::process::abort();
     }));
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .context("no runtime")?;
     let outcome = runtime.block_on(run(config, standing));
+    if let Err(error) = traces.shutdown() {
+        tracing::warn!(%error, "the last traces are lost");
+    }
     // Not through the runtime's end: that would drop every task, and a dropped sandbox ends its VM. VMs outlive the agent.
     match outcome {
         Ok(End::Asked) => std::process::exit(0),
@@ -123,7 +126,7 @@ fn token_of(given: String, file: Option<PathBuf>) -> anyhow::Result<Secret> {
     Ok(Secret::new(token.to_owned()))
 }
 
-fn register_host(config: &Config, token: Secret) -> anyhow::Result<()> {
+async fn register_host(config: &Config, token: Secret) -> anyhow::Result<()> {
     let wanted = &config.control_plane;
     let url = wanted
         .url
@@ -135,11 +138,7 @@ fn register_host(config: &Config, token: Secret) -> anyhow::Result<()> {
         .context("no --address, and no address in [control_plane]")?;
     let store = Store::new(&Layout::new(&config.dir, &config.vm_run_dir).credentials());
     let client = standing::client(config, url.clone())?;
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .context("no runtime")?;
-    let registered = runtime.block_on(register(&client, &store, &config.dir, &token, address.as_str()))?;
+    let registered = register(&client, &store, &config.dir, &token, address.as_str()).await?;
     println!(
         "registered at {url} as host {}; start roost-agent.service, or start it anew",
         registered.host_id
@@ -179,17 +178,14 @@ async fn run(config: Config, standing: Standing) -> anyhow::Result<End> {
     });
     let registry = Registry::new(host);
     let service = Service::new(registry.clone());
-    let (is_recovered, mut recovered) = watch::channel(false);
-    let serving = recovered.clone();
-    let (registry_of_status, is_serving) = (registry.clone(), move || *serving.borrow());
+    let (registry_of_status, serving) = (registry.clone(), service.clone());
     let control = {
-        let registry = registry.clone();
+        let (registry, service) = (registry.clone(), service.clone());
         async move {
             match standing {
                 Standing::Standalone(_) => std::future::pending().await,
                 Standing::Registered(session) => {
-                    // An end of what tells it is the end of all of this.
-                    let recovered = async move { drop(recovered.wait_for(|is| *is).await) };
+                    let recovered = async move { service.until_recovered().await };
                     standing::run(session, registry, outbox, recovered).await;
                 }
             }
@@ -202,7 +198,6 @@ async fn run(config: Config, standing: Standing) -> anyhow::Result<End> {
             watermark::start(registry.clone()).await;
             tokio::spawn(sampler::run(registry));
             service.recovered();
-            is_recovered.send_replace(true);
             notify_ready();
             tracing::info!(%listen, "serving");
             std::future::pending::<anyhow::Result<End>>().await
@@ -211,7 +206,7 @@ async fn run(config: Config, standing: Standing) -> anyhow::Result<End> {
     tokio::select! {
         outcome = recovery => outcome,
         never = serve(listener, access, service.clone()) => match never {},
-        never = status::serve(status_listener, registry_of_status, is_serving) => match never {},
+        never = status::serve(status_listener, registry_of_status, move || serving.is_recovered()) => match never {},
         () = service.terminated() => Ok(End::Terminated),
         () = control => Ok(End::Deleted),
         _ = terminate.recv() => Ok(End::Asked),

@@ -22,6 +22,7 @@ use roost_common::shim::{Launch, RestoreMode, Start, VmSpec};
 use roost_common::units::Sectors;
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinHandle;
+use tracing::Instrument as _;
 
 use super::build::fill_random;
 use super::plan::Plan;
@@ -300,7 +301,7 @@ pub(super) enum Held<T, E> {
 
 impl<T: Send + 'static, E: Send + 'static> Held<T, E> {
     fn start(work: impl Future<Output = Result<T, E>> + Send + 'static) -> Self {
-        Self::Coming(tokio::spawn(work))
+        Self::Coming(tokio::spawn(work.in_current_span()))
     }
 
     /// Waits for it. Safe to cancel.

@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use roost_common::ids::SandboxId;
 use roost_common::shim::{API_SOCKET, RestoreMode, SHIM_SOCKET};
+use tracing::Instrument as _;
 
 use super::parts::{self, Gate, MemoryLoad, Versions, Vm, millis};
 use super::record::{Kept, Memory, PauseReason, Phase, Record};
@@ -575,7 +576,7 @@ async fn in_turn(
 ) -> Result<(), PauseError> {
     let writes = writes.clone();
     // A task of its own: it keeps its turn when nobody waits for it any more.
-    let written = tokio::spawn(async move { writes.run(work).await });
+    let written = tokio::spawn(async move { writes.run(work).await }.in_current_span());
     let written = tokio::time::timeout(limit, written)
         .await
         .map_err(|_| PauseError::SyncTimeout(limit))?;

@@ -12,6 +12,7 @@ use roost_common::units::Bytes;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
+use tracing::{Instrument as _, Span};
 
 use super::build;
 use super::hold::Hold;
@@ -94,6 +95,22 @@ enum Command {
     DiskLost,
 }
 
+/// A command, and the span of the call that it came with.
+#[derive(Debug)]
+struct Asked {
+    command: Command,
+    span: Span,
+}
+
+impl Asked {
+    fn now(command: Command) -> Self {
+        Self {
+            command,
+            span: Span::current(),
+        }
+    }
+}
+
 /// A sandbox as everyone but its task has it.
 #[derive(Debug, Clone)]
 pub struct Handle {
@@ -107,7 +124,7 @@ pub struct Handle {
     pub metrics: Arc<Rings>,
     usage: Arc<Usage>,
     hold: Arc<Hold>,
-    commands: mpsc::Sender<Command>,
+    commands: mpsc::Sender<Asked>,
     view: watch::Receiver<View>,
 }
 
@@ -268,7 +285,7 @@ impl Handle {
     /// Its disk can be used no more: it is ended where it runs, and why is written down.
     pub fn disk_is_lost(&self) {
         // A task that has ended needs no disk, and one that has much to do is told again.
-        drop(self.commands.try_send(Command::DiskLost));
+        drop(self.commands.try_send(Asked::now(Command::DiskLost)));
     }
 
     /// Asks to hold or release, unless that has been asked and not been done yet: a VMM that does not answer must not fill the queue.
@@ -277,7 +294,7 @@ impl Handle {
             return;
         }
         let (reply, answer) = oneshot::channel();
-        if self.commands.try_send(command(reply)).is_err() {
+        if self.commands.try_send(Asked::now(command(reply))).is_err() {
             self.hold.answered();
             return;
         }
@@ -288,7 +305,7 @@ impl Handle {
     /// The task's answer; `None` when it has ended.
     async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Option<T> {
         let (reply, answer) = oneshot::channel();
-        self.commands.send(command(reply)).await.ok()?;
+        self.commands.send(Asked::now(command(reply))).await.ok()?;
         answer.await.ok()
     }
 }
@@ -303,6 +320,7 @@ pub fn spawn(
     let (caller, answer) = oneshot::channel();
     let mut driver = driver(registry, host, plan, slot, unix_now(), View::Creating);
     let handle = driver.handle.clone();
+    driver.cause = Span::current();
     driver.start_build();
     tokio::spawn(driver.run(Sandbox::new(caller)));
     (handle, answer)
@@ -376,6 +394,7 @@ fn driver(
         view,
         inbox,
         work: Work::None,
+        cause: Span::none(),
         to_reach: None,
         unclaimed: None,
         unburied: None,
@@ -388,8 +407,10 @@ struct Driver {
     host: Arc<Host>,
     handle: Handle,
     view: watch::Sender<View>,
-    inbox: mpsc::Receiver<Command>,
+    inbox: mpsc::Receiver<Asked>,
     work: Work,
+    /// The last call that asked, while what it asked for is being done; none where nobody did.
+    cause: Span,
     /// What an earlier agent wrote of a VM that is still to be reached.
     to_reach: Option<Record>,
     /// The last capture, where nobody was there to hear of it.
@@ -424,7 +445,10 @@ impl Driver {
                 Some(event) => event,
                 None => match self.next(&mut sandbox).await {
                     Some(event) => event,
-                    None => continue,
+                    None => {
+                        self.forget_cause();
+                        continue;
+                    }
                 },
             };
             let from = sandbox.name();
@@ -432,7 +456,8 @@ impl Driver {
             sandbox = next;
             self.show(&sandbox);
             if from != sandbox.name() {
-                tracing::info!(sandbox_id = %self.handle.plan.id, from, to = sandbox.name(), "sandbox changed");
+                let id = &self.handle.plan.id;
+                tracing::info!(parent: &self.cause, sandbox_id = %id, from, to = sandbox.name(), "sandbox changed");
             }
             // Out of the registry before anyone is told, so that the id can be used again by who has been told.
             if matches!(sandbox, Sandbox::Gone) {
@@ -450,11 +475,14 @@ impl Driver {
                     follows = Some(event);
                 }
             }
+            if follows.is_none() {
+                self.forget_cause();
+            }
         }
         // Commands that arrived too late for the state machine: a destroy has what it wants, and the others find nobody.
         self.inbox.close();
-        while let Some(command) = self.inbox.recv().await {
-            if let Command::Destroy(reply) = command {
+        while let Some(asked) = self.inbox.recv().await {
+            if let Command::Destroy(reply) = asked.command {
                 answer(vec![reply], &Ok(()));
             }
         }
@@ -511,8 +539,9 @@ impl Driver {
             biased;
             event = state => event,
             event = work => event,
-            command = self.inbox.recv() => {
-                let command = command.expect("the driver's own handle keeps the channel open");
+            asked = self.inbox.recv() => {
+                let Asked { command, span } = asked.expect("the driver's own handle keeps the channel open");
+                self.cause = span;
                 return self.admit(command, is_running, is_paused).await;
             }
         };
@@ -613,7 +642,7 @@ impl Driver {
             }
             Action::Pause(vm, reason) => {
                 let (host, hold, id) = (self.host.clone(), self.handle.hold.clone(), id.clone());
-                self.work = Work::Pause(tokio::spawn(async move {
+                self.work = Work::Pause(self.start(async move {
                     // A pause begins with the guest's own part in it, which one that is held could not do.
                     match hold.release(&host, &id).await {
                         Ok(()) => pause::pause(host, vm, reason).await,
@@ -629,7 +658,7 @@ impl Driver {
             }
             Action::Capture(vm, wish) => {
                 let (host, hold, id) = (self.host.clone(), self.handle.hold.clone(), id.clone());
-                self.work = Work::Capture(tokio::spawn(async move {
+                self.work = Work::Capture(self.start(async move {
                     match hold.release(&host, &id).await {
                         Ok(()) => capture::capture(host, vm, wish).await,
                         Err(error) => CaptureEnd::Running(vm, Err(PauseError::Vmm(error).into())),
@@ -638,7 +667,7 @@ impl Driver {
             }
             Action::CaptureKept(kept, wish) => {
                 let (host, id) = (self.host.clone(), id.clone());
-                self.work = Work::Capture(tokio::spawn(capture::capture_kept(host, id, kept, wish)));
+                self.work = Work::Capture(self.start(capture::capture_kept(host, id, kept, wish)));
             }
             Action::Reach => {
                 let (host, slot) = (self.host.clone(), self.handle.slot.slot());
@@ -652,7 +681,7 @@ impl Driver {
             }
             Action::TearDown(vm) => {
                 let (host, id) = (self.host.clone(), id.clone());
-                self.work = Work::TearDown(tokio::spawn(async move { build::tear_down(&host, &id, vm).await }));
+                self.work = Work::TearDown(self.start(async move { build::tear_down(&host, &id, vm).await }));
             }
             Action::Kill(vm) => {
                 tracing::error!(sandbox_id = %id, "a second VM of one sandbox is killed");
@@ -747,13 +776,25 @@ impl Driver {
         written.await.expect("file work does not panic")
     }
 
+    /// Lets go of a call's span once nothing is being done for it.
+    fn forget_cause(&mut self) {
+        if matches!(self.work, Work::None) {
+            self.cause = Span::none();
+        }
+    }
+
+    /// Starts a task that works for the call that asked for it.
+    fn start<T: Send + 'static>(&self, work: impl Future<Output = T> + Send + 'static) -> JoinHandle<T> {
+        tokio::spawn(work.instrument(self.cause.clone()))
+    }
+
     fn start_build(&mut self) {
         let (stop, stopped) = stopper();
         let handle = &self.handle;
         let (host, plan) = (self.host.clone(), (*handle.plan).clone());
         let task = build::build(host, plan, handle.slot.clone(), handle.created_at_unix, stopped);
         self.work = Work::Build {
-            task: tokio::spawn(task),
+            task: self.start(task),
             stop: Some(stop),
         };
     }
@@ -764,7 +805,7 @@ impl Driver {
         let (host, id) = (self.host.clone(), handle.plan.id.clone());
         let task = resume::resume(host, id, handle.slot.clone(), kept, wish, stopped);
         self.work = Work::Resume {
-            task: tokio::spawn(task),
+            task: self.start(task),
             stop: Some(stop),
         };
     }

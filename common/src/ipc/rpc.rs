@@ -27,8 +27,48 @@ pub const MAX_IN_FLIGHT: usize = 8;
 /// Client to server.
 #[derive(Serialize, Deserialize)]
 enum Call<T> {
-    Request { id: u64, deadline_ms: u32, message: T },
-    Cancel { id: u64 },
+    Request {
+        id: u64,
+        deadline_ms: u32,
+        trace: TraceParent,
+        message: T,
+    },
+    Cancel {
+        id: u64,
+    },
+}
+
+/// What caused a call, as W3C's `traceparent` has it; zeros where nobody knows. Any value is as good as any other: the server writes it
+/// down and does nothing else with it.
+#[derive(Clone, Copy, Default, Serialize, Deserialize)]
+struct TraceParent {
+    trace_id: [u8; 16],
+    span_id: [u8; 8],
+    is_sampled: bool,
+}
+
+impl From<trace::Context> for TraceParent {
+    fn from(context: trace::Context) -> Self {
+        Self {
+            trace_id: u128::from(context.trace_id).to_be_bytes(),
+            span_id: u64::from(context.span_id).to_be_bytes(),
+            is_sampled: context.sampling_decision == trace::SamplingDecision::Sampled,
+        }
+    }
+}
+
+impl From<TraceParent> for trace::Context {
+    fn from(parent: TraceParent) -> Self {
+        Self {
+            trace_id: u128::from_be_bytes(parent.trace_id).into(),
+            span_id: u64::from_be_bytes(parent.span_id).into(),
+            sampling_decision: if parent.is_sampled {
+                trace::SamplingDecision::Sampled
+            } else {
+                trace::SamplingDecision::Unsampled
+            },
+        }
+    }
 }
 
 /// Server to client.
@@ -110,6 +150,7 @@ impl<Req: DeserializeOwned, Resp> Stream for ServerTransport<Req, Resp> {
             Call::Request {
                 id,
                 deadline_ms,
+                trace,
                 message,
             } => {
                 let allowed = Duration::from_millis(u64::from(deadline_ms));
@@ -122,6 +163,7 @@ impl<Req: DeserializeOwned, Resp> Stream for ServerTransport<Req, Resp> {
                 } else {
                     let mut context = tarpc::context::current();
                     context.deadline = Instant::now() + allowed;
+                    context.trace_context = trace.into();
                     Ok(ClientMessage::Request(Request { context, id, message }))
                 }
             }
@@ -209,6 +251,7 @@ impl<Req: Serialize, Resp> Sink<ClientMessage<Req>> for ClientTransport<Req, Res
                 Call::Request {
                     id,
                     deadline_ms,
+                    trace: context.trace_context.into(),
                     message,
                 }
             }
@@ -248,6 +291,7 @@ mod tests {
     trait Echo {
         async fn echo(text: String, file: PassedFd) -> (String, PassedFd);
         async fn forever();
+        async fn traced() -> u128;
     }
 
     /// `started` gains a permit with each call of `forever`.
@@ -290,6 +334,10 @@ mod tests {
             self.started.add_permits(1);
             std::future::pending().await
         }
+
+        async fn traced(self, context: context::Context) -> u128 {
+            context.trace_context.trace_id.into()
+        }
     }
 
     fn pair() -> (OwnedFd, OwnedFd) {
@@ -325,6 +373,7 @@ mod tests {
         Packet::encode(&Call::Request {
             id,
             deadline_ms,
+            trace: TraceParent::default(),
             message,
         })
         .expect("encoded")
@@ -335,6 +384,16 @@ mod tests {
             .await
             .expect("the server ended the connection")
             .expect("no panic");
+    }
+
+    #[tokio::test]
+    async fn the_server_knows_what_a_call_is_part_of() {
+        let (socket, _server) = serve(Server::default());
+        let client = client(socket);
+        let mut context = context::current();
+        context.trace_context.trace_id = 0x0af7_6519_16cd_43dd_8448_eb21_1c80_319c_u128.into();
+        let seen = client.traced(context).await.expect("answered");
+        assert_eq!(seen, u128::from(context.trace_context.trace_id));
     }
 
     #[tokio::test]

@@ -25,6 +25,8 @@ pub(super) enum Operation {
 pub(super) enum Point {
     /// Everything: a failure takes the operation back.
     Open,
+    /// A failure takes the operation back, but the VM is needed no more: all of it is on disk.
+    Whole,
     /// The step cannot fail, but a VM that is lost takes the operation back.
     Recorded,
     /// The guest has run. A VM that is lost takes the operation back where that is known before it is recorded as done.
@@ -72,9 +74,8 @@ const OPERATIONS: &[Row] = &[
             "pause.stopped",
             "pause.synced",
             "pause.written",
-            "pause.sealed",
         ],
-        &[("pause.recorded", Point::Done)],
+        &[("pause.sealed", Point::Whole), ("pause.recorded", Point::Done)],
     ),
     (
         Operation::Resume,
@@ -170,7 +171,7 @@ pub(super) fn cases() -> Vec<(Step, Fault)> {
     });
     steps
         .flat_map(|step| Fault::ALL.map(|fault| (step, fault)))
-        .filter(|(step, fault)| step.point == Point::Open || !fault.fails_the_step())
+        .filter(|(step, fault)| matches!(step.point, Point::Open | Point::Whole) || !fault.fails_the_step())
         .collect()
 }
 
@@ -178,6 +179,7 @@ pub(super) fn cases() -> Vec<(Step, Fault)> {
 ///
 /// - `all`;
 /// - `k/n`: each n-th from the k-th on, counted from 0, so that n runs can share the whole, and each has some of every operation;
+/// - `k/n from N`: those of them that have the number N or a higher one, for a run that was cut off;
 /// - `sample N`: one case of each operation, others for another N; a CI passes the number of its run;
 /// - any words: the cases whose operation, step or fault each of them is, as in `pause.sealed Enospc`.
 ///
@@ -188,8 +190,9 @@ pub(super) fn choose(cases: &[(Step, Fault)], wish: &str) -> Vec<usize> {
         (0..cases.len()).collect()
     } else if let Some(turn) = wish.strip_prefix("sample ") {
         sample(cases, turn.parse().expect("ROOST_MATRIX: a number after sample"))
-    } else if let Some((first, runs)) = share(wish) {
-        (first..cases.len()).step_by(runs).collect()
+    } else if let Some((first, runs, from)) = share(wish) {
+        let share = (first..cases.len()).step_by(runs);
+        share.filter(|number| *number >= from).collect()
     } else {
         let is_meant = |(step, fault): &(Step, Fault)| {
             let names = [
@@ -206,9 +209,11 @@ pub(super) fn choose(cases: &[(Step, Fault)], wish: &str) -> Vec<usize> {
     chosen
 }
 
-fn share(wish: &str) -> Option<(usize, usize)> {
-    let (first, runs) = wish.split_once('/')?;
-    Some((first.parse().ok()?, runs.parse().ok()?))
+/// First, step, and the number to begin at.
+fn share(wish: &str) -> Option<(usize, usize, usize)> {
+    let (share, from) = wish.split_once(" from ").unwrap_or((wish, "0"));
+    let (first, runs) = share.split_once('/')?;
+    Some((first.parse().ok()?, runs.parse().ok()?, from.parse().ok()?))
 }
 
 /// One case of each operation but those that are slow. The strides have no factor in common with what they go through, mostly, so

@@ -211,18 +211,23 @@ fn arguments(config: &VmConfig, tap: RawFd, qmp: &OwnedFd, entry: Entry) -> Resu
             text(&disk.path)?
         ),
     );
-    add("-device", "virtio-blk-pci,drive=disk0,id=rootfs".into());
+    // No ioeventfds: KVM waits for all its readers whenever one comes or goes, and where the virtualisation is emulated that is most of
+    // what a guest's boot waits for.
+    add("-device", "virtio-blk-pci,drive=disk0,id=rootfs,ioeventfd=off".into());
     add("-netdev", format!("tap,id=tap0,fd={tap},vhost=off"));
     // No option ROM: nobody boots from the network.
     add(
         "-device",
-        format!("virtio-net-pci,netdev=tap0,id=net0,mac={},romfile=", net.mac),
+        format!(
+            "virtio-net-pci,netdev=tap0,id=net0,mac={},romfile=,ioeventfd=off",
+            net.mac
+        ),
     );
     add(
         "-object",
         format!("rng-random,id=rng0,filename={}", text(&config.rng.src)?),
     );
-    add("-device", "virtio-rng-pci,rng=rng0".into());
+    add("-device", "virtio-rng-pci,rng=rng0,ioeventfd=off".into());
     if let Some(balloon) = &config.balloon {
         let reporting = if balloon.free_page_reporting { "on" } else { "off" };
         add(

@@ -11,6 +11,7 @@ use anyhow::{Context, Result, ensure};
 use crate::cache;
 use crate::rig::install;
 use crate::step::{shown, step};
+use crate::test::TEST_FEATURES;
 
 /// Installed in /usr/bin of the rig.
 const PROGRAMS: &[&str] = &[
@@ -71,12 +72,11 @@ pub(crate) fn build() -> Result<Binaries> {
 /// compiled it with, and is not compiled once more. Not all binaries: this program must not be replaced while it runs.
 fn build_programs() -> Result<PathBuf> {
     let mut command = cargo();
-    // Rig builds may read a confinement profile from a file, and fail where a test wants it; packaged ones do neither.
     command.args([
         "build",
         "--workspace",
         "--features",
-        "roost-vmmshim/foreign-profiles,roost-agent/failpoints",
+        TEST_FEATURES,
         "--test",
         "rig",
         "--message-format=json-render-diagnostics",
@@ -100,7 +100,8 @@ fn build_programs() -> Result<PathBuf> {
     executables.next_back().context("cargo built no rig tests")
 }
 
-/// Builds the guest's envd: static, so into a folder of its own beside the host's build.
+/// Builds the guest's envd: static, so into a folder of its own beside the host's build; and without what debuggers read, as each guest
+/// reads it from its disk.
 pub(crate) fn build_envd() -> Result<PathBuf> {
     step("building envd", || {
         shown(
@@ -114,7 +115,7 @@ pub(crate) fn build_envd() -> Result<PathBuf> {
                     "--target",
                     GUEST_TARGET,
                 ])
-                .env("RUSTFLAGS", "-C target-feature=+crt-static"),
+                .env("RUSTFLAGS", "-C target-feature=+crt-static -C strip=debuginfo"),
         )
     })?;
     Ok(cache::target().join(GUEST_TARGET).join("debug/envd"))

@@ -28,6 +28,8 @@ const TEMPLATE: Recipe<'_> = Recipe {
         "netbase",
         "procps",
         "sudo",
+        // What is hard on a terminal.
+        "vim-tiny",
     ],
     extra: &[],
 };

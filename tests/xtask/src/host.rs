@@ -40,6 +40,8 @@ const RECIPE: Recipe<'_> = Recipe {
         "strace",
         "systemd",
         "systemd-sysv",
+        // A terminal that tests type into and read.
+        "tmux",
         "udev",
         "util-linux",
     ],
