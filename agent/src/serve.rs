@@ -2,6 +2,8 @@
 //! bounded, and a client whose certificate is not listed gets one answer and no further.
 
 use std::convert::Infallible;
+use std::io;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -17,7 +19,7 @@ use hyper::body::{Body as _, Frame, Incoming, SizeHint};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use rustix::net::sockopt;
 use tokio::io::AsyncWriteExt;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
 use tower::ServiceExt;
@@ -37,6 +39,8 @@ use roost_hostagent::roost::v1::{ROOST_SERVICE_SERVICE_NAME, RoostServiceExt};
 
 /// Most connections at a time; more wait in the kernel's backlog.
 const MAX_CONNECTIONS: usize = 4096;
+/// Connections that wait in the kernel to be accepted, as far as `net.core.somaxconn` lets them.
+const BACKLOG: u32 = 4096;
 /// Time that a client has for its handshake.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 /// Time for the headers of a request, counted from the answer before it: so it is also how long a connection may be idle. Control
@@ -84,6 +88,22 @@ impl Services {
     fn span<B>(&self, request: &Request<B>) -> Span {
         trace::of_call(request, self.proxy.takes(request.uri()).then_some("proxy"))
     }
+}
+
+/// A listener for [`serve`].
+///
+/// # Errors
+/// When the address is taken, or not this host's.
+pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() {
+        TcpSocket::new_v4()?
+    } else {
+        TcpSocket::new_v6()?
+    };
+    // An agent that is started anew finds connections of the last one at the port.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
 }
 
 /// Serves until the process ends.

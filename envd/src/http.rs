@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 use std::io;
+use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,7 +22,7 @@ use roost_common::guest::{
     ACCESS_TOKEN_HEADER, ENVS_PATH, FILES_COMPOSE_PATH, FILES_PATH, FSFREEZE_PATH, FSTHAW_PATH, HEALTH_PATH, INIT_PATH,
     METRICS_PATH, SNAPSHOT_PREPARE_PATH, VERSION_HEADER,
 };
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::Semaphore;
 use tower::Service as _;
 
@@ -34,6 +35,10 @@ use crate::rest::{Rest, RestError};
 
 /// Connections at a time; more wait in the kernel's queue.
 const MAX_CONNECTIONS: usize = 1024;
+
+/// Connections that wait in the kernel to be accepted. With the 128 that the library asks for, a busy guest resets some of those that are
+/// opened at once.
+const BACKLOG: u32 = 1024;
 
 /// How long a connection may be idle between requests: longer than the proxies in front of it keep theirs, so that none
 /// of them sends a request into a closing connection.
@@ -53,6 +58,18 @@ pub(crate) struct Server {
 }
 
 type Body = Either<LongBody, ConnectRpcBody>;
+
+/// A listener for [`Server::serve`].
+pub(crate) fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() {
+        TcpSocket::new_v4()?
+    } else {
+        TcpSocket::new_v6()?
+    };
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
 
 impl Server {
     pub(crate) fn new(rest: Rest, processes: ProcessService, filesystem: FilesystemService) -> Self {

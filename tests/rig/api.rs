@@ -98,9 +98,13 @@ fn the_examples_of_the_api_page_have_the_answers_that_it_shows() {
     });
 }
 
-/// Connections at a time, and streams of each. An emulated host shakes few hands a second, and a client has ten seconds for its own.
-const CONNECTIONS: usize = 8;
-const STREAMS: usize = 25;
+/// Connections at a time: an emulated host shakes few hands a second, and a client has ten seconds for its own.
+const CONNECTIONS: usize = 4;
+/// Processes that each connection reads, and readers of each process: no more than 16 clients may read one.
+const PROCESSES: usize = 5;
+const READERS: usize = 10;
+/// Streams of a connection, and all of them.
+const STREAMS: usize = PROCESSES * READERS;
 const ALL: usize = CONNECTIONS * STREAMS;
 
 #[test]
@@ -110,17 +114,20 @@ fn two_hundred_streams_at_a_time_each_have_all_of_it() {
         let id = &sandbox.id;
         // It begins when it is told to, and goes on for some seconds, so that all read at once.
         let counter = "until test -e /tmp/go; do sleep 0.2; done; for n in $(seq 40); do echo line $n; sleep 0.1; done";
-        let request = json!({"sandboxId": id, "cmd": "/bin/sh", "args": ["-c", counter], "tag": "counter"});
-        let started = roost::call("StartBackground", &request);
-        assert_eq!(started.status, 200, "{started:?}");
         let dir = Path::new("/tmp/streams");
         drop(std::fs::remove_dir_all(dir));
         std::fs::create_dir(dir).expect("made");
-        let request = json!({"sandboxId": id, "tag": "counter", "offset": "0"}).to_string();
-        let mut body = vec![0];
-        body.extend((request.len() as u32).to_be_bytes());
-        body.extend(request.as_bytes());
-        std::fs::write(dir.join("request"), body).expect("written");
+        for process in 0..CONNECTIONS * PROCESSES {
+            let tag = format!("counter-{process}");
+            let request = json!({"sandboxId": id, "cmd": "/bin/sh", "args": ["-c", counter], "tag": tag});
+            let started = roost::call("StartBackground", &request);
+            assert_eq!(started.status, 200, "{started:?}");
+            let request = json!({"sandboxId": id, "tag": tag, "offset": "0"}).to_string();
+            let mut body = vec![0];
+            body.extend((request.len() as u32).to_be_bytes());
+            body.extend(request.as_bytes());
+            std::fs::write(dir.join(format!("request-{process}")), body).expect("written");
+        }
         let before = resident();
         let mut readers: Vec<Child> = (0..CONNECTIONS).map(|connection| read_by(connection, dir)).collect();
         // Each has been told which process it reads.
@@ -153,7 +160,7 @@ fn two_hundred_streams_at_a_time_each_have_all_of_it() {
     });
 }
 
-/// A curl that reads as many streams on one connection.
+/// A curl that reads the output of its processes, each several times, on one connection.
 fn read_by(connection: usize, dir: &Path) -> Child {
     let mut curl = Command::new("curl");
     curl.args(["--silent", "--show-error", "--parallel", "--no-progress-meter"]);
@@ -161,10 +168,13 @@ fn read_by(connection: usize, dir: &Path) -> Child {
         if stream > 0 {
             curl.arg("--next");
         }
+        let process = connection * PROCESSES + stream / READERS;
         curl.args(certificates(PKI))
             .args(["--silent", "--http2", "--no-buffer", "--max-time", "300"])
             .args(["--header", "Content-Type: application/connect+json"])
-            .args(["--data-binary", "@/tmp/streams/request", "--output"])
+            .arg("--data-binary")
+            .arg(format!("@{}/request-{process}", dir.display()))
+            .arg("--output")
             .arg(dir.join((connection * STREAMS + stream).to_string()))
             .arg("https://127.0.0.1:50051/hostagent.v1.HostAgentService/ConnectProcess");
     }

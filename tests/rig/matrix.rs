@@ -407,9 +407,11 @@ fn acceptable(operation: Operation, point: Point, has_lost_vm: bool) -> &'static
         (Operation::Pause, Point::Open | Point::Whole, false) => &["running", "paused"],
         (Operation::Pause, _, _) => &["paused"],
         (Operation::Resume | Operation::ResumeDisk, Point::Open, _) => &["paused", "running"],
+        (Operation::ResumeDisk, Point::Booted, true) => &["paused", "gone"],
+        (Operation::ResumeDisk, Point::Booted, false) => &["paused", "running"],
         (Operation::Resume, Point::Recorded, true) => &["paused"],
         (Operation::Resume, Point::Thawed, true) => &["paused", "gone"],
-        (Operation::Resume, Point::Done | Point::Whole, true) | (Operation::ResumeDisk, _, true) => &["gone"],
+        (Operation::Resume, _, true) | (Operation::ResumeDisk, _, true) => &["gone"],
         (Operation::Resume | Operation::ResumeDisk, _, false) => &["running"],
         // A destroy that was cut off is gone on with by whoever repeats it.
         (Operation::Destroy, ..) => &["gone", "running", "stopping"],

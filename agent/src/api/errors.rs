@@ -215,7 +215,7 @@ fn guest_code(error: &GuestError) -> ErrorCode {
         // wrong is not the caller's to act on.
         GuestError::Process { code, .. } => match code {
             ErrorCode::InvalidArgument | ErrorCode::NotFound => ErrorCode::InvalidArgument,
-            ErrorCode::PermissionDenied => ErrorCode::PermissionDenied,
+            ErrorCode::PermissionDenied | ErrorCode::ResourceExhausted => *code,
             _ => ErrorCode::Internal,
         },
         // These name what is in the guest, so nobody takes it for the sandbox.

@@ -316,12 +316,12 @@ async fn steps(
             return Err(ended(ending));
         }
         pass("resume.thawed").await;
-        // A VM whose end is known by now may still leave a sandbox that is paused; once its record says that it runs, no more.
-        tokio::select! {
-            biased;
-            end = shim.ended() => return Err(ended(pause::ending(end))),
-            () = std::future::ready(()) => {}
-        }
+    }
+    // A VM whose end is known by now may still leave a sandbox that is paused; once its record says that it runs, no more.
+    tokio::select! {
+        biased;
+        end = shim.ended() => return Err(ended(pause::ending(end))),
+        () = std::future::ready(()) => {}
     }
     record.phase = Phase::Running;
     if let Err(error) = write(record.clone()).await {

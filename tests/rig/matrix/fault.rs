@@ -11,6 +11,7 @@ use nix::time::{ClockId, clock_gettime, clock_settime};
 use nix::unistd::Pid;
 use roost_common::names;
 use roost_tests::disk::Filler;
+use roost_tests::eventually;
 use roost_tests::roost::{disk_of, kill_9_pid, pids, vmm_command};
 
 /// Something that happens while the agent is at a step.
@@ -112,17 +113,21 @@ impl Fault {
 
     /// Strikes, while the agent waits at a step of an operation on the sandbox.
     pub(super) fn strike(self, id: &str, caller: &mut Child) -> Harm {
-        let all = |name: &str| pids(name).into_iter().for_each(kill_9_pid);
         let undo: Box<dyn FnOnce()> = match self {
             // The agent has done these itself, or does so with the next answer.
             Self::Eio | Self::LostReply => Box::new(|| ()),
             Self::KillAgent | Self::KillPrivd | Self::KillShim | Self::KillVmm => {
                 // None of some where none has been started yet.
-                all(match self {
+                let killed = pids(match self {
                     Self::KillAgent => "roost-agent",
                     Self::KillPrivd => "roost-privd",
                     Self::KillShim => "roost-vmmshim",
                     _ => vmm_command(),
+                });
+                killed.iter().copied().for_each(kill_9_pid);
+                // It must have happened before the agent goes on.
+                eventually("what was killed to be gone", || {
+                    killed.iter().all(|pid| has_ended(*pid)).then_some(())
                 });
                 Box::new(|| ())
             }
@@ -246,4 +251,11 @@ fn shift_clock(seconds: i64) -> Box<dyn FnOnce()> {
     };
     shift(seconds);
     Box::new(move || shift(-seconds))
+}
+
+/// Whether a process is gone, or there for its parent to count alone.
+fn has_ended(pid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ")
+        .is_none_or(|(_, rest)| rest.starts_with(['Z', 'X']))
 }

@@ -27,6 +27,9 @@ pub(super) enum Point {
     Open,
     /// A failure takes the operation back, but the VM is needed no more: all of it is on disk.
     Whole,
+    /// A failure takes the operation back, and the guest has run: so does a VM that is lost, where that is known before the operation is
+    /// recorded as done.
+    Booted,
     /// The step cannot fail, but a VM that is lost takes the operation back.
     Recorded,
     /// The guest has run. A VM that is lost takes the operation back where that is known before it is recorded as done.
@@ -96,14 +99,8 @@ const OPERATIONS: &[Row] = &[
     ),
     (
         Operation::ResumeDisk,
-        &[
-            "resume.ready",
-            "resume.acquired",
-            "resume.offered",
-            "resume.launched",
-            "resume.gated",
-        ],
-        &[("resume.running", Point::Done)],
+        &["resume.ready", "resume.acquired", "resume.offered", "resume.launched"],
+        &[("resume.gated", Point::Booted), ("resume.running", Point::Done)],
     ),
     (
         Operation::Destroy,
@@ -171,7 +168,9 @@ pub(super) fn cases() -> Vec<(Step, Fault)> {
     });
     steps
         .flat_map(|step| Fault::ALL.map(|fault| (step, fault)))
-        .filter(|(step, fault)| matches!(step.point, Point::Open | Point::Whole) || !fault.fails_the_step())
+        .filter(|(step, fault)| {
+            matches!(step.point, Point::Open | Point::Whole | Point::Booted) || !fault.fails_the_step()
+        })
         .collect()
 }
 
