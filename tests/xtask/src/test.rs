@@ -21,6 +21,9 @@ use crate::{cache, sdk, series, setup};
 const RIG_SECONDS: u64 = 3600;
 const RIG_SECONDS_ALL: u64 = 8 * 3600;
 
+/// Tells tests of all kinds that they are to run at full size.
+const FULL_SIZE: (&str, &str) = ("ROOST_TESTS_ALL", "1");
+
 /// Time for each boot of the power cuts.
 const CUT_SECONDS: u64 = 1200;
 
@@ -51,7 +54,7 @@ const DIRECT_TESTS: &[&str] = &[
 /// Arguments of `cargo xtask test`.
 #[derive(Args, Clone)]
 pub(crate) struct Options {
-    /// Run the rig's tests at full size, which takes long
+    /// Run everything at full size, which takes long
     #[arg(long)]
     all: bool,
     /// Run the rig's tests alone
@@ -169,7 +172,7 @@ pub(crate) fn run(options: &Options) -> Result<u8> {
                 check
                     .calls
                     .iter()
-                    .try_for_each(|arguments| shown(cargo().args(*arguments)))
+                    .try_for_each(|arguments| shown(cargo().args(*arguments).envs(options.all.then_some(FULL_SIZE))))
             });
         }
     }
@@ -409,7 +412,8 @@ fn tests_in_rig(options: &Options, timeout: u64) -> Result<(Binaries, rig::Optio
         ..rig::Options::command(&["/usr/lib/roost-tests/rig", "--test-threads=1"])
     };
     if options.all {
-        rig.env.push("ROOST_TESTS_ALL=1".to_owned());
+        let (name, value) = FULL_SIZE;
+        rig.env.push(format!("{name}={value}"));
         rig.command.push("--include-ignored".to_owned());
     }
     Ok((binaries, rig))
