@@ -171,6 +171,7 @@ fn a_terminal_has_a_size_and_keys_and_outlives_its_reader() {
 }
 
 #[test]
+#[ignore = "at full size only: cargo xtask test --all"]
 fn an_editor_in_a_terminal_within_a_terminal_works_and_follows_its_size() {
     in_rig(|| {
         let sandbox = Sandbox::create(&["--memory", "256"]);
@@ -187,26 +188,31 @@ fn an_editor_in_a_terminal_within_a_terminal_works_and_follows_its_size() {
         };
         let shows = |word: &str| {
             eventually(&format!("{word:?} on the screen"), || {
-                let screen = tmux(&["capture-pane", "-p"]);
-                screen.contains(word).then_some(screen)
-            })
+                tmux(&["capture-pane", "-p"]).contains(word).then_some(())
+            });
         };
         let command = format!("roost exec -it {} -- vi -u NONE /root/written", sandbox.id);
         tmux(&["new-session", "-d", "-x", "90", "-y", "25", &command]);
         // A window keeps its size when nobody looks at it.
         tmux(&["set-option", "-g", "remain-on-exit", "on"]);
-        let screen = shows("written");
-        assert!(screen.contains('~'), "lines of an empty file: {screen}");
+        // The lines of an empty file, which may come behind its name.
+        shows("written");
+        shows("~");
         let keys = |keys: &[&str]| tmux(&[&["send-keys"], keys].concat());
-        keys(&[":set lines? columns?", "Enter"]);
-        shows("columns=90");
-        keys(&["Enter"]);
+        // Asked again and again: an editor that is still starting throws away what has been typed.
+        let has_columns = |columns: u16| {
+            eventually("the editor to have its size", || {
+                keys(&["Escape", ":set columns?", "Enter"]);
+                let screen = tmux(&["capture-pane", "-p"]);
+                screen.contains(&format!("columns={columns}")).then_some(())
+            });
+        };
+        has_columns(90);
         tmux(&["resize-window", "-x", "101", "-y", "31"]);
-        eventually("the editor to have another size", || {
-            keys(&["Escape", ":set columns?", "Enter"]);
-            tmux(&["capture-pane", "-p"]).contains("columns=101").then_some(())
-        });
-        keys(&["Escape", "ihello", "Enter", "world", "Escape", "ggxp", ":wq", "Enter"]);
+        has_columns(101);
+        keys(&["Escape", "ihello", "Enter", "world", "Escape", "ggxp"]);
+        shows("ehllo");
+        keys(&[":wq", "Enter"]);
         shows("Pane is dead");
         assert_eq!(sandbox.sh("cat /root/written"), "ehllo\nworld");
         tmux(&["kill-server"]);
