@@ -117,7 +117,16 @@ const CHECKS: &[Check] = &[
                 "clippy",
                 "--workspace",
                 "--all-targets",
-                // Not among all targets: a plain `cargo test` leaves the rig's tests alone.
+                "--features",
+                TEST_FEATURES,
+                "--",
+                "-D",
+                "warnings",
+            ],
+            // Not among all targets: a plain `cargo test` leaves the rig's tests alone.
+            &[
+                "clippy",
+                "--workspace",
                 "--test",
                 "rig",
                 "--features",
