@@ -2,8 +2,6 @@
 //! bounded, and a client whose certificate is not listed gets one answer and no further.
 
 use std::convert::Infallible;
-use std::io;
-use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -19,7 +17,7 @@ use hyper::body::{Body as _, Frame, Incoming, SizeHint};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use rustix::net::sockopt;
 use tokio::io::AsyncWriteExt;
-use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
 use tower::ServiceExt;
@@ -40,7 +38,7 @@ use roost_hostagent::roost::v1::{ROOST_SERVICE_SERVICE_NAME, RoostServiceExt};
 /// Most connections at a time; more wait in the kernel's backlog.
 const MAX_CONNECTIONS: usize = 4096;
 /// Connections that wait in the kernel to be accepted, as far as `net.core.somaxconn` lets them.
-const BACKLOG: u32 = 4096;
+const BACKLOG: i32 = 4096;
 /// Time that a client has for its handshake.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 /// Time for the headers of a request, counted from the answer before it: so it is also how long a connection may be idle. Control
@@ -90,22 +88,6 @@ impl Services {
     }
 }
 
-/// A listener for [`serve`].
-///
-/// # Errors
-/// When the address is taken, or not this host's.
-pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
-    let socket = if address.is_ipv4() {
-        TcpSocket::new_v4()?
-    } else {
-        TcpSocket::new_v6()?
-    };
-    // An agent that is started anew finds connections of the last one at the port.
-    socket.set_reuseaddr(true)?;
-    socket.bind(address)?;
-    socket.listen(BACKLOG)
-}
-
 /// Serves until the process ends.
 pub async fn serve(listener: TcpListener, access: Access, service: Arc<Service>) -> Infallible {
     let limits = Limits::default()
@@ -120,6 +102,10 @@ pub async fn serve(listener: TcpListener, access: Access, service: Arc<Service>)
     let access = Arc::new(access);
     let mut number = 0;
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    // Asked for once more: the library's own wish is 128.
+    if let Err(error) = rustix::net::listen(&listener, BACKLOG) {
+        tracing::warn!(%error, "few clients can wait for a connection at a time");
+    }
     if let Err(error) = probe(&listener) {
         tracing::warn!(%error, "clients that have gone without a word are not noticed");
     }
@@ -158,7 +144,7 @@ fn health(router: Router, service: &Arc<Service>) -> Router {
     let service = service.clone();
     tokio::spawn(async move {
         service.until_recovered().await;
-        for name in ["", SERVICES[0], SERVICES[1]] {
+        for name in SERVICES.into_iter().chain([""]) {
             health.set_status(name, Status::Serving).expect("one that is there");
         }
     });

@@ -2,7 +2,6 @@
 
 use std::convert::Infallible;
 use std::io;
-use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,13 +15,14 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
+use nix::sys::socket::{self, Backlog};
 use roost_common::guest::filesystem::FilesystemExt as _;
 use roost_common::guest::process::ProcessExt as _;
 use roost_common::guest::{
     ACCESS_TOKEN_HEADER, ENVS_PATH, FILES_COMPOSE_PATH, FILES_PATH, FSFREEZE_PATH, FSTHAW_PATH, HEALTH_PATH, INIT_PATH,
     METRICS_PATH, SNAPSHOT_PREPARE_PATH, VERSION_HEADER,
 };
-use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tower::Service as _;
 
@@ -38,7 +38,7 @@ const MAX_CONNECTIONS: usize = 1024;
 
 /// Connections that wait in the kernel to be accepted. With the 128 that the library asks for, a busy guest resets some of those that are
 /// opened at once.
-const BACKLOG: u32 = 1024;
+const BACKLOG: i32 = 1024;
 
 /// How long a connection may be idle between requests: longer than the proxies in front of it keep theirs, so that none
 /// of them sends a request into a closing connection.
@@ -59,18 +59,6 @@ pub(crate) struct Server {
 
 type Body = Either<LongBody, ConnectRpcBody>;
 
-/// A listener for [`Server::serve`].
-pub(crate) fn listen(address: SocketAddr) -> io::Result<TcpListener> {
-    let socket = if address.is_ipv4() {
-        TcpSocket::new_v4()?
-    } else {
-        TcpSocket::new_v6()?
-    };
-    socket.set_reuseaddr(true)?;
-    socket.bind(address)?;
-    socket.listen(BACKLOG)
-}
-
 impl Server {
     pub(crate) fn new(rest: Rest, processes: ProcessService, filesystem: FilesystemService) -> Self {
         let limits = Limits::default()
@@ -86,6 +74,10 @@ impl Server {
 
     /// Serves for as long as the runtime lives.
     pub(crate) async fn serve(self, listener: TcpListener) {
+        let backlog = Backlog::new(BACKLOG).and_then(|backlog| socket::listen(&listener, backlog));
+        if let Err(error) = backlog {
+            say!("few connections can wait at a time: {error}");
+        }
         let server = Arc::new(self);
         let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         loop {

@@ -56,6 +56,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
+use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -157,7 +158,9 @@ async fn serve(address: SocketAddr, guest: Arc<Guest>) -> anyhow::Result<Arc<Pro
     let processes = Arc::new(Processes::new(
         Reaper::spawn().context("cannot watch for children that end")?,
     ));
-    let listener = http::listen(address).with_context(|| format!("cannot listen on {address}"))?;
+    let listener = TcpListener::bind(address)
+        .await
+        .with_context(|| format!("cannot listen on {address}"))?;
     say!(
         "listening on {}",
         listener.local_addr().context("the listener has no address")?

@@ -380,6 +380,36 @@ pub fn call(procedure: &str, request: &Value) -> Answer {
     curl(&args)
 }
 
+/// A message of a stream, in Connect's envelope.
+///
+/// # Panics
+/// When it has 4 GiB or more.
+pub fn enveloped(message: &Value) -> Vec<u8> {
+    let message = message.to_string();
+    let length = u32::try_from(message.len()).expect("a small message").to_be_bytes();
+    [&[0][..], &length, message.as_bytes()].concat()
+}
+
+/// The messages of a stream as far as they have come, without the one that says how it ended.
+///
+/// # Panics
+/// When the stream, or what `of` names, ended with an error.
+pub fn messages(of: &str, mut stream: &[u8]) -> Vec<Value> {
+    let mut messages = Vec::new();
+    while let [flags, a, b, c, d, more @ ..] = stream {
+        let length = u32::from_be_bytes([*a, *b, *c, *d]) as usize;
+        // The last may be cut off with the time.
+        let Some(message) = more.get(..length) else { break };
+        stream = &more[length..];
+        let message: Value = serde_json::from_slice(message).expect("JSON");
+        assert!(message.get("error").is_none(), "{of}: {message}");
+        if flags & 2 == 0 {
+            messages.push(message);
+        }
+    }
+    messages
+}
+
 /// The kernel's name of the device that is a sandbox's disk, such as `dm-3`.
 ///
 /// # Panics

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::{Child, Command};
 
-use roost_tests::roost::{self, PKI, Sandbox, certificates, pids};
+use roost_tests::roost::{self, PKI, Sandbox, certificates, enveloped, messages, pids};
 use roost_tests::{in_rig, show};
 use serde_json::{Value, json};
 
@@ -122,11 +122,8 @@ fn two_hundred_streams_at_a_time_each_have_all_of_it() {
             let request = json!({"sandboxId": id, "cmd": "/bin/sh", "args": ["-c", counter], "tag": tag});
             let started = roost::call("StartBackground", &request);
             assert_eq!(started.status, 200, "{started:?}");
-            let request = json!({"sandboxId": id, "tag": tag, "offset": "0"}).to_string();
-            let mut body = vec![0];
-            body.extend((request.len() as u32).to_be_bytes());
-            body.extend(request.as_bytes());
-            std::fs::write(dir.join(format!("request-{process}")), body).expect("written");
+            let request = enveloped(&json!({"sandboxId": id, "tag": tag, "offset": "0"}));
+            std::fs::write(dir.join(format!("request-{process}")), request).expect("written");
         }
         let before = resident();
         let mut readers: Vec<Child> = (0..CONNECTIONS).map(|connection| read_by(connection, dir)).collect();
@@ -182,14 +179,10 @@ fn read_by(connection: usize, dir: &Path) -> Child {
 }
 
 /// The output in a stream's messages, and how many ends there are.
-fn output(mut rest: &[u8]) -> (String, usize) {
+fn output(stream: &[u8]) -> (String, usize) {
     use base64::Engine as _;
     let (mut text, mut ends) = (String::new(), 0);
-    while let [_, a, b, c, d, more @ ..] = rest {
-        let (message, after) = more.split_at(u32::from_be_bytes([*a, *b, *c, *d]) as usize);
-        rest = after;
-        let message: Value = serde_json::from_slice(message).expect("JSON");
-        assert!(message.get("error").is_none(), "{message}");
+    for message in messages("ConnectProcess", stream) {
         let data = message["data"]["stdout"].as_str().unwrap_or_default();
         let bytes = base64::prelude::BASE64_STANDARD.decode(data).expect("base64");
         text.push_str(&String::from_utf8(bytes).expect("text"));

@@ -5,7 +5,9 @@ use std::process::{Command, Stdio};
 
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
-use roost_tests::roost::{self, PKI, Sandbox, call, certificates, curl, kill_9, pids, roost, wait_for_agent};
+use roost_tests::roost::{
+    self, PKI, Sandbox, call, certificates, curl, enveloped, kill_9, messages, pids, roost, wait_for_agent,
+};
 use roost_tests::{eventually, in_rig, is_full_size, show};
 use serde_json::{Value, json};
 
@@ -270,14 +272,9 @@ fn a_file_that_breaks_off_on_its_way_is_as_it_was() {
         let id = &sandbox.id;
         sandbox.sh("echo before > /root/kept");
         // An envelope that says more than comes.
-        let meta = json!({"meta": {"sandboxId": id, "path": "/root/kept"}}).to_string();
-        let chunk = json!({"chunk": "YWZ0ZXI="}).to_string();
-        let mut body = Vec::new();
-        for message in [&meta, &chunk] {
-            body.push(0);
-            body.extend((message.len() as u32).to_be_bytes());
-            body.extend(message.as_bytes());
-        }
+        let meta = json!({"meta": {"sandboxId": id, "path": "/root/kept"}});
+        let chunk = json!({"chunk": "YWZ0ZXI="});
+        let mut body = [enveloped(&meta), enveloped(&chunk)].concat();
         body.extend([0, 0, 0, 1, 0, b'{']);
         std::fs::write("/tmp/broken", body).expect("written");
         let certificates = certificates(PKI);
@@ -483,11 +480,7 @@ fn a_sandbox_for_one_command_leaves_nothing() {
 
 /// The messages of a stream, for as many seconds as it goes on or is read.
 fn streamed(procedure: &str, request: &Value, seconds: &str) -> Vec<Value> {
-    let request = request.to_string();
-    let mut body = vec![0];
-    body.extend((request.len() as u32).to_be_bytes());
-    body.extend(request.as_bytes());
-    std::fs::write("/tmp/stream-request", body).expect("written");
+    std::fs::write("/tmp/stream-request", enveloped(request)).expect("written");
     let output = Command::new("curl")
         .args(["--silent", "--no-buffer", "--max-time", seconds])
         .args(certificates(PKI))
@@ -502,19 +495,7 @@ fn streamed(procedure: &str, request: &Value, seconds: &str) -> Vec<Value> {
         ))
         .output()
         .expect("curl runs");
-    let (mut messages, mut rest) = (Vec::new(), &output.stdout[..]);
-    while let [flags, a, b, c, d, more @ ..] = rest {
-        let length = u32::from_be_bytes([*a, *b, *c, *d]) as usize;
-        // The last may be cut off with the time.
-        let Some(message) = more.get(..length) else { break };
-        rest = &more[length..];
-        let message: Value = serde_json::from_slice(message).expect("JSON");
-        assert!(message.get("error").is_none(), "{procedure}: {message}");
-        if flags & 2 == 0 {
-            messages.push(message);
-        }
-    }
-    messages
+    messages(procedure, &output.stdout)
 }
 
 /// The bytes of a message with output.

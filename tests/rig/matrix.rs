@@ -411,7 +411,7 @@ fn acceptable(operation: Operation, point: Point, has_lost_vm: bool) -> &'static
         (Operation::ResumeDisk, Point::Booted, false) => &["paused", "running"],
         (Operation::Resume, Point::Recorded, true) => &["paused"],
         (Operation::Resume, Point::Thawed, true) => &["paused", "gone"],
-        (Operation::Resume, _, true) | (Operation::ResumeDisk, _, true) => &["gone"],
+        (Operation::Resume | Operation::ResumeDisk, _, true) => &["gone"],
         (Operation::Resume | Operation::ResumeDisk, _, false) => &["running"],
         // A destroy that was cut off is gone on with by whoever repeats it.
         (Operation::Destroy, ..) => &["gone", "running", "stopping"],

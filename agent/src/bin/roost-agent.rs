@@ -17,7 +17,7 @@ use roost_agent::host::files::Layout;
 use roost_agent::metrics::sampler;
 use roost_agent::outbox::{self, Outbox};
 use roost_agent::registry::Registry;
-use roost_agent::serve::{self, Access};
+use roost_agent::serve::{Access, serve};
 use roost_agent::{recover, status, trace, watermark};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -151,7 +151,9 @@ async fn run(config: Config, standing: Standing) -> anyhow::Result<End> {
     let mut interrupt = signal(SignalKind::interrupt()).context("no signals")?;
     let listen: SocketAddr = config.listen;
     // Bound before recovery, so that callers get an answer, which is Unavailable until it is complete.
-    let listener = serve::listen(listen).with_context(|| format!("cannot listen on {listen}"))?;
+    let listener = TcpListener::bind(listen)
+        .await
+        .with_context(|| format!("cannot listen on {listen}"))?;
     let status_listen = config.status_listen;
     let status_listener = TcpListener::bind(status_listen)
         .await
@@ -203,7 +205,7 @@ async fn run(config: Config, standing: Standing) -> anyhow::Result<End> {
     };
     tokio::select! {
         outcome = recovery => outcome,
-        never = serve::serve(listener, access, service.clone()) => match never {},
+        never = serve(listener, access, service.clone()) => match never {},
         never = status::serve(status_listener, registry_of_status, move || serving.is_recovered()) => match never {},
         () = service.terminated() => Ok(End::Terminated),
         () = control => Ok(End::Deleted),
