@@ -310,10 +310,17 @@ pub enum WaitStatus {
     Signaled(i32),
 }
 
+/// Its number on every architecture that Linux has this for and we build on.
+const SIGSYS: i32 = 31;
+
 impl fmt::Display for WaitStatus {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Exited(code) => write!(f, "exit code {code}"),
+            Self::Signaled(SIGSYS) => write!(
+                f,
+                "signal {SIGSYS} (SIGSYS: it made a system call that its filter forbids)"
+            ),
             Self::Signaled(signal) => write!(f, "signal {signal}"),
         }
     }

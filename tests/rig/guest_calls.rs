@@ -2,6 +2,7 @@
 
 use std::io::{Read as _, Write as _};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
@@ -169,56 +170,58 @@ fn a_terminal_has_a_size_and_keys_and_outlives_its_reader() {
         });
         assert_eq!(call("PtyKill", &json!({"sandboxId": id, "tag": "shell"})).status, 200);
         assert_eq!(call("PtySendInput", &typed).body["code"], "not_found");
+
+        edits_within_tmux(&sandbox);
     });
 }
 
-#[test]
-#[ignore = "at full size only: cargo xtask test --all"]
-fn an_editor_in_a_terminal_within_a_terminal_works_and_follows_its_size() {
-    in_rig(|| {
-        let sandbox = Sandbox::create(&["--memory", "256"]);
-        let tmux = |arguments: &[&str]| {
-            let output = Command::new("tmux")
-                .args(["-L", "roost-tests"])
-                .args(arguments)
-                .env("LANG", "C.UTF-8")
-                .output()
-                .expect("tmux runs");
-            let said = String::from_utf8_lossy(&output.stdout).into_owned();
-            assert!(output.status.success(), "{arguments:?}: {output:?}");
-            said
-        };
-        let shows = |word: &str| {
-            eventually(&format!("{word:?} on the screen"), || {
-                tmux(&["capture-pane", "-p"]).contains(word).then_some(())
-            });
-        };
-        let command = format!("roost exec -it {} -- vi -u NONE /root/written", sandbox.id);
-        tmux(&["new-session", "-d", "-x", "90", "-y", "25", &command]);
-        // A window keeps its size when nobody looks at it.
-        tmux(&["set-option", "-g", "remain-on-exit", "on"]);
-        // The lines of an empty file, which may come behind its name.
-        shows("written");
-        shows("~");
-        let keys = |keys: &[&str]| tmux(&[&["send-keys"], keys].concat());
-        // Asked again and again: an editor that is still starting throws away what has been typed.
-        let has_columns = |columns: u16| {
-            eventually("the editor to have its size", || {
-                keys(&["Escape", ":set columns?", "Enter"]);
-                let screen = tmux(&["capture-pane", "-p"]);
-                screen.contains(&format!("columns={columns}")).then_some(())
-            });
-        };
-        has_columns(90);
-        tmux(&["resize-window", "-x", "101", "-y", "31"]);
-        has_columns(101);
-        keys(&["Escape", "ihello", "Enter", "world", "Escape", "ggxp"]);
-        shows("ehllo");
-        keys(&[":wq", "Enter"]);
-        shows("Pane is dead");
-        assert_eq!(sandbox.sh("cat /root/written"), "ehllo\nworld");
-        tmux(&["kill-server"]);
-    });
+/// An editor in `roost exec -it` in tmux, a terminal within a terminal: it draws, is typed into, and follows its window's size.
+fn edits_within_tmux(sandbox: &Sandbox) {
+    let tmux = |arguments: &[&str]| {
+        let output = Command::new("tmux")
+            .args(["-L", "roost-tests"])
+            .args(arguments)
+            .env("LANG", "C.UTF-8")
+            .output()
+            .expect("tmux runs");
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+        said
+    };
+    let screen = || tmux(&["capture-pane", "-p"]);
+    let shows = |word: &str| {
+        eventually(&format!("{word:?} on the screen"), || {
+            screen().contains(word).then_some(())
+        })
+    };
+    let command = format!("roost exec -it {} -- vi -u NONE /root/written", sandbox.id);
+    tmux(&["new-session", "-d", "-x", "90", "-y", "25", &command]);
+    // A window keeps its size when nobody looks at it.
+    tmux(&["set-option", "-g", "remain-on-exit", "on"]);
+    // The lines of an empty file, which may come behind its name.
+    shows("written");
+    shows("~");
+    let keys = |keys: &[&str]| tmux(&[&["send-keys"], keys].concat());
+    // Asked again where no answer comes: an editor that is still starting throws away what has been typed. But not at once: one that
+    // has more to read draws nothing.
+    let has_columns = |columns: u16| {
+        eventually("the editor to have its size", || {
+            keys(&["Escape", ":set columns?", "Enter"]);
+            (0..50).find_map(|_| {
+                std::thread::sleep(Duration::from_millis(100));
+                screen().contains(&format!("columns={columns}")).then_some(())
+            })
+        });
+    };
+    has_columns(90);
+    tmux(&["resize-window", "-x", "101", "-y", "31"]);
+    has_columns(101);
+    keys(&["Escape", "ihello", "Enter", "world", "Escape", "ggxp"]);
+    shows("ehllo");
+    keys(&[":wq", "Enter"]);
+    shows("Pane is dead");
+    assert_eq!(sandbox.sh("cat /root/written"), "ehllo\nworld");
+    tmux(&["kill-server"]);
 }
 
 #[test]

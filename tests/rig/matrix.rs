@@ -407,7 +407,7 @@ fn acceptable(operation: Operation, point: Point, has_lost_vm: bool) -> &'static
         (Operation::Pause, Point::Open | Point::Whole, false) => &["running", "paused"],
         (Operation::Pause, _, _) => &["paused"],
         (Operation::Resume | Operation::ResumeDisk, Point::Open, _) => &["paused", "running"],
-        (Operation::ResumeDisk, Point::Booted, true) => &["paused", "gone"],
+        (Operation::ResumeDisk, Point::Booted, true) => &["paused"],
         (Operation::ResumeDisk, Point::Booted, false) => &["paused", "running"],
         (Operation::Resume, Point::Recorded, true) => &["paused"],
         (Operation::Resume, Point::Thawed, true) => &["paused", "gone"],

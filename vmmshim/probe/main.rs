@@ -68,6 +68,12 @@ fn main() {
                 }
                 Ok("done".into())
             }
+            ["call", number, ref arguments @ ..] => call(number, arguments),
+            ["thread"] => done(
+                std::thread::spawn(|| ())
+                    .join()
+                    .map_err(|_| io::Error::other("it panicked")),
+            ),
             ["wait"] => loop {
                 std::thread::park();
             },
@@ -80,6 +86,23 @@ fn main() {
             Err(error) => println!("{line}: error {}", error.raw_os_error().unwrap_or(-1)),
         }
     }
+}
+
+/// Makes one system call: numbers, of the call and of its arguments.
+fn call(number: &str, arguments: &[&str]) -> io::Result<String> {
+    let value = |text: &str| text.parse::<i64>().expect("a number");
+    let mut all = [0; 6];
+    for (place, argument) in all.iter_mut().zip(arguments) {
+        *place = value(argument);
+    }
+    let [a, b, c, d, e, f] = all;
+    // SAFETY: whatever it does to this process, a program of a test wants to see; no pointer is passed that Rust knows of.
+    #[allow(unsafe_code, reason = "an attack is made of system calls")]
+    let outcome = unsafe { libc::syscall(value(number), a, b, c, d, e, f) };
+    if outcome < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(outcome.to_string())
 }
 
 fn done<T>(outcome: io::Result<T>) -> io::Result<String> {

@@ -18,6 +18,7 @@ use roost_common::shim::{
 };
 
 use crate::Options;
+use crate::confine::filter::Filters;
 use crate::confine::{self, Allow, Cage, failure};
 use crate::profile::open_path;
 use crate::ring::Ring;
@@ -79,6 +80,7 @@ pub(crate) fn launch(options: &Options, request: Launch) -> Result<Vm, ShimError
         program: program(options)?,
         arguments,
         ruleset,
+        filters: Filters::new(options.profile.violations())?,
         descriptors: [
             null.into(),
             serial_in,

@@ -4,6 +4,8 @@
 //! { "name": "…", "execute": ["/abs/file", …], "read": ["/abs/file/or/directory", …], "read_write": ["/abs/file/or/device", …] }
 //! ```
 //!
+//! A foreign profile may also say `"violations": "refused"` or `"unfiltered"` ([`Violation`]).
+//!
 //! A path that does not exist on this host is left out: it cannot be opened now, and is not allowed should it appear later. A
 //! directory means everything below it. A library needs `read` only; programs, and the ELF interpreter, need `execute`.
 //! Not here: what belongs to one sandbox (`launch` adds the VMM itself, kernel, disk, VM directory). Profiles that are not
@@ -18,6 +20,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use crate::confine::Allow;
+use crate::confine::filter::Violation;
 
 /// The profile of cloud-hypervisor as Debian's or its own releases build it, dynamic or static.
 const CLOUD_HYPERVISOR: &str = include_str!("../profiles/cloud-hypervisor.json");
@@ -35,6 +38,9 @@ pub(crate) struct Profile {
     #[cfg(feature = "foreign-profiles")]
     #[serde(default)]
     pub(crate) unchecked_devices: bool,
+    #[cfg(feature = "foreign-profiles")]
+    #[serde(default)]
+    violations: Violation,
 }
 
 impl Profile {
@@ -55,6 +61,14 @@ impl Profile {
         return !self.unchecked_devices;
         #[cfg(not(feature = "foreign-profiles"))]
         true
+    }
+
+    /// What becomes of a VMM that makes a system call it may not.
+    pub(crate) fn violations(&self) -> Violation {
+        #[cfg(feature = "foreign-profiles")]
+        return self.violations;
+        #[cfg(not(feature = "foreign-profiles"))]
+        Violation::Killed
     }
 
     /// The profile's rules for those of its paths that exist.
@@ -100,6 +114,7 @@ mod tests {
         assert_eq!(profile.name, "cloud-hypervisor");
         assert_eq!(profile.read_write, [PathBuf::from("/dev/kvm")]);
         assert!(profile.checks_devices());
+        assert_eq!(profile.violations(), Violation::Killed);
         assert!(!profile.rules().expect("absolute paths").is_empty());
     }
 

@@ -11,6 +11,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use roost_common::shim::{LaunchStep, MAX_VERSION, ShimError};
 
 use crate::Options;
+use crate::confine::filter::Filters;
 use crate::confine::{self, Allow, Cage, failure, sys};
 use crate::launch::{Kind, open, output_pipe, program};
 
@@ -36,6 +37,7 @@ pub(crate) fn version(options: &Options) -> Result<Vec<u8>, ShimError> {
         arguments: vec![program.clone(), c"--version".into()],
         program,
         ruleset: confine::ruleset(&rules)?,
+        filters: Filters::new(options.profile.violations())?,
         descriptors: [null()?, says, null()?, null()?, null()?, null()?],
     })?;
     let said = read(said);

@@ -310,6 +310,136 @@ fn the_vmm_reaches_no_network_and_no_process_where_the_kernel_can_forbid_it() {
     }
 }
 
+/// What a program in the place of a VMM tries, and what a filter has to say to it.
+const FORBIDDEN: &[(&str, i64, &[i64])] = &[
+    ("socket AF_INET", libc::SYS_socket, &[2, 1, 0]),
+    ("socket AF_INET6", libc::SYS_socket, &[10, 1, 0]),
+    ("socket AF_NETLINK", libc::SYS_socket, &[16, 3, 0]),
+    ("socket AF_PACKET", libc::SYS_socket, &[17, 3, 0]),
+    ("socket AF_ALG", libc::SYS_socket, &[38, 5, 0]),
+    ("socket AF_VSOCK", libc::SYS_socket, &[40, 1, 0]),
+    ("connect", libc::SYS_connect, &[4, 0, 0]),
+    ("bind", libc::SYS_bind, &[4, 0, 0]),
+    ("listen", libc::SYS_listen, &[4, 1]),
+    ("sendto an address", libc::SYS_sendto, &[4, 0, 0, 0, 4096, 2]),
+    ("sendmsg", libc::SYS_sendmsg, &[4, 0, 0]),
+    ("ptrace", libc::SYS_ptrace, &[16, 1, 0, 0]),
+    ("process_vm_readv", libc::SYS_process_vm_readv, &[1, 0, 0, 0, 0, 0]),
+    ("process_vm_writev", libc::SYS_process_vm_writev, &[1, 0, 0, 0, 0, 0]),
+    ("pidfd_open", libc::SYS_pidfd_open, &[1, 0]),
+    ("pidfd_getfd", libc::SYS_pidfd_getfd, &[4, 0, 0]),
+    ("pidfd_send_signal", libc::SYS_pidfd_send_signal, &[4, 0, 0, 0]),
+    ("kill", libc::SYS_kill, &[1, 0]),
+    ("tkill", libc::SYS_tkill, &[1, 0]),
+    ("tgkill another", libc::SYS_tgkill, &[1, 1, 0]),
+    ("perf_event_open", libc::SYS_perf_event_open, &[0, 0, 0, 0, 0]),
+    ("bpf", libc::SYS_bpf, &[0, 0, 0]),
+    ("keyctl", libc::SYS_keyctl, &[0, 0]),
+    ("add_key", libc::SYS_add_key, &[0, 0, 0, 0, 0]),
+    ("clone a process", libc::SYS_clone, &[17, 0, 0, 0, 0]),
+    ("clone a namespace", libc::SYS_clone, &[0x1001_0100, 0, 0, 0, 0]),
+    ("unshare", libc::SYS_unshare, &[0x1000_0000]),
+    ("setns", libc::SYS_setns, &[4, 0]),
+    ("mount", libc::SYS_mount, &[0, 0, 0, 0, 0]),
+    ("umount2", libc::SYS_umount2, &[0, 0]),
+    ("fsopen", libc::SYS_fsopen, &[0, 0]),
+    ("open_by_handle_at", libc::SYS_open_by_handle_at, &[4, 0, 0]),
+    ("finit_module", libc::SYS_finit_module, &[4, 0, 0]),
+    ("personality", libc::SYS_personality, &[0xffff_ffff]),
+    ("setuid", libc::SYS_setuid, &[0]),
+    ("io_uring_enter", libc::SYS_io_uring_enter, &[4, 0, 0, 0, 0, 0]),
+    ("execveat", libc::SYS_execveat, &[4, 0, 0, 0, 0]),
+    (
+        "mmap writable and executable",
+        libc::SYS_mmap,
+        &[0, 4096, 7, 0x22, -1, 0],
+    ),
+    ("mprotect executable", libc::SYS_mprotect, &[0, 0, 4]),
+    ("pkey_mprotect", libc::SYS_pkey_mprotect, &[0, 0, 4, -1]),
+    ("prctl PR_SET_DUMPABLE", libc::SYS_prctl, &[4, 1, 0, 0, 0]),
+    ("prctl PR_SET_PDEATHSIG", libc::SYS_prctl, &[1, 0, 0, 0, 0]),
+    ("prlimit64 with a new limit", libc::SYS_prlimit64, &[0, 7, 4096, 0]),
+    ("seccomp with a listener", libc::SYS_seccomp, &[1, 8, 0]),
+    ("umask of a file for all", libc::SYS_umask, &[0]),
+    ("ioctl TIOCSTI", libc::SYS_ioctl, &[0, 0x5412, 0]),
+    ("ioctl TIOCSCTTY", libc::SYS_ioctl, &[0, 0x540e, 0]),
+    ("ioctl SIOCSIFFLAGS", libc::SYS_ioctl, &[3, 0x8914, 0]),
+    ("ioctl TUNSETQUEUE", libc::SYS_ioctl, &[3, 0x4004_54d9, 0]),
+    ("ioctl TUNSETPERSIST", libc::SYS_ioctl, &[3, 0x4004_54cb, 0]),
+    ("ioctl FS_IOC_SETFLAGS", libc::SYS_ioctl, &[3, 0x4008_6602, 0]),
+    ("ioctl of VFIO", libc::SYS_ioctl, &[3, 0x3b64, 0]),
+    ("ioctl of vhost", libc::SYS_ioctl, &[3, 0xaf01, 0]),
+];
+
+/// A profile whose VMM makes forbidden calls, and what becomes of it then.
+fn filtered(place: &Place, violations: &str) -> Shim {
+    let text = fs::read_to_string(PROFILE).expect("the probe's profile");
+    let profile = place.root.join("profile.json");
+    fs::write(&profile, text.replace("unfiltered", violations)).expect("written");
+    let shim = Shim::start(["--vmm", PROBE, "--profile", profile.to_str().expect("UTF-8"), "--child"]);
+    assert!(matches!(shim.agent.receive(), Ok(FromShim::Hello { .. })));
+    shim
+}
+
+#[test]
+fn the_vmm_makes_no_system_call_that_it_has_no_use_for() {
+    let place = Place::new();
+    let command = |(_, number, arguments): &(&str, i64, &[i64])| {
+        let arguments = arguments.iter().map(|argument| format!(" {argument}"));
+        format!("call {number}{}", arguments.collect::<String>())
+    };
+    let own = "thread\ncall 1000000".to_owned();
+    let program: Vec<String> = FORBIDDEN.iter().map(command).collect();
+    let mut shim = filtered(&place, "refused");
+    let missing = [libc::SYS_clone3, libc::SYS_io_uring_setup].map(|number| format!("call {number} 0 0"));
+    let userfaultfd = format!("call {} 0", libc::SYS_userfaultfd);
+    let program = [
+        own,
+        program.join("\n"),
+        missing.join("\n"),
+        userfaultfd.clone(),
+        "exit 0".into(),
+    ]
+    .join("\n");
+    shim.agent.started(&place.spec(&program));
+    let exit = shim.agent.exited();
+    let console = text(&exit.console);
+    assert_eq!(
+        (exit.wait, shim.ended().code()),
+        (WaitStatus::Exited(0), Some(0)),
+        "{console}"
+    );
+    let outcome = |command: &str| {
+        let mut lines = console.lines();
+        lines
+            .find_map(|line| line.strip_prefix(&format!("{command}: ")))
+            .map(str::to_owned)
+    };
+    let refused = |errno: i32| Some(format!("error {errno}"));
+    // What it has use for works, so that the others are not refused for want of anything.
+    assert_eq!(outcome("thread").as_deref(), Some("done"), "{console}");
+    for attempt in FORBIDDEN {
+        assert_eq!(outcome(&command(attempt)), refused(libc::EPERM), "{}", attempt.0);
+    }
+    for command in missing {
+        assert_eq!(outcome(&command), refused(libc::ENOSYS), "{command}");
+    }
+    assert_eq!(outcome(&userfaultfd), refused(libc::EPERM));
+}
+
+#[test]
+fn a_vmm_that_makes_a_forbidden_call_is_killed_and_its_end_says_so() {
+    for (name, number, arguments) in FORBIDDEN {
+        let place = Place::new();
+        let arguments: String = arguments.iter().map(|argument| format!(" {argument}")).collect();
+        let mut shim = filtered(&place, "killed");
+        shim.agent
+            .started(&place.spec(&format!("call {number}{arguments}\nexit 0")));
+        assert_eq!(shim.agent.exited().wait, WaitStatus::Signaled(libc::SIGSYS), "{name}");
+        assert_eq!(shim.ended().code(), Some(0), "{name}");
+    }
+}
+
 #[test]
 fn there_is_never_a_second_vmm() {
     let place = Place::new();

@@ -455,6 +455,25 @@ impl ShimLink {
         }
     }
 
+    /// The VMM's end, if it has come: the shim is asked, because the end of its connection may lag behind its own by as long as
+    /// systemd takes to end what else is in its unit. `None` too where no answer comes in time: who holds the link hears of it later.
+    pub async fn end_by_now(&mut self) -> Option<VmmEnd> {
+        let answer = self.ask(&ToShim::Status).await;
+        let end = match answer {
+            Ok(_) | Err(ShimFault::Timeout(_)) => return None,
+            Err(ShimFault::Ended(ExitSummary(exit))) => VmmEnd::Reported(Box::new(exit)),
+            Err(error) => {
+                tracing::warn!(%error, "a vmmshim does not say how its VMM is");
+                // As in `ended`.
+                if matches!(error, ShimFault::Connection(IpcError::Closed)) {
+                    self.phase = Phase::Over;
+                }
+                VmmEnd::ShimLost
+            }
+        };
+        Some(end)
+    }
+
     /// Kills the VMM, or ends a shim that has launched none, and waits until the shim has let go of everything: its connection
     /// ends only then.
     ///
@@ -502,6 +521,8 @@ impl Drop for ShimLink {
 #[cfg(test)]
 mod tests {
     use std::os::unix::net::UnixDatagram;
+
+    use roost_common::shim::WaitStatus;
 
     use super::*;
 
@@ -567,6 +588,32 @@ mod tests {
             assert_eq!(said, version.map(String::from).map_err(String::from));
             assert!(matches!(asked(&theirs), Some(ToShim::Version)));
         }
+    }
+
+    #[tokio::test]
+    async fn a_vmm_that_has_ended_is_known_before_its_shims_connection_ends() {
+        let exit = Exit {
+            wait: WaitStatus::Signaled(9),
+            oom_kills: 0,
+            console: Vec::new(),
+            log: Vec::new(),
+        };
+        let (mut held, theirs) = link(Phase::Launched);
+        ipc::send(theirs.as_fd(), &FromShim::Status(Status::Idle)).expect("sent");
+        assert!(held.end_by_now().await.is_none());
+        assert!(matches!(asked(&theirs), Some(ToShim::Status)));
+        ipc::send(theirs.as_fd(), &FromShim::Exited(exit.clone())).expect("sent");
+        assert!(matches!(held.end_by_now().await, Some(VmmEnd::Reported(end)) if *end == exit));
+        let (mut held, theirs) = link(Phase::Launched);
+        drop(theirs);
+        assert!(matches!(held.end_by_now().await, Some(VmmEnd::ShimLost)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_shim_that_does_not_answer_is_not_taken_for_one_that_has_gone() {
+        let (mut held, theirs) = link(Phase::Launched);
+        assert!(held.end_by_now().await.is_none());
+        assert!(matches!(asked(&theirs), Some(ToShim::Status)));
     }
 
     #[tokio::test]

@@ -317,11 +317,9 @@ async fn steps(
         }
         pass("resume.thawed").await;
     }
-    // A VM whose end is known by now may still leave a sandbox that is paused; once its record says that it runs, no more.
-    tokio::select! {
-        biased;
-        end = shim.ended() => return Err(ended(pause::ending(end))),
-        () = std::future::ready(()) => {}
+    // A VM that has ended by now still leaves a sandbox that is paused; once its record says that it runs, no more.
+    if let Some(end) = shim.end_by_now().await {
+        return Err(ended(pause::ending(end)));
     }
     record.phase = Phase::Running;
     if let Err(error) = write(record.clone()).await {

@@ -1,12 +1,13 @@
 //! The cage: what is prepared before the fork, and the few system calls between fork and exec.
 //!
 //! The child runs on prepared memory only (no allocation, no path lookup but exec's) and does, in this order, what would forbid
-//! its predecessor: death signal, resource limits, capabilities, no-new-privs, Landlock, descriptors, exec. Most of these bind
-//! only the calling thread, so [`spawn`] insists on there being one. The first failure is written as `(step, errno)` to a
+//! its predecessor: death signal, resource limits, capabilities, no-new-privs, Landlock, descriptors, system calls, exec. Most of
+//! these bind only the calling thread, so [`spawn`] insists on there being one. The first failure is written as `(step, errno)` to a
 //! close-on-exec pipe, and the child ends; an end of file there is a successful exec.
 //!
 //! Not here: uid, groups, namespaces and cgroup (the unit's), what the rules are (`profile`, `launch`).
 
+pub(crate) mod filter;
 pub(crate) mod sys;
 
 use std::ffi::{CString, c_int, c_ulong};
@@ -26,6 +27,7 @@ use nix::sys::wait::waitpid;
 use nix::unistd::{Pid, getpid, getppid, pipe2, write};
 use roost_common::shim::{LaunchStep, ShimError};
 
+use self::filter::Filters;
 use self::sys::{Argv, Forked};
 
 /// Number of descriptors a VMM starts with, counted from 0: null, serial, messages, tap, API listener, events.
@@ -121,6 +123,8 @@ pub(crate) struct Cage {
     pub(crate) arguments: Vec<CString>,
     /// Its Landlock rules.
     pub(crate) ruleset: OwnedFd,
+    /// Its system calls.
+    pub(crate) filters: Filters,
     /// Its descriptors 0 to 5.
     pub(crate) descriptors: [OwnedFd; DESCRIPTORS],
 }
@@ -138,6 +142,7 @@ struct Prepared {
     program: CString,
     arguments: Argv,
     ruleset: OwnedFd,
+    filters: Filters,
     descriptors: Vec<OwnedFd>,
     errors: OwnedFd,
     parent: Pid,
@@ -153,17 +158,18 @@ pub(crate) fn spawn(cage: Cage) -> Result<Process, ShimError> {
     let above =
         |fd: &OwnedFd| sys::duplicate_from(fd.as_fd(), ABOVE_PLACES).map_err(at(LaunchStep::ArrangeDescriptors));
     let (outcome, errors) = pipe2(OFlag::O_CLOEXEC).map_err(|e| at(LaunchStep::OpenPipes)(e.into()))?;
-    let prepared = Prepared {
+    let mut prepared = Prepared {
         program: cage.program,
         arguments: Argv::new(cage.arguments),
         ruleset: above(&cage.ruleset)?,
+        filters: cage.filters,
         descriptors: cage.descriptors.iter().map(above).collect::<Result<_, _>>()?,
         errors: above(&errors)?,
         parent: getpid(),
     };
     drop(errors);
     let pid = match sys::fork().map_err(at(LaunchStep::Fork))? {
-        Forked::Child => run_child(&prepared),
+        Forked::Child => run_child(&mut prepared),
         Forked::Parent(pid) => pid,
     };
     drop(prepared); // closes this side of the error pipe
@@ -195,7 +201,7 @@ pub(crate) fn threads() -> usize {
 }
 
 /// The child, from fork to exec.
-fn run_child(prepared: &Prepared) -> ! {
+fn run_child(prepared: &mut Prepared) -> ! {
     let Err((step, error)) = confine(prepared);
     let errno = error.raw_os_error().unwrap_or(libc::EIO);
     let record = encode(step, errno);
@@ -207,7 +213,7 @@ fn run_child(prepared: &Prepared) -> ! {
 }
 
 /// Confines this process and executes the VMM: system calls only.
-fn confine(prepared: &Prepared) -> Result<std::convert::Infallible, (LaunchStep, io::Error)> {
+fn confine(prepared: &mut Prepared) -> Result<std::convert::Infallible, (LaunchStep, io::Error)> {
     let at = |step| move |error: io::Error| (step, error);
     let os = |step| move |error: nix::Error| (step, io::Error::from(error));
 
@@ -235,6 +241,10 @@ fn confine(prepared: &Prepared) -> Result<std::convert::Infallible, (LaunchStep,
     let errors = prepared.errors.as_raw_fd().unsigned_abs();
     for (first, last) in [(DESCRIPTORS as u32, errors - 1), (errors + 1, u32::MAX)] {
         sys::close_range(first, last).map_err(at(LaunchStep::ArrangeDescriptors))?;
+    }
+    prepared.filters.set_own_id(getpid().as_raw());
+    for program in prepared.filters.programs() {
+        sys::install_filter(program).map_err(at(LaunchStep::Seccomp))?;
     }
     Err((LaunchStep::Exec, sys::execve(&prepared.program, &prepared.arguments)))
 }

@@ -10,6 +10,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 
 use roost_common::shim::WaitStatus;
+use seccompiler::sock_filter;
 
 /// Arguments of a program with the table of pointers that `execve` wants, so that nothing is allocated after a fork.
 pub(crate) struct Argv {
@@ -142,6 +143,19 @@ pub(crate) fn empty_capabilities() -> io::Result<()> {
 pub(crate) fn landlock_restrict_self(ruleset: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: a descriptor and no flags.
     check(unsafe { libc::syscall(libc::SYS_landlock_restrict_self, ruleset.as_raw_fd(), 0) }).map(drop)
+}
+
+/// Adds a filter of system calls to this thread's, for good.
+pub(crate) fn install_filter(program: &[sock_filter]) -> io::Result<()> {
+    let length = u16::try_from(program.len()).map_err(|_| io::Error::from_raw_os_error(libc::E2BIG))?;
+    let program = libc::sock_fprog {
+        len: length,
+        // The kernel's own instruction under another name; it reads them only.
+        filter: program.as_ptr().cast_mut().cast(),
+    };
+    let (mode, flags) = (libc::SECCOMP_SET_MODE_FILTER, 0);
+    // SAFETY: `program` names as many instructions as it says, and both outlive the call.
+    check(unsafe { libc::syscall(libc::SYS_seccomp, mode, flags, &raw const program) }).map(drop)
 }
 
 /// A close-on-exec copy of a descriptor with a number of at least `lowest`.
