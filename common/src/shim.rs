@@ -410,6 +410,8 @@ pub enum LaunchStep {
     PublishFiles = 15,
     LendDescriptor = 16,
     AskVersion = 17,
+    MakeCgroup = 18,
+    EnterCgroup = 19,
 }
 
 impl fmt::Display for LaunchStep {
@@ -433,6 +435,8 @@ impl fmt::Display for LaunchStep {
             Self::PublishFiles => "opening snapshot files to the agent",
             Self::LendDescriptor => "lending a descriptor",
             Self::AskVersion => "asking the VMM for its version",
+            Self::MakeCgroup => "making the VMM's cgroup",
+            Self::EnterCgroup => "entering the VMM's cgroup",
         })
     }
 }

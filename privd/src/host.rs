@@ -49,7 +49,7 @@ fn remove_leftovers() -> io::Result<usize> {
 
 /// Namespaces inherit forwarding from here, and privd writes no sysctl: where it is off, networks would lead nowhere.
 fn warn_unless_forwarding() {
-    let setting = "/proc/sys/net/ipv4/ip_forward";
+    let setting = crate::confine::FORWARDING;
     if std::fs::read_to_string(setting).is_ok_and(|value| value.trim() == "0") {
         tracing::warn!(
             setting,

@@ -11,6 +11,7 @@
 //! | [`inventory`] | what of ours exists |
 //! | [`audit`] | a line per call |
 //! | [`host`] | what a start makes sure of |
+//! | [`confine`] | what it gives up before it listens |
 //!
 //! It keeps nothing between calls and may be killed at any moment: what it made is held by the descriptors it handed out.
 //! Not here: HTTP, TLS, protobuf; executing anything; mounting anything; paths or kernel names chosen by a peer. `AUDIT.md`
@@ -21,6 +22,7 @@
 
 mod audit;
 mod check;
+mod confine;
 mod host;
 mod inventory;
 mod kernel;
@@ -107,7 +109,6 @@ fn main() -> ExitCode {
 fn run(passed: Option<io::Result<OwnedFd>>, args: impl Iterator<Item = OsString>) -> Result<(), Failure> {
     let options = Options::parse(args)?;
     let uid = options.peer.uid()?;
-    host::prepare().map_err(failed("load the host's packet filter table"))?;
     let listener = match (passed, options.socket) {
         (Some(passed), None) => {
             let passed = passed.map_err(failed("take the socket that systemd passes"))?;
@@ -122,6 +123,9 @@ fn run(passed: Option<io::Result<OwnedFd>>, args: impl Iterator<Item = OsString>
         }
         (Some(_), Some(_)) => return Err(Failure::Usage("both systemd and --socket name a socket".into())),
     };
+    // From here on it opens no file but devices, and executes nothing.
+    confine::confine().map_err(failed("confine itself"))?;
+    host::prepare().map_err(failed("load the host's packet filter table"))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(server::MAX_WORKING)

@@ -21,4 +21,5 @@ mod random;
 mod recover;
 mod shim;
 mod templates;
+mod units;
 mod wake;

@@ -39,7 +39,8 @@ struct Shim {
 impl Shim {
     /// Connects, with the probe as VMM; under its foreign profile, or the one compiled in.
     fn start(id: &str, profile: &str) -> Self {
-        fs::write(PROFILE, PROBE_PROFILE).expect("written");
+        let profile_here = PROBE_PROFILE.replace("\"shared_cgroup\": true", "\"shared_cgroup\": false");
+        fs::write(PROFILE, profile_here).expect("written");
         let before = fs::read(ARGUMENTS).expect("the unit's arguments");
         fs::write(
             ARGUMENTS,
@@ -366,27 +367,60 @@ fn a_stopped_unit_reports_the_end_of_its_vmm() {
     in_rig(|| {
         let shim = Shim::start("stopped", &foreign());
         let started = shim.run("wait");
-        let unit = started.cgroup.rsplit('/').next().expect("a unit").to_owned();
-        command("systemctl", &["stop", &unit]);
+        command("systemctl", &["stop", unit_of(&started)]);
         assert_eq!(shim.exited().wait, WaitStatus::Signaled(libc::SIGKILL));
         assert!(shim.run_dir.join("exit").exists());
     });
 }
 
+/// The unit that a VMM's cgroup is part of.
+fn unit_of(started: &Started) -> &str {
+    let unit = started.cgroup.rsplit('/').nth(1);
+    unit.expect("a cgroup inside a unit's")
+}
+
 #[test]
-fn a_vmm_that_is_killed_for_memory_is_told_as_such() {
+fn a_vmm_has_the_memory_of_its_guest_and_a_little_and_is_told_as_killed_beyond() {
     in_rig(|| {
         let shim = Shim::start("oom", &foreign());
         let go = shim.vm_dir().join("1/go");
         let started = shim.run(&format!("await {}\nmemory 512\nexit 0", go.display()));
-        let unit = started.cgroup.rsplit('/').next().expect("a unit").to_owned();
-        command(
-            "systemctl",
-            &["set-property", "--runtime", &unit, "MemoryMax=64M", "MemorySwapMax=0"],
+        let cgroup = PathBuf::from(format!("/sys/fs/cgroup{}", started.cgroup));
+        let read = |name: &str| fs::read_to_string(cgroup.join(name)).expect("read").trim().to_owned();
+        // Guest, a 32nd of it, and the overhead of the probe's profile.
+        assert_eq!(read("memory.max"), ((128 + 4 + 64) << 20).to_string());
+        assert_eq!(read("cpu.max"), "200000 100000");
+        assert_eq!(read("pids.max"), "33");
+        assert_eq!(
+            read("cgroup.procs"),
+            started.pid.to_string(),
+            "the shim is not among them"
         );
+        assert!(cgroup.join("io.stat").exists(), "what it reads and writes is counted");
+        // Swap would only put the end off.
+        fs::write(cgroup.join("memory.swap.max"), "0").expect("set");
         fs::write(go, "").expect("written");
         let exit = shim.exited();
         assert_eq!((exit.wait, exit.oom_kills), (WaitStatus::Signaled(libc::SIGKILL), 1));
+    });
+}
+
+#[test]
+fn a_vmm_starts_no_more_threads_than_its_cgroup_lets_it() {
+    in_rig(|| {
+        let shim = Shim::start("threads", &foreign());
+        let go = shim.vm_dir().join("1/go");
+        let started = shim.run(&format!("threads 1000\nawait {}\nexit 0", go.display()));
+        let pids = PathBuf::from(format!("/sys/fs/cgroup{}/pids.current", started.cgroup));
+        eventually("as many threads as it may have", || {
+            (fs::read_to_string(&pids).ok()?.trim() == "33").then_some(())
+        });
+        fs::write(go, "").expect("written");
+        let console = String::from_utf8_lossy(&shim.exited().console).into_owned();
+        assert!(
+            console.contains(&format!("threads 1000: error {}\n", libc::EAGAIN)),
+            "{console}"
+        );
     });
 }
 

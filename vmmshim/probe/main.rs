@@ -74,6 +74,7 @@ fn main() {
                     .join()
                     .map_err(|_| io::Error::other("it panicked")),
             ),
+            ["threads", number] => threads(number.parse().expect("a number")),
             ["wait"] => loop {
                 std::thread::park();
             },
@@ -86,6 +87,18 @@ fn main() {
             Err(error) => println!("{line}: error {}", error.raw_os_error().unwrap_or(-1)),
         }
     }
+}
+
+/// Starts threads that stay.
+fn threads(number: u32) -> io::Result<String> {
+    for _ in 0..number {
+        std::thread::Builder::new().stack_size(64 << 10).spawn(|| {
+            loop {
+                std::thread::park();
+            }
+        })?;
+    }
+    Ok("done".into())
 }
 
 /// Makes one system call: numbers, of the call and of its arguments.

@@ -18,6 +18,7 @@ use roost_common::shim::{
 };
 
 use crate::Options;
+use crate::cgroup::{self, VmmCgroup};
 use crate::confine::filter::Filters;
 use crate::confine::{self, Allow, Cage, failure};
 use crate::profile::open_path;
@@ -75,11 +76,21 @@ pub(crate) fn launch(options: &Options, request: Launch) -> Result<Vm, ShimError
     let (events_out, events_in) = output_pipe()?;
     let null = File::open("/dev/null").map_err(at(LaunchStep::OpenFiles))?;
 
+    let overhead = options.profile.overhead().filter(|_| !options.child);
+    let cgroup = overhead
+        .map(|overhead| VmmCgroup::make(spec.vcpus, spec.memory, overhead))
+        .transpose()
+        .map_err(at(LaunchStep::MakeCgroup))?;
+    let (cgroup, entrance) = match cgroup {
+        Some(cgroup) => (cgroup.name, Some(cgroup.entrance.into())),
+        None => (cgroup::own(), None),
+    };
     let arguments = spec::arguments(&options.vmm, &spec);
     let process = confine::spawn(Cage {
         program: program(options)?,
         arguments,
         ruleset,
+        entrance,
         filters: Filters::new(options.profile.violations())?,
         descriptors: [
             null.into(),
@@ -95,7 +106,7 @@ pub(crate) fn launch(options: &Options, request: Launch) -> Result<Vm, ShimError
         started: Started {
             pid: process.pid,
             uid: getuid().as_raw(),
-            cgroup: vm::own_cgroup(),
+            cgroup,
         },
         run_dir: PathBuf::from(&spec.run_dir),
         spec,

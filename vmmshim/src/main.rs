@@ -17,11 +17,13 @@
 //! | `version` | what version the VMM's program says it is |
 //! | `spec` | what may be launched, and the VMM's command line |
 //! | `profile` | what a kind of VMM may open on this host |
-//! | `confine` | fork, cage, exec; all unsafe code |
+//! | `cgroup` | how much of the host it may use |
+//! | `confine` | fork, cage, exec; which system calls it may make; all unsafe code |
 //! | `vm`, `ring` | a running VMM, what it writes, how it ended |
 //!
 //! Not here: anything that parses bytes of a guest or a VMM; the VMM's API (the agent's).
 
+mod cgroup;
 mod confine;
 mod launch;
 mod profile;

@@ -1,10 +1,12 @@
 //! What a kind of VMM may open on this host, whichever sandbox it runs: data, so that it can be audited and replaced in tests.
 //!
 //! ```json
-//! { "name": "…", "execute": ["/abs/file", …], "read": ["/abs/file/or/directory", …], "read_write": ["/abs/file/or/device", …] }
+//! { "name": "…", "execute": ["/abs/file", …], "read": ["/abs/file/or/directory", …], "read_write": ["/abs/file/or/device", …],
+//!   "overhead": { "memory": MiB, "threads": number } }
 //! ```
 //!
-//! A foreign profile may also say `"violations": "refused"` or `"unfiltered"` ([`Violation`]).
+//! A foreign profile may also say `"violations": "refused"` or `"unfiltered"` ([`Violation`]), `"unchecked_devices": true` and
+//! `"shared_cgroup": true`.
 //!
 //! A path that does not exist on this host is left out: it cannot be opened now, and is not allowed should it appear later. A
 //! directory means everything below it. A library needs `read` only; programs, and the ELF interpreter, need `execute`.
@@ -19,6 +21,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use crate::cgroup::Overhead;
 use crate::confine::Allow;
 use crate::confine::filter::Violation;
 
@@ -34,6 +37,8 @@ pub(crate) struct Profile {
     execute: Vec<PathBuf>,
     read: Vec<PathBuf>,
     read_write: Vec<PathBuf>,
+    /// What it needs of the host beside its guest.
+    overhead: Overhead,
     /// Takes anything as disk and tap. Only a foreign profile can say so, for tests where there is no device-mapper.
     #[cfg(feature = "foreign-profiles")]
     #[serde(default)]
@@ -41,6 +46,10 @@ pub(crate) struct Profile {
     #[cfg(feature = "foreign-profiles")]
     #[serde(default)]
     violations: Violation,
+    /// Leaves the VMM in the shim's cgroup, for tests where no unit has given it one.
+    #[cfg(feature = "foreign-profiles")]
+    #[serde(default)]
+    shared_cgroup: bool,
 }
 
 impl Profile {
@@ -69,6 +78,15 @@ impl Profile {
         return self.violations;
         #[cfg(not(feature = "foreign-profiles"))]
         Violation::Killed
+    }
+
+    /// What the VMM needs beside its guest; `None` where it has no cgroup that could be limited, never in packaged builds.
+    pub(crate) fn overhead(&self) -> Option<Overhead> {
+        #[cfg(feature = "foreign-profiles")]
+        if self.shared_cgroup {
+            return None;
+        }
+        Some(self.overhead)
     }
 
     /// The profile's rules for those of its paths that exist.
@@ -115,14 +133,15 @@ mod tests {
         assert_eq!(profile.read_write, [PathBuf::from("/dev/kvm")]);
         assert!(profile.checks_devices());
         assert_eq!(profile.violations(), Violation::Killed);
+        assert!(profile.overhead().is_some());
         assert!(!profile.rules().expect("absolute paths").is_empty());
     }
 
     #[test]
     fn unknown_fields_and_relative_paths_are_refused() {
-        let typo = r#"{"name": "x", "execute": [], "reed": [], "read": [], "read_write": []}"#;
+        let typo = r#"{"name": "x", "execute": [], "reed": [], "read": [], "read_write": [], "overhead": {"memory": 1, "threads": 1}}"#;
         assert!(serde_json::from_str::<Profile>(typo).is_err());
-        let relative = r#"{"name": "x", "execute": ["bin/sh"], "read": [], "read_write": []}"#;
+        let relative = r#"{"name": "x", "execute": ["bin/sh"], "read": [], "read_write": [], "overhead": {"memory": 1, "threads": 1}}"#;
         let profile: Profile = serde_json::from_str(relative).expect("a profile");
         assert!(profile.rules().is_err());
     }

@@ -37,6 +37,7 @@ pub(crate) fn version(options: &Options) -> Result<Vec<u8>, ShimError> {
         arguments: vec![program.clone(), c"--version".into()],
         program,
         ruleset: confine::ruleset(&rules)?,
+        entrance: None,
         filters: Filters::new(options.profile.violations())?,
         descriptors: [null()?, says, null()?, null()?, null()?, null()?],
     })?;

@@ -16,6 +16,7 @@ use roost_common::shim::{
     EXIT_FILE, Exit, LaunchStep, Lendable, MAX_TAIL, RESET_EVENT, ShimError, Started, Status, VmSpec,
 };
 
+use crate::cgroup;
 use crate::confine::{Process, failure, sys};
 use crate::ring::Ring;
 
@@ -182,7 +183,7 @@ impl Vm {
     }
 
     /// Reaps the VMM after its pidfd says that it has ended, and tells how.
-    pub(crate) fn reap(&mut self, buffer: &mut [u8], cgroup: Cgroup) -> Exit {
+    pub(crate) fn reap(&mut self, buffer: &mut [u8], own: Cgroup) -> Exit {
         let wait = sys::reap(self.process.pidfd.as_fd()).expect("a child that nobody else reaps can be reaped");
         for index in 0..self.outputs.len() {
             // Bounded: a descendant of the VMM could hold the pipe and write on.
@@ -194,8 +195,8 @@ impl Vm {
         }
         let exit = Exit {
             wait,
-            oom_kills: match cgroup {
-                Cgroup::Own => oom_kills(&self.started.cgroup),
+            oom_kills: match own {
+                Cgroup::Own => cgroup::oom_kills(&self.started.cgroup),
                 Cgroup::Shared => 0,
             },
             console: self.rings[CONSOLE].tail(MAX_TAIL),
@@ -224,23 +225,6 @@ impl Vm {
 pub(crate) enum Cgroup {
     Own,
     Shared,
-}
-
-/// This process's cgroup in the unified hierarchy; empty where there is none.
-pub(crate) fn own_cgroup() -> String {
-    let text = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    text.lines()
-        .find_map(|line| line.strip_prefix("0::"))
-        .unwrap_or_default()
-        .to_owned()
-}
-
-fn oom_kills(cgroup: &str) -> u64 {
-    let events = fs::read_to_string(format!("/sys/fs/cgroup{cgroup}/memory.events")).unwrap_or_default();
-    events
-        .lines()
-        .find_map(|line| line.strip_prefix("oom_kill ")?.parse().ok())
-        .unwrap_or(0)
 }
 
 #[cfg(test)]

@@ -62,6 +62,8 @@ fn a_start_removes_what_was_left_half_made_and_nothing_else() {
         );
         run("dmsetup create roost-s-foreign --uuid somebody-elses --notable");
         rig.kill_and_restart();
+        // It listens before it has looked around, and answers after.
+        rig.inventory();
         let left = Command::new("dmsetup").args(["ls"]).output().expect("dmsetup runs");
         let left = String::from_utf8_lossy(&left.stdout).into_owned();
         assert!(

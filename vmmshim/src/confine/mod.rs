@@ -1,11 +1,11 @@
 //! The cage: what is prepared before the fork, and the few system calls between fork and exec.
 //!
 //! The child runs on prepared memory only (no allocation, no path lookup but exec's) and does, in this order, what would forbid
-//! its predecessor: death signal, resource limits, capabilities, no-new-privs, Landlock, descriptors, system calls, exec. Most of
+//! its predecessor: death signal, cgroup, resource limits, capabilities, no-new-privs, Landlock, descriptors, system calls, exec. Most of
 //! these bind only the calling thread, so [`spawn`] insists on there being one. The first failure is written as `(step, errno)` to a
 //! close-on-exec pipe, and the child ends; an end of file there is a successful exec.
 //!
-//! Not here: uid, groups, namespaces and cgroup (the unit's), what the rules are (`profile`, `launch`).
+//! Not here: uid, groups and namespaces (the unit's), limits of the cgroup (`cgroup`), what the rules are (`profile`, `launch`).
 
 pub(crate) mod filter;
 pub(crate) mod sys;
@@ -121,6 +121,8 @@ pub(crate) struct Cage {
     pub(crate) program: CString,
     /// Its arguments, its name among them.
     pub(crate) arguments: Vec<CString>,
+    /// `cgroup.procs` of its cgroup; `None`: it stays in this process's.
+    pub(crate) entrance: Option<OwnedFd>,
     /// Its Landlock rules.
     pub(crate) ruleset: OwnedFd,
     /// Its system calls.
@@ -141,6 +143,7 @@ pub(crate) struct Process {
 struct Prepared {
     program: CString,
     arguments: Argv,
+    entrance: Option<OwnedFd>,
     ruleset: OwnedFd,
     filters: Filters,
     descriptors: Vec<OwnedFd>,
@@ -161,6 +164,7 @@ pub(crate) fn spawn(cage: Cage) -> Result<Process, ShimError> {
     let mut prepared = Prepared {
         program: cage.program,
         arguments: Argv::new(cage.arguments),
+        entrance: cage.entrance.as_ref().map(above).transpose()?,
         ruleset: above(&cage.ruleset)?,
         filters: cage.filters,
         descriptors: cage.descriptors.iter().map(above).collect::<Result<_, _>>()?,
@@ -222,6 +226,9 @@ fn confine(prepared: &mut Prepared) -> Result<std::convert::Infallible, (LaunchS
         // The shim died before the signal was set, so it will never be sent.
         return Err((LaunchStep::DeathSignal, io::Error::from_raw_os_error(libc::ESRCH)));
     }
+    if let Some(entrance) = &prepared.entrance {
+        write(entrance, b"0").map_err(os(LaunchStep::EnterCgroup))?;
+    }
     sys::default_action(libc::SIGPIPE).map_err(at(LaunchStep::DeathSignal))?; // ignored by Rust's start code
     sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None).map_err(os(LaunchStep::DeathSignal))?;
 
@@ -230,7 +237,10 @@ fn confine(prepared: &mut Prepared) -> Result<std::convert::Infallible, (LaunchS
     }
 
     drop_bounding_set().map_err(at(LaunchStep::DropCapabilities))?;
-    sys::empty_capabilities().map_err(at(LaunchStep::DropCapabilities))?;
+    // The unit has none to empty, and forbids the call.
+    if sys::has_capabilities().map_err(at(LaunchStep::DropCapabilities))? {
+        sys::empty_capabilities().map_err(at(LaunchStep::DropCapabilities))?;
+    }
     prctl::set_no_new_privs().map_err(os(LaunchStep::NoNewPrivileges))?;
     sys::landlock_restrict_self(prepared.ruleset.as_fd()).map_err(at(LaunchStep::Landlock))?;
 
@@ -271,8 +281,9 @@ fn encode(step: LaunchStep, errno: i32) -> [u8; RECORD] {
 }
 
 fn decode(record: &[u8]) -> ShimError {
-    const STEPS: [LaunchStep; 8] = [
+    const STEPS: [LaunchStep; 9] = [
         LaunchStep::DeathSignal,
+        LaunchStep::EnterCgroup,
         LaunchStep::ResourceLimits,
         LaunchStep::DropCapabilities,
         LaunchStep::NoNewPrivileges,

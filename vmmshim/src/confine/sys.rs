@@ -122,21 +122,31 @@ pub(crate) fn drop_bounding(capability: c_ulong) -> io::Result<()> {
     .map(drop)
 }
 
+/// Version 3 of capget and capset, for the calling thread. The kernel writes it only to correct an unknown version.
+#[repr(C)]
+struct CapabilityHeader {
+    version: u32,
+    pid: c_int,
+}
+
+const CAPABILITIES: CapabilityHeader = CapabilityHeader {
+    version: 0x2008_0522, // _LINUX_CAPABILITY_VERSION_3: two 32-bit halves of three sets
+    pid: 0,
+};
+
+/// Whether this thread has any capability, or could pass one on: in its effective, permitted or inheritable set.
+pub(crate) fn has_capabilities() -> io::Result<bool> {
+    let (mut header, mut sets) = (CAPABILITIES, [0u32; 6]);
+    // SAFETY: `header` and `sets` have the layout and length of version 3; the kernel writes into `sets`.
+    check(unsafe { libc::syscall(libc::SYS_capget, &raw mut header, sets.as_mut_ptr()) })?;
+    Ok(sets.iter().any(|set| *set != 0))
+}
+
 /// Empties the effective, permitted and inheritable sets of this thread, and with them the ambient one.
 pub(crate) fn empty_capabilities() -> io::Result<()> {
-    #[repr(C)]
-    struct Header {
-        version: u32,
-        pid: c_int,
-    }
-    let header = Header {
-        version: 0x2008_0522, // _LINUX_CAPABILITY_VERSION_3: two 32-bit halves of three sets
-        pid: 0,
-    };
-    let sets = [0u32; 6];
-    // SAFETY: `header` and `sets` have the layout and length of version 3; the kernel reads both (it writes the header only to
-    // correct an unknown version, and copies it from there rather than through this pointer's type).
-    check(unsafe { libc::syscall(libc::SYS_capset, &raw const header, sets.as_ptr()) }).map(drop)
+    let (mut header, sets) = (CAPABILITIES, [0u32; 6]);
+    // SAFETY: as above; the kernel reads `sets`.
+    check(unsafe { libc::syscall(libc::SYS_capset, &raw mut header, sets.as_ptr()) }).map(drop)
 }
 
 /// Enters the Landlock domain of a ruleset, for good.
