@@ -69,6 +69,8 @@ pub struct Config {
     pub pki_dir: PathBuf,
     /// Common names or DNS names of client certificates that may call the API.
     pub client_names: Vec<String>,
+    /// Common names or DNS names of client certificates that may only look: lists of sandboxes, their metrics, why one ended, health.
+    pub viewer_names: Vec<String>,
     /// How log lines look: `text` or `json`. Which ones there are is `RUST_LOG`'s to say, in the environment.
     pub log_format: LogFormat,
     /// The control plane of this host, if it has one.
@@ -202,6 +204,7 @@ impl Default for Config {
             vm_run_dir: "/run/roost/vm".into(),
             pki_dir: "/etc/roost/pki".into(),
             client_names: vec!["wrenn-cp".into(), crate::pki::CLIENT_NAME.into()],
+            viewer_names: Vec::new(),
             log_format: LogFormat::default(),
             control_plane: ControlPlane::default(),
             privd_socket: roost_common::privd::SOCKET.into(),

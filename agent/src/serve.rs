@@ -16,6 +16,7 @@ use http_body_util::{BodyExt, Full};
 use hyper::body::{Body as _, Frame, Incoming, SizeHint};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use rustix::net::sockopt;
+use rustls_pki_types::CertificateDer;
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
@@ -70,9 +71,46 @@ const SERVICES: [&str; 2] = [HOST_AGENT_SERVICE_SERVICE_NAME, ROOST_SERVICE_SERV
 pub struct Access {
     /// Our certificates and their CAs.
     pub tls: Arc<Identities>,
-    /// Names of clients.
+    /// Names of clients that may call everything.
     pub client_names: Vec<String>,
+    /// Names of clients that may look, and change nothing.
+    pub viewer_names: Vec<String>,
 }
+
+/// What a client may do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Role {
+    /// Everything.
+    Caller,
+    /// What is among [`VIEWS`].
+    Viewer,
+    /// Nothing: its certificate is of our CA, and its name on no list.
+    Stranger,
+}
+
+impl Access {
+    fn role(&self, certificate: Option<&CertificateDer<'_>>) -> Role {
+        let is_among = |names| certificate.is_some_and(|certificate| tls::client_is_listed(certificate, names));
+        if is_among(&self.client_names) {
+            Role::Caller
+        } else if is_among(&self.viewer_names) {
+            Role::Viewer
+        } else {
+            Role::Stranger
+        }
+    }
+}
+
+/// Calls that change nothing, are no use of a sandbox, and show nothing of what is in one.
+const VIEWS: [&str; 7] = [
+    "/hostagent.v1.HostAgentService/ListSandboxes",
+    "/hostagent.v1.HostAgentService/GetSandboxMetrics",
+    "/roost.v1.RoostService/Why",
+    "/grpc.health.v1.Health/Check",
+    "/grpc.health.v1.Health/Watch",
+    "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+];
 
 /// What answers requests.
 #[derive(Clone)]
@@ -185,20 +223,30 @@ async fn connection(
         return Ok(());
     };
     let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
-    let listed = certificate.is_some_and(|certificate| tls::client_is_listed(certificate, &access.client_names));
+    let role = access.role(certificate);
     // By what was agreed on, not by what the first bytes look like: waiting for those has no limit of its own.
     let h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
     let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
-        if !h2 {
+        // Of a viewer's connection nothing follows: what it has read no control plane has.
+        if !h2 && role == Role::Caller {
             request.extensions_mut().insert(number);
         }
         let services = services.clone();
         async move {
-            Ok::<_, Infallible>(if listed {
-                let span = services.span(&request);
-                answer(services, request).instrument(span).await
-            } else {
-                refuse()
+            let refused = match role {
+                Role::Caller => None,
+                Role::Viewer if VIEWS.contains(&request.uri().path()) => None,
+                Role::Viewer => Some(
+                    "the client certificate's name is among this agent's viewer_names, which may not make this call",
+                ),
+                Role::Stranger => Some("the client certificate's name is not among this agent's client_names"),
+            };
+            Ok::<_, Infallible>(match refused {
+                None => {
+                    let span = services.span(&request);
+                    answer(services, request).instrument(span).await
+                }
+                Some(why) => refuse(why),
             })
         }
     });
@@ -218,7 +266,7 @@ async fn connection(
             .timer(TokioTimer::new())
             .header_read_timeout(IDLE_LIMIT)
             .max_buf_size(64 << 10)
-            .keep_alive(listed);
+            .keep_alive(role != Role::Stranger);
         server.serve_connection(io, service).with_upgrades().await?;
     }
     Ok(())
@@ -288,9 +336,9 @@ impl Drop for ReadToTheEnd {
     }
 }
 
-/// The answer to a client whose certificate is of our CA but not of a listed name.
-fn refuse() -> Response<Body> {
-    let error = ConnectError::permission_denied("the client certificate's name is not among this agent's client_names");
+/// The answer to a client whose certificate is of our CA but not of a name that may make this call.
+fn refuse(why: &str) -> Response<Body> {
+    let error = ConnectError::permission_denied(why);
     let body = Full::new(error.to_json())
         .map_err(|never| match never {})
         .boxed_unsync();

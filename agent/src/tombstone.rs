@@ -157,7 +157,7 @@ impl Tombstone {
             (Reason::GuestReset, _, _) => "its guest rebooted, which ends a sandbox".into(),
             (Reason::GuestPoweredOff, _, _) => "its guest powered off".into(),
             (Reason::VmmExited, Some(code), _) => format!("its VMM ended with exit code {code}"),
-            (Reason::VmmKilled, _, Some(signal)) => format!("its VMM was ended by signal {signal}"),
+            (Reason::VmmKilled, _, Some(signal)) => format!("its VMM was ended by {}", WaitStatus::Signaled(signal)),
             (Reason::VmmExited | Reason::VmmKilled, _, _) => "its VMM ended".into(),
             (Reason::OutOfMemory, _, _) => "its VMM ran out of memory".into(),
             (Reason::ShimLost, _, _) => "its vmmshim ended, and the VMM with it".into(),

@@ -33,14 +33,17 @@ struct Agent {
 impl Agent {
     /// An agent that has recovered, on a port of its own.
     async fn start() -> Self {
-        let agent = Self::start_recovering(&["roost-cli"]).await;
-        recover::recover(&agent.registry).await.expect("recovered");
-        agent.service.recovered();
-        agent
+        Self::start_recovering(&["roost-cli"], &[]).await.recover().await
+    }
+
+    async fn recover(self) -> Self {
+        recover::recover(&self.registry).await.expect("recovered");
+        self.service.recovered();
+        self
     }
 
     /// An agent that is not there yet.
-    async fn start_recovering(client_names: &[&str]) -> Self {
+    async fn start_recovering(client_names: &[&str], viewer_names: &[&str]) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
         let below = |name: &str| dir.path().join(name);
         for name in ["lib/kernels", "lib/images", "lib/sandboxes", "lib/tombstones", "run"] {
@@ -54,11 +57,13 @@ impl Agent {
             privd_socket: below("no-privd.sock"),
             shim_socket: below("no-shim.sock"),
             client_names: client_names.iter().map(|name| (*name).to_owned()).collect(),
+            viewer_names: viewer_names.iter().map(|name| (*name).to_owned()).collect(),
             ..Config::default()
         };
         let access = Access {
             tls: tls::Identities::standalone(tls::server(&config.pki_dir).expect("usable")),
             client_names: config.client_names.clone(),
+            viewer_names: config.viewer_names.clone(),
         };
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
         let address = listener.local_addr().expect("an address");
@@ -140,7 +145,7 @@ fn enveloped(message: &str) -> Vec<u8> {
 
 #[tokio::test]
 async fn health_checkers_hear_when_calls_are_served() {
-    let agent = Agent::start_recovering(&["roost-cli"]).await;
+    let agent = Agent::start_recovering(&["roost-cli"], &[]).await;
     let names = ["", "hostagent.v1.HostAgentService", "roost.v1.RoostService"];
     let ask = async |name: &str| {
         let body = format!("{{\"service\":\"{name}\"}}").into_bytes();
@@ -206,7 +211,7 @@ async fn a_listed_client_is_served() {
 
 #[tokio::test]
 async fn an_agent_that_recovers_says_so() {
-    let agent = Agent::start_recovering(&["roost-cli"]).await;
+    let agent = Agent::start_recovering(&["roost-cli"], &[]).await;
     let template = ["--team", TEAM, "--template", TEAM];
     for args in [
         &["ls"][..],
@@ -254,12 +259,48 @@ async fn a_certificate_of_another_ca_is_refused_and_the_person_told() {
 
 #[tokio::test]
 async fn a_certificate_of_our_ca_with_another_name_is_refused() {
-    let agent = Agent::start_recovering(&["somebody-else"]).await;
+    let agent = Agent::start_recovering(&["somebody-else"], &[]).await;
     let said = agent.refusal(&["ls"]).await;
     assert!(
         said.contains("client_names") && said.contains("permission_denied"),
         "{said}"
     );
+}
+
+#[tokio::test]
+async fn a_viewer_may_look_and_nothing_else() {
+    let agent = Agent::start_recovering(&["somebody-else"], &["roost-cli"])
+        .await
+        .recover()
+        .await;
+    let listed = agent.roost(&["ls"]).await;
+    assert!(listed.status.success(), "{listed:?}");
+    // The one that it may ask has its own answer: there is no such sandbox.
+    let said = agent.refusal(&["why", "nobody"]).await;
+    assert!(!said.contains("permission_denied"), "{said}");
+    for call in [
+        &["create"][..],
+        &["rm", "nobody"],
+        &["pause", "nobody"],
+        &["exec", "nobody", "--", "true"],
+        &["logs", "nobody"],
+        &["ping", "nobody"],
+        &["drain"],
+    ] {
+        let said = agent.refusal(call).await;
+        assert!(
+            said.contains("permission_denied") && said.contains("viewer_names"),
+            "{call:?}: {said}"
+        );
+    }
+    for path in [
+        "/proxy/nobody/8080/",
+        "/forward/nobody/8080",
+        "/hostagent.v1.HostAgentService/listsandboxes",
+    ] {
+        let (status, _) = agent.post(path, "application/json", b"{}".to_vec()).await;
+        assert_eq!(status, http::StatusCode::FORBIDDEN, "{path}");
+    }
 }
 
 #[tokio::test]
@@ -361,7 +402,7 @@ fn record(id: &str, slot: u32) -> Record {
 
 #[tokio::test]
 async fn recovery_removes_what_an_earlier_agent_left_and_says_why_it_ended() {
-    let agent = Agent::start_recovering(&["roost-cli"]).await;
+    let agent = Agent::start_recovering(&["roost-cli"], &[]).await;
     let lib = agent.dir.path().join("lib");
     for dir in [
         "lib/sandboxes/ran/vm",
@@ -388,7 +429,7 @@ async fn recovery_removes_what_an_earlier_agent_left_and_says_why_it_ended() {
 
 #[tokio::test]
 async fn recovery_keeps_what_is_paused_and_tidies_it() {
-    let agent = Agent::start_recovering(&["roost-cli"]).await;
+    let agent = Agent::start_recovering(&["roost-cli"], &[]).await;
     let layout = &agent.host.layout;
     let record = record("kept", 7);
     let id = &record.plan.id;
@@ -438,7 +479,7 @@ async fn recovery_keeps_what_is_paused_and_tidies_it() {
 
 #[tokio::test]
 async fn recovery_lists_what_it_cannot_read_and_no_create_takes_its_place() {
-    let agent = Agent::start_recovering(&["roost-cli"]).await;
+    let agent = Agent::start_recovering(&["roost-cli"], &[]).await;
     let layout = &agent.host.layout;
     let record = record("newer", 7);
     let id = &record.plan.id;

@@ -258,6 +258,19 @@ mod tests {
         assert_eq!(rows("Privilege, as found in the rig"), bound);
     }
 
+    #[test]
+    fn the_audit_lists_exactly_the_dependencies() {
+        let manifest = include_str!("../Cargo.toml");
+        let section = manifest.split("[dependencies]\n").nth(1).expect("dependencies");
+        let section = section.split("\n[").next().expect("a part");
+        let lines = section.lines().filter(|line| !line.starts_with('#'));
+        let ours: BTreeSet<&str> = lines
+            .filter_map(|line| line.split(['.', ' ']).next())
+            .filter(|name| !name.is_empty())
+            .collect();
+        assert_eq!(rows("Dependencies"), ours);
+    }
+
     /// What somebody who has taken privd over tries: a name, a system call, its arguments.
     const FORBIDDEN: &[(&str, i64, [i64; 3])] = &[
         ("a program", libc::SYS_execve, [0, 0, 0]),

@@ -161,6 +161,7 @@ async fn run(config: Config, standing: Standing) -> anyhow::Result<End> {
     let access = Access {
         tls: standing.identities().clone(),
         client_names: config.client_names.clone(),
+        viewer_names: config.viewer_names.clone(),
     };
     let host = match &standing {
         Standing::Standalone(_) => Host::new(config),

@@ -88,6 +88,7 @@ impl Agent {
         let access = Access {
             tls: standing.identities().clone(),
             client_names: vec![CALLER.into(), "roost-cli".into()],
+            viewer_names: Vec::new(),
         };
         tokio::spawn(serve(listener, access, service));
         Self {

@@ -97,6 +97,7 @@ impl Agent {
         let access = Access {
             tls: tls::Identities::standalone(tls::server(&config.pki_dir).expect("usable")),
             client_names: config.client_names.clone(),
+            viewer_names: config.viewer_names.clone(),
         };
         let tls = tls::client(&config.pki_dir).expect("usable");
         let host = Host::new(config);

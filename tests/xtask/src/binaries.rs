@@ -179,7 +179,8 @@ impl Binaries {
         let shim = match &self.vmm {
             Vmm::StandIn => {
                 eprintln!(
-                    "rig: VMM is the STAND-IN (QEMU behind cloud-hypervisor's interface); CLOUD_HYPERVISOR=<path> uses the real one"
+                    "rig: VMM is the STAND-IN (QEMU behind cloud-hypervisor's interface, without the VMM's filter of system calls, which the cage \
+                     probe alone runs under); CLOUD_HYPERVISOR=<path> uses the real one"
                 );
                 let profile = fs::read(workspace.join("tests/standin/profile.json"))?;
                 install(overlay, "usr/share/roost-tests/standin-profile.json", &profile, 0o644)?;

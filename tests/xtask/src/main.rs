@@ -17,6 +17,7 @@ mod cache;
 mod cpio;
 mod debian;
 mod demo;
+mod dependencies;
 mod guest;
 mod host;
 mod kernel;
