@@ -470,6 +470,8 @@ fn summed_up(output: &[u8]) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     #[test]
