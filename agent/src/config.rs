@@ -2,10 +2,11 @@
 //! names file and line, and nothing is started.
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::num::{NonZeroU32, NonZeroU64};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use roost_common::shim::{MEMORY_RANGE, VCPUS_RANGE};
+use roost_common::shim::{self, MEMORY_RANGE, VCPUS_RANGE};
 use roost_common::units::{MAX_DISK, Mebibytes, Vcpus};
 use serde::{Deserialize, Deserializer, de};
 
@@ -107,6 +108,8 @@ pub struct Config {
     pub boot_timeout_sec: u32,
     /// How memory comes back to a resumed guest.
     pub restore_memory: RestoreMemory,
+    /// How fast a sandbox's disk and network may be.
+    pub rate_limits: RateLimits,
     /// Percent of one vCPU above which a guest counts as used although nobody calls, 1 to 100. An idle guest's timers, and the
     /// agent that asks it for metrics, stay below.
     pub busy_cpu_percent: u32,
@@ -119,6 +122,30 @@ pub struct Config {
     /// privd's has its own.
     #[serde(skip)]
     pub guests: GuestNet,
+}
+
+/// How fast the devices of each sandbox may be: table `[rate_limits]`. What is left out has no limit. For VMs that are started from then on,
+/// by a create or a resume.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RateLimits {
+    /// MiB a second that are read from its disk and written to it, together; at least 1.
+    pub disk_mb_per_sec: Option<NonZeroU32>,
+    /// Requests to its disk a second; at least 1.
+    pub disk_operations_per_sec: Option<NonZeroU32>,
+    /// MiB a second of its network, each way; at least 1.
+    pub network_mb_per_sec: Option<NonZeroU32>,
+}
+
+impl From<RateLimits> for shim::RateLimits {
+    fn from(limits: RateLimits) -> Self {
+        let bytes = |limit: Option<NonZeroU32>| NonZeroU64::new(u64::from(limit?.get()) << 20);
+        Self {
+            disk_bytes: bytes(limits.disk_mb_per_sec),
+            disk_operations: limits.disk_operations_per_sec.map(NonZeroU64::from),
+            network_bytes: bytes(limits.network_mb_per_sec),
+        }
+    }
 }
 
 /// The control plane of a host: table `[control_plane]`.
@@ -222,6 +249,7 @@ impl Default for Config {
             max_exec_output: 16 << 20,
             boot_timeout_sec: 120,
             restore_memory: RestoreMemory::Copy,
+            rate_limits: RateLimits::default(),
             busy_cpu_percent: 5,
             busy_network_bytes: 16 << 10,
             busy_disk_bytes: 64 << 10,
@@ -355,6 +383,21 @@ mod tests {
     }
 
     #[test]
+    fn rate_limits_are_bytes_and_requests_a_second_and_none_by_default() {
+        assert_eq!(
+            shim::RateLimits::from(Config::default().rate_limits),
+            shim::RateLimits::default()
+        );
+        let text =
+            "[rate_limits]\ndisk_mb_per_sec = 5\ndisk_operations_per_sec = 300\nnetwork_mb_per_sec = 4294967295\n";
+        let config = Config::parse(text, Path::new("agent.toml")).expect("a configuration");
+        let limits = shim::RateLimits::from(config.rate_limits);
+        assert_eq!(limits.disk_bytes, NonZeroU64::new(5 << 20));
+        assert_eq!(limits.disk_operations, NonZeroU64::new(300));
+        assert_eq!(limits.network_bytes, NonZeroU64::new(4_294_967_295 << 20));
+    }
+
+    #[test]
     fn unknown_keys_and_bad_values_are_errors_that_name_them() {
         for (text, named) in [
             ("listne = \"0.0.0.0:1\"", "listne"),
@@ -364,6 +407,8 @@ mod tests {
             ("max_sandboxes = 5000", "max_sandboxes"),
             ("shim = \"docker\"", "shim"),
             ("client_names = []", "client_names"),
+            ("[rate_limits]\ndisk_mb_per_sec = 0", "disk_mb_per_sec"),
+            ("[rate_limits]\nnetwork_mb = 1", "network_mb"),
             ("max_vcpus = 65", "max_vcpus"),
             ("max_memory_mb = 63", "max_memory_mb"),
             ("max_disk_mb = 2097153", "max_disk_mb"),

@@ -13,6 +13,7 @@
 //! ```
 
 use std::borrow::Cow;
+use std::num::NonZeroU64;
 use std::ops::RangeInclusive;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -105,6 +106,8 @@ pub struct VmSpec {
     pub memory: Mebibytes,
     /// Minor number of the disk's node, `/dev/dm-N`.
     pub disk_minor: u32,
+    /// How fast its devices may be.
+    pub limits: RateLimits,
     /// Boot or restore.
     pub start: Start,
     /// The sandbox's run directory, `…/vm/<sandbox>`: the shim makes its sockets, rings and the exit file in it. New for each
@@ -113,6 +116,20 @@ pub struct VmSpec {
     /// The sandbox's VM directory, `…/sandboxes/<sandbox>/vm`: the VMM's only writable place.
     pub vm_dir: String,
 }
+
+/// How fast the devices of a VM may be; `None`: as fast as they are.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RateLimits {
+    /// Bytes a second that are read from its disk and written to it, together.
+    pub disk_bytes: Option<NonZeroU64>,
+    /// Requests to its disk a second.
+    pub disk_operations: Option<NonZeroU64>,
+    /// Bytes a second of its network, each way.
+    pub network_bytes: Option<NonZeroU64>,
+}
+
+/// Milliseconds after which a VM's devices may move as much again.
+pub const RATE_PERIOD: u64 = 1000;
 
 /// How a VM starts.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

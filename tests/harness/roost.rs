@@ -480,3 +480,47 @@ pub fn under_systemd() -> bool {
 pub fn wait_for_agent() {
     eventually("the agent to serve", || roost(&["ls"]).status.success().then_some(()));
 }
+
+/// An agent with other lines in its configuration, until it is dropped.
+#[derive(Debug)]
+pub struct AgentConfig(String);
+
+impl AgentConfig {
+    const FILE: &str = "/etc/roost/agent.toml";
+
+    /// Keys, or whole tables, on top of what there is.
+    ///
+    /// # Panics
+    /// When the agent does not start with them.
+    pub fn with(lines: &str) -> Self {
+        let before = std::fs::read_to_string(Self::FILE).unwrap_or_default();
+        let text = if lines.starts_with('[') {
+            format!("{before}\n{lines}")
+        } else {
+            format!("{lines}{before}")
+        };
+        std::fs::write(Self::FILE, text).expect("written");
+        assert!(Self::restart().expect("systemctl runs").success());
+        wait_for_agent();
+        Self(before)
+    }
+
+    fn restart() -> std::io::Result<std::process::ExitStatus> {
+        Command::new("systemctl")
+            .args(["restart", "roost-agent.service"])
+            .status()
+    }
+}
+
+impl Drop for AgentConfig {
+    fn drop(&mut self) {
+        let restored = std::fs::write(Self::FILE, &self.0);
+        let restarted = Self::restart();
+        // A test that fails anyway says why itself.
+        if !std::thread::panicking() {
+            restored.expect("restored");
+            assert!(restarted.expect("systemctl runs").success());
+            wait_for_agent();
+        }
+    }
+}

@@ -8,7 +8,7 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use roost_tests::disk::{Filler, run};
-use roost_tests::roost::{self, Sandbox, find, find_paused, pids, tombstone};
+use roost_tests::roost::{self, AgentConfig, Sandbox, find, find_paused, pids, tombstone};
 use roost_tests::{eventually, in_rig};
 
 const DATA: &str = "/var/lib/roost";
@@ -28,6 +28,22 @@ fn write_on(sandbox: &Sandbox, mebibytes: u64) {
         "setsid bash -c 'for i in {{1..{}}}; do head -c 262144 /dev/urandom > /root/grows.$i; sync; done' >/dev/null 2>&1 &",
         mebibytes * 4
     ));
+}
+
+#[test]
+fn a_sandboxs_disk_is_no_faster_than_its_host_allows() {
+    in_rig(|| {
+        let sandbox = Sandbox::create(&["--memory", "256"]);
+        sandbox.pause();
+        let limited = AgentConfig::with("[rate_limits]\ndisk_mb_per_sec = 2\n");
+        sandbox.resume();
+        let began = std::time::Instant::now();
+        sandbox.sh("dd if=/dev/vda of=/dev/null bs=1M count=24 iflag=direct");
+        // A second's worth may come at once.
+        let took = began.elapsed();
+        assert!(took > Duration::from_secs(10), "{took:?}");
+        drop(limited);
+    });
 }
 
 #[test]

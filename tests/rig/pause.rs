@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use roost_tests::census::Census;
 use roost_tests::roost::{
-    self, Sandbox, call, find, find_paused, kill_9, pids, tombstone, vmm_command, wait_for_agent,
+    self, AgentConfig, Sandbox, call, find, find_paused, kill_9, pids, tombstone, vmm_command, wait_for_agent,
 };
 use roost_tests::{PATIENCE, eventually, in_rig, is_full_size};
 use serde_json::json;
@@ -577,7 +577,7 @@ fn a_host_that_is_given_up_pauses_everything_and_its_agent_stays_away_until_it_i
 #[test]
 fn memory_that_is_still_being_loaded_is_waited_for_before_the_next_pause() {
     in_rig(|| {
-        let config = OnDemand::set();
+        let config = AgentConfig::with("restore_memory = \"on_demand\"\n");
         let sandbox = Sandbox::create(&["--memory", "256"]);
         sandbox.sh(CANARIES);
         for _ in 0..2 {
@@ -593,36 +593,6 @@ fn memory_that_is_still_being_loaded_is_waited_for_before_the_next_pause() {
         check(&sandbox);
         drop(config);
     });
-}
-
-/// An agent that has memory loaded on demand, until it is dropped.
-struct OnDemand(String);
-
-impl OnDemand {
-    const FILE: &str = "/etc/roost/agent.toml";
-
-    fn set() -> Self {
-        let before = std::fs::read_to_string(Self::FILE).unwrap_or_default();
-        std::fs::write(Self::FILE, format!("restore_memory = \"on_demand\"\n{before}")).expect("written");
-        systemctl(&["restart", "roost-agent.service"]);
-        wait_for_agent();
-        Self(before)
-    }
-}
-
-impl Drop for OnDemand {
-    fn drop(&mut self) {
-        let restored = std::fs::write(Self::FILE, &self.0);
-        let restarted = Command::new("systemctl")
-            .args(["restart", "roost-agent.service"])
-            .status();
-        // A test that fails anyway says why itself.
-        if !std::thread::panicking() {
-            restored.expect("restored");
-            assert!(restarted.expect("systemctl runs").success());
-            wait_for_agent();
-        }
-    }
 }
 
 fn systemctl(args: &[&str]) {

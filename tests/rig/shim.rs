@@ -13,7 +13,8 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, set
 use nix::sys::time::TimeVal;
 use roost_common::ipc;
 use roost_common::shim::{
-    Exit, FromShim, Launch, PROTOCOL, SOCKET, ShimError, SpecField, Start, Started, ToShim, VmSpec, WaitStatus,
+    Exit, FromShim, Launch, PROTOCOL, RateLimits, SOCKET, ShimError, SpecField, Start, Started, ToShim, VmSpec,
+    WaitStatus,
 };
 use roost_common::units::{Mebibytes, Vcpus};
 use roost_tests::{PATIENCE, eventually, in_rig};
@@ -99,6 +100,7 @@ impl Shim {
             vcpus: Vcpus(1),
             memory: Mebibytes(128),
             disk_minor,
+            limits: RateLimits::default(),
             start: Start::Boot {
                 kernel: text(&self.kernel),
                 initramfs: None,

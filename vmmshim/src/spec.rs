@@ -5,6 +5,7 @@
 
 use std::ffi::CString;
 use std::fs;
+use std::num::NonZeroU64;
 use std::os::fd::BorrowedFd;
 use std::path::Path;
 
@@ -13,7 +14,8 @@ use roost_common::ids::SandboxId;
 use roost_common::names;
 use roost_common::net::GUEST_MAC;
 use roost_common::shim::{
-    DISK_ID, KERNEL_COMMAND_LINE, MEMORY_RANGE, NET_ID, RestoreMode, SpecField, Start, VCPUS_RANGE, VmSpec,
+    DISK_ID, KERNEL_COMMAND_LINE, MEMORY_RANGE, NET_ID, RATE_PERIOD, RateLimits, RestoreMode, SpecField, Start,
+    VCPUS_RANGE, VmSpec,
 };
 
 use crate::confine::{self, sys};
@@ -132,12 +134,17 @@ pub(crate) fn arguments(vmm: &Path, spec: &VmSpec) -> Vec<CString> {
             option("--cmdline", KERNEL_COMMAND_LINE.into());
             option("--cpus", format!("boot={},nested=off", spec.vcpus.0));
             option("--memory", format!("size={}M,shared=on,thp=off", spec.memory.0));
-            option(
-                "--disk",
-                format!("path={},image_type=raw,id={DISK_ID}", disk_node(spec)),
-            );
+            let RateLimits {
+                disk_bytes,
+                disk_operations,
+                network_bytes,
+            } = spec.limits;
+            let disk = disk_node(spec);
+            let limits = limit("bw", disk_bytes) + &limit("ops", disk_operations);
+            option("--disk", format!("path={disk},image_type=raw,id={DISK_ID}{limits}"));
             let mac = GUEST_MAC.map(|byte| format!("{byte:02X}")).join(":");
-            option("--net", format!("fd={},id={NET_ID},mac={mac}", confine::TAP));
+            let limits = limit("bw", network_bytes);
+            option("--net", format!("fd={},id={NET_ID},mac={mac}{limits}", confine::TAP));
             option("--rng", "src=/dev/urandom".into());
             option("--balloon", "size=0,free_page_reporting=on".into());
             option("--serial", "tty".into());
@@ -164,6 +171,14 @@ pub(crate) fn arguments(vmm: &Path, spec: &VmSpec) -> Vec<CString> {
         .collect()
 }
 
+/// A device's bucket of bytes (`bw`) or requests (`ops`), as more of its options. A restored VM has its own from the `config.json` that the
+/// agent writes.
+fn limit(bucket: &str, size: Option<NonZeroU64>) -> String {
+    size.map_or_else(String::new, |size| {
+        format!(",{bucket}_size={size},{bucket}_refill_time={RATE_PERIOD}")
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs::File;
@@ -179,6 +194,7 @@ mod tests {
             vcpus: Vcpus(2),
             memory: Mebibytes(512),
             disk_minor: 7,
+            limits: RateLimits::default(),
             start: Start::Boot {
                 kernel: "/var/lib/roost/kernels/vmlinux-6.1.0".into(),
                 initramfs: Some("/var/lib/roost/kernels/initramfs-6.1.0".into()),
@@ -252,6 +268,28 @@ mod tests {
         assert_eq!(bad(|s| s.vcpus = Vcpus(65)), Err(SpecField::Vcpus));
         assert_eq!(bad(|s| s.memory = Mebibytes(63)), Err(SpecField::Memory));
         assert_eq!(bad(|s| s.memory = Mebibytes(u32::MAX)), Err(SpecField::Memory));
+    }
+
+    #[test]
+    fn a_boot_has_the_limits_of_its_devices_behind_their_other_options() {
+        let limits = RateLimits {
+            disk_bytes: NonZeroU64::new(100 << 20),
+            disk_operations: NonZeroU64::new(2000),
+            network_bytes: NonZeroU64::new(12 << 20),
+        };
+        let line = command_line(&VmSpec { limits, ..spec() });
+        let value = |option: &str| {
+            let at = line.iter().position(|word| word == option).expect("an option");
+            line[at + 1].clone()
+        };
+        assert_eq!(
+            value("--disk"),
+            "path=/dev/dm-7,image_type=raw,id=rootfs,bw_size=104857600,bw_refill_time=1000,ops_size=2000,ops_refill_time=1000"
+        );
+        assert!(
+            value("--net").ends_with(",bw_size=12582912,bw_refill_time=1000"),
+            "{line:?}"
+        );
     }
 
     #[test]

@@ -216,6 +216,7 @@ impl Parts {
                 vcpus: plan.vcpus,
                 memory: plan.memory,
                 disk_minor: disk.node.minor,
+                limits: host.config.rate_limits.into(),
                 start,
                 run_dir: path(&host.layout.vm_run(&plan.id)),
                 vm_dir: path(&host.layout.vm(&plan.id)),

@@ -73,6 +73,7 @@ impl Memories {
             size: about.size,
             devices: about.devices,
             disk_minor,
+            limits: host.config.rate_limits.into(),
             kernel: &kernel.kernel,
             initramfs: kernel.initramfs.as_deref(),
         };

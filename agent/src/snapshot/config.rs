@@ -7,10 +7,11 @@
 //! word; `__rng`, `__balloon`, `__serial` are given out by the VMM alike each time and are refused or ignored from outside; PCI
 //! addresses are taken from the state. Not validated by a restore as by a boot: whatever stands here is done.
 
+use std::num::NonZeroU64;
 use std::path::Path;
 
 use roost_common::net::GUEST_MAC;
-use roost_common::shim::{DISK_ID, KERNEL_COMMAND_LINE, NET_ID};
+use roost_common::shim::{DISK_ID, KERNEL_COMMAND_LINE, NET_ID, RATE_PERIOD, RateLimits};
 use serde_json::{Value, json};
 
 use super::manifest::{Devices, Size};
@@ -26,6 +27,8 @@ pub struct RestoreConfig<'a> {
     pub devices: Devices,
     /// Minor number of the disk's node, `/dev/dm-N`.
     pub disk_minor: u32,
+    /// How fast its devices may be.
+    pub limits: RateLimits,
     /// The kernel that it was booted with.
     pub kernel: &'a Path,
     /// The initramfs, if it was booted with one.
@@ -55,13 +58,29 @@ impl RestoreConfig<'_> {
         if let Some(initramfs) = self.initramfs {
             payload["initramfs"] = json!(initramfs);
         }
+        let mut disk = json!({ "id": DISK_ID, "path": format!("/dev/dm-{}", self.disk_minor), "image_type": "Raw" });
+        // One descriptor, whatever its number: that it is there makes the VMM ask for one in `net_fds`.
+        let mut net =
+            json!({ "id": NET_ID, "mac": format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}"), "fds": [-1] });
+        let RateLimits {
+            disk_bytes,
+            disk_operations,
+            network_bytes,
+        } = self.limits;
+        let limit = |device: &mut Value, bucket: &str, size: Option<NonZeroU64>| {
+            if let Some(size) = size {
+                device["rate_limiter_config"][bucket] = json!({ "size": size, "refill_time": RATE_PERIOD });
+            }
+        };
+        limit(&mut disk, "bandwidth", disk_bytes);
+        limit(&mut disk, "ops", disk_operations);
+        limit(&mut net, "bandwidth", network_bytes);
         json!({
             "cpus": { "boot_vcpus": vcpus, "max_vcpus": vcpus, "nested": false },
             "memory": { "size": self.size.memory.bytes().0, "shared": true, "thp": false },
             "payload": payload,
-            "disks": [{ "id": DISK_ID, "path": format!("/dev/dm-{}", self.disk_minor), "image_type": "Raw" }],
-            // One descriptor, whatever its number: that it is there makes the VMM ask for one in `net_fds`.
-            "net": [{ "id": NET_ID, "mac": format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}"), "fds": [-1] }],
+            "disks": [disk],
+            "net": [net],
             "rng": { "src": "/dev/urandom" },
             "balloon": { "size": 0, "free_page_reporting": true },
             "serial": { "mode": "Tty" },
@@ -80,6 +99,10 @@ mod tests {
     use super::*;
 
     fn written(dir: &Path, initramfs: Option<&Path>) -> String {
+        written_with(dir, initramfs, RateLimits::default())
+    }
+
+    fn written_with(dir: &Path, initramfs: Option<&Path>, limits: RateLimits) -> String {
         let config = RestoreConfig {
             size: Size {
                 vcpus: Vcpus(2),
@@ -88,6 +111,7 @@ mod tests {
             },
             devices: Devices::RootfsNet0BalloonSerial,
             disk_minor: 7,
+            limits,
             kernel: Path::new("/var/lib/roost/kernels/vmlinux-6.1.0"),
             initramfs,
         };
@@ -114,6 +138,22 @@ mod tests {
         );
         let initramfs = Path::new("/var/lib/roost/kernels/initramfs-6.1.0");
         assert_eq!(written(dir.path(), Some(initramfs)), golden);
+    }
+
+    #[test]
+    fn a_restore_has_the_limits_of_its_devices() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let limits = RateLimits {
+            disk_bytes: NonZeroU64::new(100 << 20),
+            disk_operations: NonZeroU64::new(2000),
+            network_bytes: NonZeroU64::new(12 << 20),
+        };
+        let config: Value = serde_json::from_str(&written_with(dir.path(), None, limits)).expect("JSON");
+        let bucket = |size: u64| json!({ "size": size, "refill_time": 1000 });
+        let disk = json!({ "bandwidth": bucket(100 << 20), "ops": bucket(2000) });
+        assert_eq!(config["disks"][0]["rate_limiter_config"], disk);
+        let net = json!({ "bandwidth": bucket(12 << 20) });
+        assert_eq!(config["net"][0]["rate_limiter_config"], net);
     }
 
     #[test]

@@ -61,6 +61,33 @@ pub(crate) struct Disk {
     pub(crate) id: Option<String>,
     #[serde(default)]
     pub(crate) image_type: Option<String>,
+    #[serde(default)]
+    pub(crate) rate_limiter_config: RateLimiter,
+}
+
+/// How fast a device may be.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+pub(crate) struct RateLimiter {
+    /// Bytes.
+    #[serde(default)]
+    pub(crate) bandwidth: Option<Bucket>,
+    /// Requests.
+    #[serde(default)]
+    pub(crate) ops: Option<Bucket>,
+}
+
+/// So much in so many milliseconds.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub(crate) struct Bucket {
+    pub(crate) size: u64,
+    pub(crate) refill_time: u64,
+}
+
+impl Bucket {
+    /// How much a second.
+    pub(crate) fn rate(self) -> u64 {
+        self.size * 1000 / self.refill_time.max(1)
+    }
 }
 
 /// `--net`.

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 
-use crate::config::{Balloon, Console, Cpus, Disk, Memory, Net, Payload, Rng, VmConfig};
+use crate::config::{Balloon, Bucket, Console, Cpus, Disk, Memory, Net, Payload, RateLimiter, Rng, VmConfig};
 use crate::sys;
 
 /// A parsed command line.
@@ -129,8 +129,13 @@ fn boot(given: &mut Given) -> Result<VmConfig> {
     let boot_vcpus: u32 = number(&cpus, "boot")?;
     ensure!((1..=255).contains(&boot_vcpus), "--cpus boot={boot_vcpus}: 1 to 255");
     let memory = fields(&given.need("memory")?, &["size", "shared", "thp"])?;
-    let disk = fields(&given.need("disk")?, &["path", "image_type", "id", "readonly"])?;
-    let net = fields(&given.need("net")?, &["fd", "id", "mac"])?;
+    let limits = ["bw_size", "bw_refill_time", "ops_size", "ops_refill_time"];
+    let disk = fields(
+        &given.need("disk")?,
+        &[&["path", "image_type", "id", "readonly"], &limits[..]].concat(),
+    )?;
+    // QEMU does not limit a tap: taken, and done without.
+    let net = fields(&given.need("net")?, &[&["fd", "id", "mac"], &limits[..2]].concat())?;
     let rng = fields(
         &given.take("rng").unwrap_or_else(|| "src=/dev/urandom".to_owned()),
         &["src"],
@@ -175,6 +180,10 @@ fn boot(given: &mut Given) -> Result<VmConfig> {
             readonly: toggle(&disk, "readonly", false)?,
             id: Some(disk.get("id").cloned().unwrap_or_else(|| "_disk0".to_owned())),
             image_type: Some("Raw".to_owned()),
+            rate_limiter_config: RateLimiter {
+                bandwidth: bucket(&disk, "bw")?,
+                ops: bucket(&disk, "ops")?,
+            },
         }],
         net: vec![Net {
             id: Some(net.get("id").cloned().unwrap_or_else(|| "_net1".to_owned())),
@@ -195,6 +204,18 @@ fn boot(given: &mut Given) -> Result<VmConfig> {
         },
         console: Console { mode: "Off".to_owned() },
     })
+}
+
+/// `NAME_size` and `NAME_refill_time`: both or neither.
+fn bucket(fields: &BTreeMap<String, String>, name: &str) -> Result<Option<Bucket>> {
+    let [size, refill_time] = ["size", "refill_time"].map(|field| format!("{name}_{field}"));
+    match (fields.contains_key(&size), fields.contains_key(&refill_time)) {
+        (false, false) => Ok(None),
+        _ => Ok(Some(Bucket {
+            size: number(fields, &size)?,
+            refill_time: number(fields, &refill_time)?,
+        })),
+    }
 }
 
 fn restore(value: &str) -> Result<Restore> {

@@ -211,12 +211,30 @@ fn arguments(config: &VmConfig, tap: RawFd, qmp: &OwnedFd, entry: Entry) -> Resu
             text(&disk.path)?
         ),
     );
+    let limits = [
+        ("x-bps-total", disk.rate_limiter_config.bandwidth),
+        ("x-iops-total", disk.rate_limiter_config.ops),
+    ];
+    let limits: String = limits
+        .into_iter()
+        .filter_map(|(name, bucket)| Some(format!(",{name}={}", bucket?.rate())))
+        .collect();
+    let drive = if limits.is_empty() {
+        "disk0"
+    } else {
+        add("-object", format!("throttle-group,id=limits0{limits}"));
+        add(
+            "-blockdev",
+            "driver=throttle,node-name=disk1,throttle-group=limits0,file=disk0,discard=unmap".into(),
+        );
+        "disk1"
+    };
     // No ioeventfds: KVM waits for all its readers whenever one comes or goes, and where the virtualisation is emulated that is most of
     // what a guest's boot waits for. The same goes for each route of a message-signalled interrupt, hence no vectors (a boot takes a fifth
     // less of its time).
     add(
         "-device",
-        "virtio-blk-pci,drive=disk0,id=rootfs,ioeventfd=off,vectors=0".into(),
+        format!("virtio-blk-pci,drive={drive},id=rootfs,ioeventfd=off,vectors=0"),
     );
     add("-netdev", format!("tap,id=tap0,fd={tap},vhost=off"));
     // No option ROM: nobody boots from the network.

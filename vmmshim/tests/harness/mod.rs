@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, connect, setsockopt, socket, socketpair, sockopt};
 use nix::sys::time::TimeVal;
 use roost_common::ipc::{self, IpcError};
-use roost_common::shim::{Exit, FromShim, Launch, PROTOCOL, SHIM_SOCKET, Start, Started, ToShim, VmSpec};
+use roost_common::shim::{Exit, FromShim, Launch, PROTOCOL, RateLimits, SHIM_SOCKET, Start, Started, ToShim, VmSpec};
 use roost_common::units::{Mebibytes, Vcpus};
 
 /// Longest wait for anything.
@@ -162,6 +162,7 @@ impl Place {
             vcpus: Vcpus(1),
             memory: Mebibytes(512),
             disk_minor: 3,
+            limits: RateLimits::default(),
             start: Start::Boot {
                 kernel: text(&path),
                 initramfs: None,
