@@ -474,11 +474,11 @@ async fn undo(host: &Arc<Host>, vm: &mut Vm, progress: Progress) -> Option<Endin
 /// ends. How it ended. A VMM that cannot be brought to run its guest is as good as ended; a guest that runs and does not thaw is not,
 /// for what else it does is its own affair.
 pub(crate) async fn run_on(api: &Vmm, shim: &mut ShimLink, guest: &Guest, id: &SandboxId) -> Option<Ending> {
-    let running = until(RUN_ON_LIMIT, shim, || async {
+    let run = || async {
         let stopped = api.state().await? == State::Paused;
         if stopped { api.resume().await } else { Ok(()) }
-    });
-    match running.await {
+    };
+    match until(RUN_ON_LIMIT, shim, run).await {
         Ok(()) => {}
         Err(NotDone::Ended(ending)) => return Some(ending),
         Err(NotDone::Late(error)) => {
@@ -486,12 +486,27 @@ pub(crate) async fn run_on(api: &Vmm, shim: &mut ShimLink, guest: &Guest, id: &S
             return Some(Ending::Stopped(Arc::new(PauseError::Vmm(error))));
         }
     }
-    thaw(shim, guest, id).await
+    let thaw = || async {
+        let thawed = guest.thaw().await;
+        // A pause that was not answered in time may come about only now, after the VMM was seen to run.
+        if let Err(error) = run().await {
+            tracing::debug!(sandbox_id = %id, error = %Chain(&error), "a VMM does not say whether its guest runs");
+        }
+        thawed
+    };
+    until_thawed(shim, id, thaw).await
 }
 
 /// Thaws a guest's filesystems: until that is done, or the VMM ends, or it is time to leave the guest to itself. How the VMM ended.
 pub(super) async fn thaw(shim: &mut ShimLink, guest: &Guest, id: &SandboxId) -> Option<Ending> {
-    match until(THAW_LIMIT, shim, || guest.thaw()).await {
+    until_thawed(shim, id, || guest.thaw()).await
+}
+
+async fn until_thawed<F>(shim: &mut ShimLink, id: &SandboxId, thaw: impl FnMut() -> F) -> Option<Ending>
+where
+    F: Future<Output = Result<(), GuestError>>,
+{
+    match until(THAW_LIMIT, shim, thaw).await {
         Ok(()) => None,
         Err(NotDone::Ended(ending)) => Some(ending),
         Err(NotDone::Late(error)) => {

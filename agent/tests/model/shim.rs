@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{Shutdown, shutdown};
 use roost_common::ids::Slot;
 use roost_common::ipc::{self, PacketSocket};
@@ -211,8 +212,7 @@ async fn talk(world: &Arc<World>, number: u64, socket: &PacketSocket) {
             (request, Fault::None | Fault::DoAndHang | Fault::Lose) => {
                 let answer = answer(world, number, request).unwrap_or_else(FromShim::Refused);
                 match fault {
-                    // Later than anybody waits for it.
-                    Fault::DoAndHang => tokio::time::sleep(Duration::from_secs(70)).await,
+                    Fault::DoAndHang => late(socket).await,
                     Fault::Lose => return end(world, number, End::Killed),
                     _ => {}
                 }
@@ -222,6 +222,21 @@ async fn talk(world: &Arc<World>, number: u64, socket: &PacketSocket) {
         if socket.send(&answer).await.is_err() {
             return;
         }
+    }
+}
+
+/// Longer than anybody waits for an answer, or until nobody does any more.
+async fn late(socket: &PacketSocket) {
+    let is_left = || {
+        // That the other end has gone is told unasked.
+        let mut asked = [PollFd::new(socket.as_fd(), PollFlags::empty())];
+        poll(&mut asked, PollTimeout::ZERO).is_ok_and(|told| told > 0)
+    };
+    for _ in 0..70 {
+        if is_left() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
     }
 }
 

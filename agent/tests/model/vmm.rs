@@ -31,6 +31,8 @@ pub(crate) const MEMORY: u64 = 64 << 20;
 pub(crate) struct Vmm {
     pub(crate) state: State,
     pub(crate) memory: Memory,
+    /// A pause that was asked for and given up is done once somebody has been told that the VM runs.
+    pub(crate) is_late: bool,
 }
 
 /// What a VM is doing.
@@ -47,6 +49,7 @@ impl Vmm {
         Self {
             state: State::Running,
             memory: Memory::default(),
+            is_late: false,
         }
     }
 
@@ -55,6 +58,7 @@ impl Vmm {
         Some(Self {
             state: State::Loading,
             memory: read_memory(from)?,
+            is_late: false,
         })
     }
 }
@@ -196,7 +200,13 @@ async fn answer(world: &Arc<World>, number: u64, request: Request<Bytes>) -> Res
             }
             return Ok(refused("a test wants it so"));
         }
-        Fault::Hang => std::future::pending().await,
+        Fault::Hang => {
+            if request.uri().path().ends_with("vm.pause") && world.dice(|dice| dice.chance(500)) {
+                // As a VMM does that stood still for longer than it was waited for.
+                with(&mut world.lock(), number, |vm, _| vm.vmm.is_late = true);
+            }
+            std::future::pending().await
+        }
         Fault::Die => {
             // In the middle of what it was asked for, or after it.
             if world.dice(|dice| dice.chance(500)) {
@@ -236,7 +246,12 @@ fn act(world: &World, number: u64, request: &Request<Bytes>) -> Option<Answer> {
         match (request.method(), action, vmm.state) {
             (&Method::GET, "vmm.ping", _) => answered(StatusCode::OK, &json!({ "version": VERSION })),
             (_, _, State::Loading) => answered(StatusCode::NOT_FOUND, &json!(["VM is not created"])),
-            (&Method::GET, "vm.info", state) => answered(StatusCode::OK, &json!({ "state": format!("{state:?}") })),
+            (&Method::GET, "vm.info", state) => {
+                if std::mem::take(&mut vmm.is_late) && state == State::Running {
+                    vmm.state = State::Paused;
+                }
+                answered(StatusCode::OK, &json!({ "state": format!("{state:?}") }))
+            }
             (&Method::PUT, "vm.pause", State::Running) => {
                 vmm.state = State::Paused;
                 answered(done, &Value::Null)
