@@ -54,8 +54,13 @@ fn every_thread_of_every_daemon_is_confined() {
         ] {
             let pid = *pids(name).first().unwrap_or_else(|| panic!("{name} runs"));
             let threads = std::fs::read_dir(format!("/proc/{pid}/task")).expect("it runs");
-            for thread in threads.flatten() {
-                let status = std::fs::read_to_string(thread.path().join("status")).expect("it runs");
+            // A thread may end meanwhile.
+            let statuses = threads
+                .flatten()
+                .filter_map(|thread| std::fs::read_to_string(thread.path().join("status")).ok());
+            let statuses: Vec<String> = statuses.collect();
+            assert!(!statuses.is_empty(), "{name} has no thread");
+            for status in statuses {
                 let bits = |field: &str| u64::from_str_radix(field, 16).expect("a bit mask");
                 for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
                     let found = bits(field(&status, set));
