@@ -1,7 +1,7 @@
 //! What this process gives up before it listens to anyone: every file but devices, every system call but those listed here.
 //!
-//! The unit takes away more, and some of it again; this is what is left where somebody starts privd by hand, and what the unit cannot
-//! say: which ioctls, which sockets, no program ever executed. `AUDIT.md` has the same lists with their reasons, and a test compares.
+//! The unit takes away more, but cannot say which ioctls, which netlink, or that no program is executed; and this binds a privd that
+//! somebody starts by hand, too. `AUDIT.md` has the same lists with their reasons, and a test compares.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -48,8 +48,7 @@ const OLDER: &[Call] = &[];
 /// devicemapper library does without semaphores, and so waits for no udev.
 const UNKNOWN: &[Call] = calls![SYS_clone3 SYS_semctl];
 
-/// Requests of [`libc::SYS_ioctl`]. Of device-mapper those that the library makes; none that loads a table it has not made, for there is
-/// no such difference.
+/// Requests of [`libc::SYS_ioctl`]. A filter sees the request and not what it is about: which device, or which table, is in memory.
 const IOCTLS: &[(&str, u32)] = &[
     ("DM_VERSION", dm(0)),
     ("DM_LIST_DEVICES", dm(2)),
@@ -172,8 +171,6 @@ fn bounded() -> Vec<(&'static str, i64, Conditions)> {
             vec![(0, Is::MaskedEq(THREAD | NAMESPACES), THREAD)],
         ),
         ("SYS_prctl", libc::SYS_prctl, vec![equal(0, libc::PR_SET_NAME)]),
-        // seccompiler asks for it before each filter.
-        ("SYS_prctl", libc::SYS_prctl, vec![equal(0, libc::PR_SET_NO_NEW_PRIVS)]),
         ("SYS_unshare", libc::SYS_unshare, vec![new_network(0)]),
         ("SYS_setns", libc::SYS_setns, vec![new_network(1)]),
         // tokio's for signals.
