@@ -1,16 +1,19 @@
 //! A kernel for tests: loops and devices that live and die by descriptors, as the real ones do.
 //!
-//! An open descriptor is the writing end of a pipe; that its last copy is closed shows at the reading end, so whatever the code
-//! under test does with it (drops, passes on, forgets) has the consequence that it would have.
+//! An open descriptor is a memory file with a name of its own. It is open while this process has a descriptor of that name, so
+//! whatever the code under test does with it (drops, passes on, forgets) has the consequence that it would have, and a copy that
+//! another test's child has inherited does not count.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use roost_common::privd::{DiskNode, Step};
 use roost_common::units::Sectors;
 
@@ -55,25 +58,36 @@ struct Device {
     opens: Opens,
 }
 
-/// The reading ends of what is open.
+/// What is open, each by what its descriptors lead to.
 #[derive(Default)]
-struct Opens(Vec<OwnedFd>);
+struct Opens(Vec<PathBuf>);
 
 impl Opens {
     fn open(&mut self) -> OwnedFd {
-        let (reading, writing) = nix::unistd::pipe().expect("a pipe");
-        self.0.push(reading);
-        writing
+        /// All tests of a process see its descriptors.
+        static OPENED: AtomicU32 = AtomicU32::new(0);
+        let name = format!("opened-{}", OPENED.fetch_add(1, Ordering::Relaxed));
+        let file = memfd_create(name.as_str(), MFdFlags::MFD_CLOEXEC).expect("a memory file");
+        self.0.push(leads_to(&file));
+        file
     }
 
     fn any(&mut self) -> bool {
-        self.0.retain(|reading| {
-            let mut ends = [PollFd::new(reading.as_fd(), PollFlags::empty())];
-            poll(&mut ends, PollTimeout::ZERO).expect("polled");
-            !ends[0].any().expect("known flags")
-        });
+        if self.0.is_empty() {
+            return false;
+        }
+        // Other tests open and close descriptors meanwhile, so one that was listed may have gone.
+        let open: Vec<PathBuf> = std::fs::read_dir("/proc/self/fd")
+            .expect("descriptors")
+            .filter_map(|entry| entry.and_then(|entry| std::fs::read_link(entry.path())).ok())
+            .collect();
+        self.0.retain(|file| open.contains(file));
         !self.0.is_empty()
     }
+}
+
+fn leads_to(descriptor: &OwnedFd) -> PathBuf {
+    std::fs::read_link(format!("/proc/self/fd/{}", descriptor.as_raw_fd())).expect("a descriptor")
 }
 
 impl Device {
@@ -282,11 +296,11 @@ impl DiskKernel for FakeKernel {
     fn give(&self, device: &OwnedFd, owner: u32) -> io::Result<()> {
         let mut state = self.state.borrow_mut();
         state.fail(Step::GiveNode)?;
-        let pipe = |end: &OwnedFd| std::fs::read_link(format!("/proc/self/fd/{}", end.as_raw_fd())).expect("a pipe");
+        let file = leads_to(device);
         let given = state
             .devices
             .values()
-            .find(|listed| listed.opens.0.iter().any(|end| pipe(end) == pipe(device)))
+            .find(|listed| listed.opens.0.contains(&file))
             .expect("an open device")
             .minor;
         state.owners.insert(given, owner);
