@@ -1,12 +1,14 @@
 //! This build: the daemons, the command line, the stand-in VMM and the guest's static envd, and where the rig has them.
 
 use std::env;
+use std::ffi::OsString;
 use std::fs;
 use std::os::unix::fs::symlink;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Error, Result, ensure};
 
 use crate::cache;
 use crate::rig::install;
@@ -33,7 +35,8 @@ const PACKAGING: &[(&str, &str)] = &[
     ("modules-load.d", "usr/lib/modules-load.d"),
 ];
 
-const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
+/// Tells this program that cargo runs it in place of the compiler, and which program is to be static.
+const STATIC: &str = "ROOST_XTASK_STATIC";
 
 /// Which VMM the rig's sandboxes run on.
 pub(crate) enum Vmm {
@@ -100,25 +103,52 @@ fn build_programs() -> Result<PathBuf> {
     executables.next_back().context("cargo built no rig tests")
 }
 
-/// Builds the guest's envd: static, so into a folder of its own beside the host's build; and without what debuggers read, as each guest
-/// reads it from its disk.
+/// Builds the guest's envd, statically linked and without what debuggers read, as each guest reads it from its disk.
+///
+/// The flags are for the program alone: what it depends on is the same code either way, and given to cargo they would have every
+/// crate compiled once more. So cargo has this program call the compiler, see [`compile`].
 pub(crate) fn build_envd() -> Result<PathBuf> {
+    let itself = env::current_exe().context("this program has no path")?;
+    // The compiled crates are those of the other builds; the program has a folder of its own, or theirs would take its place.
+    let target = cache::target();
+    let finished = target.join("static");
     step("building envd", || {
         shown(
             cargo()
+                // No examples are there: with them asked for, crates have the features that tests give them, as in the other builds.
                 .args([
                     "build",
-                    "--package",
-                    "roost-envd",
+                    "--workspace",
+                    "--features",
+                    TEST_FEATURES,
                     "--bin",
                     "envd",
-                    "--target",
-                    GUEST_TARGET,
+                    "--examples",
                 ])
-                .env("RUSTFLAGS", "-C target-feature=+crt-static -C strip=debuginfo"),
+                .env("CARGO_TARGET_DIR", &finished)
+                .env("CARGO_BUILD_BUILD_DIR", &target)
+                .env("RUSTC_WORKSPACE_WRAPPER", itself)
+                .env(STATIC, "envd"),
         )
     })?;
-    Ok(cache::target().join(GUEST_TARGET).join("debug/envd"))
+    Ok(finished.join("debug/envd"))
+}
+
+/// Where cargo has called this program in place of the compiler: calls that, and has it link [`STATIC`] statically. Only returns with
+/// an error.
+pub(crate) fn compile() -> Option<Error> {
+    let program = env::var_os(STATIC)?;
+    let mut arguments = env::args_os().skip(1);
+    let mut compiler = Command::new(arguments.next()?);
+    let arguments: Vec<OsString> = arguments.collect();
+    compiler.args(&arguments);
+    if arguments
+        .windows(2)
+        .any(|pair| pair[0] == "--crate-name" && pair[1] == program)
+    {
+        compiler.args(["-C", "target-feature=+crt-static", "-C", "strip=debuginfo"]);
+    }
+    Some(compiler.exec().into())
 }
 
 /// cargo in the workspace, without what the `cargo run` that started us has set for us alone.

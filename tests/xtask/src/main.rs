@@ -63,6 +63,9 @@ enum Task {
 }
 
 fn main() -> ExitCode {
+    if let Some(error) = binaries::compile() {
+        return finish(Err(error));
+    }
     let outcome = match Cli::parse().task {
         Task::Setup => setup::run().map(|()| 0),
         Task::Guest => guest::run().map(|()| 0),

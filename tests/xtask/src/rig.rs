@@ -43,6 +43,8 @@ const SILENCE_LIMIT: Duration = Duration::from_secs(120);
 /// `--timeout` and `--memory` where none is given.
 const DEFAULT_SECONDS: u64 = 900;
 const DEFAULT_MEMORY_MB: u64 = 4096;
+/// `--processors` where none is given.
+pub(crate) const DEFAULT_PROCESSORS: u8 = 2;
 /// How much of the command's output is kept for whoever asked for the run.
 const KEPT_OUTPUT: usize = 256 << 10;
 /// How many runs' logs are kept.
@@ -70,6 +72,9 @@ pub(crate) struct Options {
     /// The rig's memory
     #[arg(long, value_name = "MB", default_value_t = DEFAULT_MEMORY_MB)]
     pub(crate) memory: u64,
+    /// The rig's processors
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_PROCESSORS)]
+    pub(crate) processors: u8,
     /// Start the daemons without systemd: agent as user roost, shims as its children
     #[arg(long, conflicts_with = "bare")]
     pub(crate) direct: bool,
@@ -95,6 +100,7 @@ impl Options {
             env: Vec::new(),
             timeout: DEFAULT_SECONDS,
             memory: DEFAULT_MEMORY_MB,
+            processors: DEFAULT_PROCESSORS,
             direct: false,
             bare: false,
             installed: false,
@@ -452,7 +458,7 @@ impl Machine {
             "none",
             "-no-reboot",
             "-smp",
-            "2",
+            &self.options.processors.to_string(),
         ]);
         match kvm {
             true => command.args(["-accel", "kvm", "-cpu", "host"]),
@@ -467,11 +473,14 @@ impl Machine {
             .arg("-initrd")
             .arg(&self.host.initramfs);
         // The tsc ones: otherwise the clock in the rig is a system call that a VMM's own filters kill.
-        command.args([
-            "-append",
+        let mut words =
             "console=ttyS0 panic=-1 quiet tsc=reliable clocksource=tsc mitigations=off random.trust_cpu=on \
-             unknown_nmi_panic panic_print=0x40 systemd.show_status=false net.ifnames=0",
-        ]);
+                         unknown_nmi_panic panic_print=0x40 systemd.show_status=false net.ifnames=0"
+                .to_owned();
+        if let Some(frequency) = qemu::tsc_khz() {
+            words += &format!(" tsc_early_khz={frequency}");
+        }
+        command.args(["-append", &words]);
         command
             .arg("-serial")
             .arg(format!("file:{}", self.run.log("console.log").display()));
@@ -591,12 +600,12 @@ impl Machine {
         Ok(())
     }
 
-    /// Whether the rig's kernel has panicked on its way in or out of a guest. An emulated processor loses a register there, once in many
-    /// thousands of guests' exits; what of ours could do so would do it elsewhere too.
+    /// Whether the rig's kernel has panicked while it ran a guest. An emulated processor loses a register there, once in many thousands
+    /// of guests' exits; what of ours could do so would do it elsewhere too.
     fn has_crashed(&self) -> bool {
         let text = fs::read(self.run.log("console.log")).unwrap_or_default();
         let text = String::from_utf8_lossy(&text);
-        text.contains("Kernel panic - not syncing") && text.contains("svm_vcpu_enter_exit")
+        text.contains("Kernel panic - not syncing") && text.contains("kvm_arch_vcpu_ioctl_run")
     }
 
     /// Keeps where the processors of a rig that runs nothing are: their registers, then what its kernel says of itself on its console.

@@ -13,7 +13,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use clap::Args;
 
 use crate::binaries::{self, Binaries, cargo};
-use crate::rig::{self, Boot, STATUS_RIG_FAILED};
+use crate::rig::{self, Boot, DEFAULT_PROCESSORS, STATUS_RIG_FAILED};
 use crate::step::{shown, step};
 use crate::{cache, dependencies, sdk, series, setup};
 
@@ -23,6 +23,10 @@ const RIG_SECONDS_ALL: u64 = 8 * 3600;
 
 /// Tells tests of all kinds that they are to run at full size.
 const FULL_SIZE: (&str, &str) = ("ROOST_TESTS_ALL", "1");
+
+/// Processors of each of two rigs that share the tests: this machine may have two, and a rig with two of its own that gets one of them
+/// spends a quarter of its time on waiting for itself.
+const PROCESSORS_BESIDE: u8 = 1;
 
 /// Time for each boot of the power cuts.
 const CUT_SECONDS: u64 = 1200;
@@ -72,6 +76,9 @@ pub(crate) struct Options {
     /// The rig's memory
     #[arg(long, value_name = "MB", default_value_t = 4096)]
     memory: u64,
+    /// The rig's processors [default: 1 where two rigs share the tests, else 2]
+    #[arg(long, value_name = "N")]
+    processors: Option<u8>,
     /// Arguments for the rig's test program, such as a part of a test's name; with --power alone parts of moments' names
     #[arg(last = true, value_name = "ARGUMENTS")]
     arguments: Vec<String>,
@@ -87,6 +94,7 @@ impl Options {
             power: true,
             direct: false,
             memory: 4096,
+            processors: None,
             arguments: vec!["matrix::".to_owned()],
         }
     }
@@ -111,8 +119,6 @@ const CHECKS: &[Check] = &[
     Check {
         title: "clippy",
         calls: &[
-            // As it is packaged.
-            &["clippy", "--workspace", "--", "-D", "warnings"],
             &[
                 "clippy",
                 "--workspace",
@@ -147,13 +153,14 @@ const CHECKS: &[Check] = &[
         ],
     },
     Check {
-        // In the workspace features of all crates add up; each must also build with what it asks for alone. The guest's envd is built so
-        // for the rig.
+        // As it is packaged, and clippy once more for what is not there in a build for tests. In the workspace features of all crates
+        // add up; each must also build with what it asks for alone.
         title: "each program by itself",
         calls: &[
-            &["check", "--package", "roost-privd"],
-            &["check", "--package", "roost-vmmshim"],
-            &["check", "--package", "roost-agent"],
+            &["clippy", "--package", "roost-privd", "--", "-D", "warnings"],
+            &["clippy", "--package", "roost-vmmshim", "--", "-D", "warnings"],
+            &["clippy", "--package", "roost-agent", "--", "-D", "warnings"],
+            &["clippy", "--package", "roost-envd", "--", "-D", "warnings"],
         ],
     },
 ];
@@ -210,6 +217,7 @@ pub(crate) fn run(options: &Options) -> Result<u8> {
         record(&mut summary, "rig tests", || {
             let mut options = options.clone();
             if whole {
+                options.processors = options.processors.or(Some(PROCESSORS_BESIDE));
                 options.arguments = FIRST_HALF.iter().map(|module| format!("--skip={module}")).collect();
             }
             let end = run_in_rig(&options)?;
@@ -296,7 +304,16 @@ impl Beside {
     /// Some of the rig's tests, and the power cuts.
     fn first_half(options: &Options) -> Result<Self> {
         let memory = options.memory.to_string();
-        let mut arguments = vec!["test", "--rig", "--power", "--memory", &memory];
+        let processors = options.processors.unwrap_or(PROCESSORS_BESIDE).to_string();
+        let mut arguments = vec![
+            "test",
+            "--rig",
+            "--power",
+            "--memory",
+            &memory,
+            "--processors",
+            &processors,
+        ];
         if options.all {
             arguments.push("--all");
         }
@@ -420,6 +437,7 @@ fn tests_in_rig(options: &Options, timeout: u64) -> Result<(Binaries, rig::Optio
         add: vec![format!("{}:/usr/lib/roost-tests/rig", binaries.tests.display())],
         timeout,
         memory: options.memory,
+        processors: options.processors.unwrap_or(DEFAULT_PROCESSORS),
         direct: options.direct,
         ..rig::Options::command(&["/usr/lib/roost-tests/rig", "--test-threads=1"])
     };
