@@ -18,6 +18,7 @@ pub mod cli;
 pub mod config;
 pub mod control;
 pub mod drain;
+pub mod egress;
 pub mod errors;
 mod failpoint;
 pub mod guest;

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::ids::{SandboxId, Slot};
 use crate::ipc::PassedFd;
 use crate::ipc::rpc::{ClientTransport, ServerTransport};
-use crate::net::SlotAddresses;
+use crate::net::{Cidr, SlotAddresses};
 use crate::units::Sectors;
 
 /// Where privd listens.
@@ -96,21 +96,46 @@ pub struct Network {
 /// What a guest may reach. Host, other sandboxes and private ranges are closed in any case.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EgressPolicy {
-    /// Whether public addresses are reachable at all.
+    /// Which public addresses are reachable at all.
     pub internet: Internet,
-    /// Resolvers reachable on port 53 ahead of the closed ranges, at most [`MAX_RESOLVERS`]; unused without internet.
+    /// Resolvers reachable on port 53 ahead of the closed ranges and of `denied`, at most [`MAX_RESOLVERS`]; unused where the internet is
+    /// closed.
     pub resolvers: Vec<Ipv4Addr>,
+    /// What is reachable where the internet is [`Internet::Listed`], at most [`MAX_NETWORKS`].
+    pub allowed: Vec<Cidr>,
+    /// What is not reachable, whatever else is said; at most [`MAX_NETWORKS`].
+    pub denied: Vec<Cidr>,
+    /// Whether connections to the ports of HTTP and HTTPS outside of `allowed` lead to the agent, at [`crate::net::PROXY_HTTP`] and
+    /// [`crate::net::PROXY_TLS`] of the host's end of the veth pair.
+    pub proxied: bool,
+}
+
+impl EgressPolicy {
+    /// Without resolvers and lists.
+    pub fn of(internet: Internet) -> Self {
+        Self {
+            internet,
+            resolvers: vec![],
+            allowed: vec![],
+            denied: vec![],
+            proxied: false,
+        }
+    }
 }
 
 /// Most resolvers in a policy.
 pub const MAX_RESOLVERS: usize = 8;
+/// Most ranges in each of a policy's lists.
+pub const MAX_NETWORKS: usize = 64;
 
 /// Whether a guest reaches public addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Internet {
-    /// Yes.
+    /// All of them.
     Open,
-    /// No, nor resolvers.
+    /// Those that are listed, and resolvers.
+    Listed,
+    /// None, nor resolvers.
     Closed,
 }
 
@@ -130,11 +155,23 @@ pub struct ReadCounters {
     pub tap: PassedFd,
 }
 
-/// Counters of one network since it was opened; a new policy keeps none of the old ones.
+/// Counters of one network since it was opened; a new policy begins its own at zero.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetworkCounters {
-    /// One row a rule, in the order in which they are asked.
+    /// At least one row a rule, in the order of [`Rule::ALL`]; one for each destination of those that have some.
     pub rules: Vec<RuleCounter>,
+}
+
+impl NetworkCounters {
+    /// All rows of a rule, added up.
+    pub fn total(&self, rule: Rule) -> RuleCounter {
+        let rows = self.rules.iter().filter(|row| row.rule == rule);
+        rows.fold(RuleCounter::zero(rule), |sum, row| RuleCounter {
+            packets: sum.packets.saturating_add(row.packets),
+            bytes: sum.bytes.saturating_add(row.bytes),
+            ..sum
+        })
+    }
 }
 
 /// Packets and bytes that one rule has matched.
@@ -142,10 +179,24 @@ pub struct NetworkCounters {
 pub struct RuleCounter {
     /// Which rule.
     pub rule: Rule,
+    /// Which of the rule's destinations, where it has some.
+    pub network: Option<Cidr>,
     /// Packets.
     pub packets: u64,
     /// Bytes.
     pub bytes: u64,
+}
+
+impl RuleCounter {
+    /// A rule that has matched nothing.
+    pub fn zero(rule: Rule) -> Self {
+        Self {
+            rule,
+            network: None,
+            packets: 0,
+            bytes: 0,
+        }
+    }
 }
 
 /// The counted rules of a sandbox's namespace.
@@ -159,8 +210,14 @@ pub enum Rule {
     Invalid,
     /// From the guest to anything, while the internet is closed; connections made before it was closed among them.
     NoInternet,
+    /// From the guest to what the policy denies; connections made before that among them.
+    Denied,
+    /// From the guest to what the policy does not list; connections made before that among them.
+    NotListed,
     /// Packets of connections that were let through before.
     Established,
+    /// New connections of the guest's that lead to the agent, which judges them by the name they ask for.
+    ByName,
     /// From the guest to a resolver of the policy.
     Resolver,
     /// From the guest to the namespace itself: only ping to its gateway.
@@ -176,13 +233,33 @@ pub enum Rule {
 }
 
 impl Rule {
+    /// Whether it drops what it matches.
+    pub fn drops(self) -> bool {
+        match self {
+            Self::Ipv6
+            | Self::Spoofed
+            | Self::Invalid
+            | Self::NoInternet
+            | Self::Denied
+            | Self::NotListed
+            | Self::ClosedRange
+            | Self::FromElsewhere => true,
+            Self::Established | Self::ByName | Self::Resolver | Self::Gateway | Self::Internet | Self::FromHost => {
+                false
+            }
+        }
+    }
+
     /// All of them, in the order in which they are asked.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 14] = [
         Self::Ipv6,
         Self::Spoofed,
         Self::Invalid,
         Self::NoInternet,
+        Self::Denied,
+        Self::NotListed,
         Self::Established,
+        Self::ByName,
         Self::Resolver,
         Self::Gateway,
         Self::ClosedRange,
@@ -201,6 +278,9 @@ impl fmt::Display for Rule {
             Self::Invalid => "invalid",
             Self::Established => "established",
             Self::NoInternet => "no-internet",
+            Self::Denied => "denied",
+            Self::NotListed => "not-listed",
+            Self::ByName => "by-name",
             Self::Resolver => "resolver",
             Self::Gateway => "gateway",
             Self::ClosedRange => "closed-range",
@@ -271,6 +351,12 @@ pub enum PrivdError {
         size: Sectors,
         /// Which bound it breaks.
         reason: SizeRefusal,
+    },
+    /// A range of addresses that is none.
+    #[error("{range} is no range of addresses")]
+    WrongRange {
+        /// What it was.
+        range: Cidr,
     },
     /// A uid that no VM of ours runs as.
     #[error("uid {uid} is neither in the dynamic range nor the caller's")]
@@ -360,6 +446,8 @@ pub enum ResourceKind {
     Network,
     /// Resolvers of a policy.
     Resolvers,
+    /// Ranges in one of a policy's lists.
+    Ranges,
     /// Calls at a time.
     Calls,
 }
@@ -473,6 +561,7 @@ impl fmt::Display for ResourceKind {
             Self::Disk => "disk",
             Self::Network => "network",
             Self::Resolvers => "resolvers",
+            Self::Ranges => "address ranges",
             Self::Calls => "calls",
         })
     }

@@ -61,11 +61,15 @@ impl Entry {
     pub(crate) fn with_policy(self, policy: &EgressPolicy) -> Self {
         let internet = match policy.internet {
             Internet::Open => "open",
+            Internet::Listed => "listed",
             Internet::Closed => "closed",
         };
         let resolvers: Vec<_> = policy.resolvers.iter().map(ToString::to_string).collect();
         self.with("internet", internet)
             .with("resolvers", format_args!("[{}]", resolvers.join(",")))
+            .with("allowed", policy.allowed.len())
+            .with("denied", policy.denied.len())
+            .with("proxied", policy.proxied)
     }
 
     /// Writes the line.

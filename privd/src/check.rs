@@ -14,8 +14,8 @@ use nix::sys::stat::{FileStat, Mode, SFlag, fstat};
 use nix::sys::statfs::fstatfs;
 use roost_common::ids::{SandboxId, Slot};
 use roost_common::privd::{
-    DescriptorRole, EgressPolicy, MAX_RESOLVERS, OpenDisk, OpenNetwork, PrivdError, ResourceKind, SizeRefusal, Step,
-    Wanted,
+    DescriptorRole, EgressPolicy, MAX_NETWORKS, MAX_RESOLVERS, OpenDisk, OpenNetwork, PrivdError, ResourceKind,
+    SizeRefusal, Step, Wanted,
 };
 use roost_common::units::{CHUNK_SECTORS, MAX_DISK, SECTOR, Sectors};
 
@@ -177,18 +177,30 @@ impl NetworkSpec {
     }
 }
 
-/// Judges a policy. Any address may be a resolver: the host's own table keeps the host and other sandboxes closed to it.
+/// Judges a policy. Any address may be a resolver, and any range allowed: the host's own table keeps the host and other sandboxes closed
+/// to them.
 ///
 /// # Errors
-/// [`PrivdError::TooMany`] resolvers.
+/// [`PrivdError::TooMany`] of something, [`PrivdError::WrongRange`].
 pub(crate) fn policy(policy: EgressPolicy) -> Result<EgressPolicy, PrivdError> {
-    if policy.resolvers.len() > MAX_RESOLVERS {
-        return Err(PrivdError::TooMany {
-            what: ResourceKind::Resolvers,
-            max: u32::try_from(MAX_RESOLVERS).unwrap_or(u32::MAX),
-        });
+    at_most(MAX_RESOLVERS, policy.resolvers.len(), ResourceKind::Resolvers)?;
+    for ranges in [&policy.allowed, &policy.denied] {
+        at_most(MAX_NETWORKS, ranges.len(), ResourceKind::Ranges)?;
+        if let Some(range) = ranges.iter().find(|range| !range.is_proper()) {
+            return Err(PrivdError::WrongRange { range: *range });
+        }
     }
     Ok(policy)
+}
+
+fn at_most(max: usize, count: usize, what: ResourceKind) -> Result<(), PrivdError> {
+    if count <= max {
+        return Ok(());
+    }
+    Err(PrivdError::TooMany {
+        what,
+        max: u32::try_from(max).unwrap_or(u32::MAX),
+    })
 }
 
 /// Refuses one more disk beside `existing` ones.
@@ -276,6 +288,8 @@ mod tests {
     use roost_common::ipc::PassedFd;
     use roost_common::privd::Internet;
     use roost_common::units::Mebibytes;
+
+    use roost_common::net::Cidr;
 
     use super::*;
 
@@ -563,11 +577,46 @@ mod tests {
         assert!(room_for_a_disk(&limits, 8191).is_ok());
         assert!(room_for_a_disk(&limits, 8192).is_err());
         assert!(room_for_a_disk(&limits, usize::MAX).is_err());
+        let open = EgressPolicy::of(Internet::Open);
         let with = |count| EgressPolicy {
-            internet: Internet::Open,
             resolvers: vec![std::net::Ipv4Addr::UNSPECIFIED; count],
+            ..open.clone()
         };
         assert!(policy(with(MAX_RESOLVERS)).is_ok());
         assert!(policy(with(MAX_RESOLVERS + 1)).is_err());
+        let all: Cidr = "0.0.0.0/0".parse().expect("a range");
+        for count in [MAX_NETWORKS, MAX_NETWORKS + 1] {
+            let (allowed, denied) = (vec![all; count], vec![all; count]);
+            let allowing = EgressPolicy {
+                allowed,
+                ..open.clone()
+            };
+            let denying = EgressPolicy { denied, ..open.clone() };
+            for wanted in [allowing, denying] {
+                assert_eq!(policy(wanted).is_ok(), count == MAX_NETWORKS, "{count}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_range_that_is_none_is_refused() {
+        for (network, length) in [([192, 0, 2, 1], 24), ([0, 0, 0, 0], 33), ([255, 255, 255, 255], 255)] {
+            let range = Cidr {
+                network: network.into(),
+                length,
+            };
+            let open = EgressPolicy::of(Internet::Listed);
+            let allowed = EgressPolicy {
+                allowed: vec![range],
+                ..open.clone()
+            };
+            let denied = EgressPolicy {
+                denied: vec![range],
+                ..open
+            };
+            for wanted in [allowed, denied] {
+                assert_eq!(policy(wanted), Err(PrivdError::WrongRange { range }));
+            }
+        }
     }
 }

@@ -2,10 +2,11 @@
 //! who called.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
-use std::process::Command;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -52,14 +53,32 @@ impl Internet {
     /// # Panics
     /// When the address is none of the internet's.
     pub fn serve(&mut self, address: &str) {
-        let address: SocketAddr = address.parse().expect("an address");
-        // A socket stays in the namespace that it was made in; the thread that made it ends.
-        let bound = std::thread::spawn(move || {
-            let namespace = File::open(format!("/run/netns/{NAME}")).expect("the namespace");
-            setns(namespace, CloneFlags::CLONE_NEWNET).expect("entered");
-            TcpListener::bind(address).expect("bound")
-        });
-        self.servers.push(Server::start(bound.join().expect("a listener")));
+        self.servers.push(Server::start(bound(address), tell_caller));
+    }
+
+    /// Serves HTTP at an address of the internet: each request is told the server's address, and its own method, path and host.
+    ///
+    /// # Panics
+    /// When the address is none of the internet's.
+    pub fn serve_http(&mut self, address: &str) {
+        self.servers.push(Server::start(bound(address), tell_request));
+    }
+
+    /// Serves HTTPS at an address of the internet, with OpenSSL's own server, which tells of itself.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    pub fn serve_tls(&self, address: &str, certificate: &Path, key: &Path) -> TlsServer {
+        let mut command = Command::new("ip");
+        command.args([
+            "netns", "exec", NAME, "openssl", "s_server", "-www", "-quiet", "-accept", address,
+        ]);
+        command.arg("-cert").arg(certificate).arg("-key").arg(key);
+        let server = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn();
+        let server = TlsServer(server.expect("ip runs"));
+        // Through the uplink, as everybody does.
+        crate::eventually("the server listens", || TcpStream::connect(address).ok());
+        server
     }
 
     /// Gives the internet a further address.
@@ -97,23 +116,78 @@ impl Server {
     /// # Panics
     /// When the address is none of the host's.
     pub fn on_host(address: &str) -> Self {
-        Self::start(TcpListener::bind(address).expect("bound"))
+        Self::start(TcpListener::bind(address).expect("bound"), tell_caller)
     }
 
-    fn start(listener: TcpListener) -> Self {
+    fn start(listener: TcpListener, answer: fn(TcpStream, SocketAddr)) -> Self {
         let accepting = listener.try_clone().expect("another descriptor");
         let thread = std::thread::spawn(move || {
             // Until the listener is shut down.
-            while let Ok((mut stream, peer)) = accepting.accept() {
-                // A caller that has gone needs no answer.
-                drop(stream.write_all(peer.ip().to_string().as_bytes()));
-                drop(stream.shutdown(Shutdown::Write));
+            while let Ok((stream, peer)) = accepting.accept() {
+                answer(stream, peer);
             }
         });
         Self {
             listener,
             thread: Some(thread),
         }
+    }
+}
+
+/// A listener on the internet.
+fn bound(address: &str) -> TcpListener {
+    let address: SocketAddr = address.parse().expect("an address");
+    // A socket stays in the namespace that it was made in; the thread that made it ends.
+    let bound = std::thread::spawn(move || {
+        let namespace = File::open(format!("/run/netns/{NAME}")).expect("the namespace");
+        setns(namespace, CloneFlags::CLONE_NEWNET).expect("entered");
+        TcpListener::bind(address).expect("bound")
+    });
+    bound.join().expect("a listener")
+}
+
+fn tell_caller(mut stream: TcpStream, peer: SocketAddr) {
+    // A caller that has gone needs no answer.
+    drop(stream.write_all(peer.ip().to_string().as_bytes()));
+    drop(stream.shutdown(Shutdown::Write));
+}
+
+fn tell_request(stream: TcpStream, _: SocketAddr) {
+    // One that breaks off needs no answer.
+    drop(try_tell_request(stream));
+}
+
+fn try_tell_request(mut stream: TcpStream) -> std::io::Result<()> {
+    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+    let mut lines = BufReader::new(stream.try_clone()?).lines();
+    let first = lines.next().transpose()?.unwrap_or_default();
+    let mut host = String::new();
+    for line in lines {
+        match line?.split_once(": ") {
+            Some((name, value)) if name.eq_ignore_ascii_case("host") => value.clone_into(&mut host),
+            Some(_) => {}
+            None => break,
+        }
+    }
+    let asked = first.trim_end_matches(" HTTP/1.1");
+    let answer = format!("{} {asked} {host}", stream.local_addr()?.ip());
+    let length = answer.len();
+    write!(
+        stream,
+        "HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{answer}"
+    )?;
+    stream.shutdown(Shutdown::Write)
+}
+
+/// OpenSSL's server, for as long as this value lives.
+#[derive(Debug)]
+pub struct TlsServer(Child);
+
+impl Drop for TlsServer {
+    fn drop(&mut self) {
+        // It may have ended by itself, which the test has noticed.
+        drop(self.0.kill());
+        drop(self.0.wait());
     }
 }
 

@@ -8,14 +8,15 @@ use roost_common::privd::PrivdError;
 
 use crate::errors::{Chain, FileError};
 use crate::guest::GuestError;
+use crate::host::counters::NetworkError;
 use crate::host::images::ImageError;
 use crate::host::privd::CallError;
 use crate::host::shim::ShimFault;
 use crate::registry::Refusal;
 use crate::sandbox::plan::WishError;
 use crate::sandbox::{
-    BuildError, CaptureError, CaptureFailure, CreateFailure, PartError, PauseFailure, ResumeError, ResumeFailure,
-    TeardownError,
+    BuildError, CaptureError, CaptureFailure, CreateFailure, EgressFailure, PartError, PauseFailure, ResumeError,
+    ResumeFailure, TeardownError,
 };
 use crate::templates::TemplateError;
 
@@ -49,6 +50,18 @@ pub enum ApiError {
     /// A template that was not made of a sandbox.
     #[error(transparent)]
     Capture(CaptureFailure),
+    /// A policy that did not change.
+    #[error(transparent)]
+    Egress(#[from] EgressFailure),
+    /// Counters that could not be read.
+    #[error("the counters of sandbox {id} cannot be read")]
+    Counters {
+        /// The id.
+        id: SandboxId,
+        /// Why.
+        #[source]
+        source: NetworkError,
+    },
     /// A template that was not deleted.
     #[error(transparent)]
     Template(#[from] TemplateError),
@@ -134,6 +147,9 @@ impl ApiError {
                 | CaptureError::FlattenTimeout(_)
                 | CaptureError::VmmEnded => ErrorCode::Internal,
             },
+            Self::Egress(EgressFailure::Refused(_)) => ErrorCode::FailedPrecondition,
+            Self::Egress(EgressFailure::Slow(_)) => ErrorCode::Unavailable,
+            Self::Egress(_) | Self::Counters { .. } => ErrorCode::Internal,
             Self::Template(error) => template_code(error),
             Self::NoSandbox { .. } => ErrorCode::NotFound,
             Self::NotRunning { .. } | Self::NotEnded { .. } => ErrorCode::FailedPrecondition,

@@ -7,5 +7,6 @@
 pub mod errors;
 pub(crate) mod files;
 pub mod operator;
+mod policy;
 mod process;
 pub mod service;

@@ -10,13 +10,16 @@ use roost_common::shim::{CONSOLE_FILE, LOG_FILE};
 use roost_hostagent::roost::v1::*;
 
 use super::errors::ApiError;
-use super::process;
 use super::service::{Service, streamed};
+use super::{policy, process};
 use crate::drain::{Drained, drain};
+use crate::egress::Egress;
 use crate::errors::FileError;
 use crate::guest::process::{Channel, Command, Event, Input, Selector, What};
+use crate::host::counters;
 use crate::host::files::{blocking, open_of_vm};
-use crate::sandbox::plan;
+use crate::sandbox::plan::{self, WishError};
+use crate::sandbox::task::View;
 use crate::tombstone::{self, Tombstone};
 
 /// The service; the same state as [`Service`].
@@ -77,6 +80,25 @@ impl Operator {
             self.0.end_input(&sandbox, &process).await?;
         }
         Ok(())
+    }
+
+    async fn set_policy(&self, id: &str, wanted: Option<EgressPolicy>) -> Result<(), ApiError> {
+        let handle = self.0.find_reachable(id)?;
+        let egress = Egress::check(policy::wish(wanted));
+        let egress = egress.map_err(|error| ApiError::Wish(WishError::Egress(error)))?;
+        Ok(handle.set_egress(egress).await?)
+    }
+
+    async fn explain(&self, id: &str) -> Result<EgressResponse, ApiError> {
+        let handle = self.0.find_reachable(id)?;
+        let rules = if matches!(handle.view(), View::Running(..)) {
+            let id = &handle.plan.id;
+            let rules = counters::rules(self.0.ready()?.host(), id).await;
+            rules.map_err(|source| ApiError::Counters { id: id.clone(), source })?
+        } else {
+            vec![]
+        };
+        Ok(policy::explained(&handle.egress(), rules, handle.by_name()))
     }
 
     /// What a VM's shim keeps of what it wrote; of a paused one, whose VM has gone, nothing.
@@ -231,6 +253,25 @@ impl RoostService for Operator {
         let signal = process::signal(&request.signal)?;
         self.0.signal_process(&request.sandbox_id, &process, signal).await?;
         Response::ok(SignalResponse::default())
+    }
+
+    async fn update_sandbox_policy<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, UpdateSandboxPolicyRequest>,
+    ) -> ServiceResult<impl Encodable<UpdateSandboxPolicyResponse> + Send + use<'a>> {
+        let request = request.to_owned_message();
+        self.set_policy(&request.sandbox_id, request.egress.into_option())
+            .await?;
+        Response::ok(UpdateSandboxPolicyResponse::default())
+    }
+
+    async fn egress<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, EgressRequest>,
+    ) -> ServiceResult<impl Encodable<EgressResponse> + Send + use<'a>> {
+        Response::ok(self.explain(request.sandbox_id).await?)
     }
 
     async fn logs<'a>(

@@ -10,7 +10,7 @@ use roost_common::ids::SandboxId;
 use roost_common::net::SlotAddresses;
 
 use super::errors::ApiError;
-use super::{files, process};
+use super::{files, policy, process};
 use crate::control::clock::Moment;
 use crate::control::listing::{Connection, Shown};
 use crate::drain::drain;
@@ -144,6 +144,7 @@ impl Service {
             timeout_sec: request.timeout_sec,
             default_user: request.default_user,
             default_env: request.default_env.into_iter().collect::<BTreeMap<_, _>>(),
+            egress: policy::wish(request.egress.into_option()),
         };
         let host = self.registry.host().clone();
         let plan = tokio::task::spawn_blocking(move || {

@@ -5,6 +5,7 @@
 
 mod client;
 mod copy;
+mod egress;
 mod exec;
 mod forward;
 mod top;
@@ -23,6 +24,7 @@ use crate::pki;
 use crate::sandbox::unix_now;
 use client::{Client, ClientError, Operator};
 use copy::{Copy, CopyError};
+use egress::{Egress, Policy};
 use exec::{Exec, ExecError};
 use forward::Forward;
 use roost_hostagent::hostagent::v1::{
@@ -77,6 +79,8 @@ enum Command {
     Cp(Copy),
     /// Make ports of a sandbox ports of this machine, until it is interrupted
     Forward(Forward),
+    /// Show what a sandbox may reach and which rules have dropped what; or change it, where a policy is given
+    Egress(Egress),
     /// Print what a sandbox has written to its console, as far back as that is kept
     Logs {
         /// The messages of its VMM in place of its console
@@ -166,6 +170,8 @@ struct Create {
     /// A variable of every command's environment; may be given several times
     #[arg(long = "env", value_name = "NAME=VALUE", value_parser = pair)]
     env: Vec<(String, String)>,
+    #[command(flatten)]
+    policy: Policy,
 }
 
 #[derive(Args)]
@@ -333,6 +339,14 @@ async fn run(arguments: Arguments) -> Result<ExitCode, CliError> {
         }
         Command::Cp(wish) => copy::copy(&client()?, wish).await?,
         Command::Forward(wish) => forward::forward(client::connect_plain(&host, &pki)?, wish).await?,
+        Command::Egress(wish) => {
+            let answer = egress::egress(&client::connect_operator(&host, &pki)?, wish).await?;
+            if json {
+                print_json(&answer)?;
+            } else {
+                print(format_args!("{}", egress::text(&answer)))?;
+            }
+        }
         Command::Logs { vmm, id } => logs(&client::connect_operator(&host, &pki)?, id, vmm).await?,
         Command::Top => top::top(&client()?).await?,
         Command::Completions { shell } => {
@@ -388,6 +402,7 @@ fn create_request(wish: Create) -> CreateSandboxRequest {
         timeout_sec: wish.timeout.unwrap_or_default(),
         default_user: wish.user.unwrap_or_default(),
         default_env: wish.env.into_iter().collect::<HashMap<_, _>>().into_iter().collect(),
+        egress: wish.policy.into_message().into(),
         ..CreateSandboxRequest::default()
     }
 }

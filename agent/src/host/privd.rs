@@ -14,8 +14,8 @@ use nix::sys::time::TimeVal;
 use roost_common::ipc::PassedFd;
 use roost_common::ipc::rpc::MAX_IN_FLIGHT;
 use roost_common::privd::{
-    Disk, InventoryCursor, InventoryRow, Network, OpenDisk, OpenNetwork, PrivdClient, PrivdClientTransport, PrivdError,
-    ReadCounters,
+    Disk, EgressPolicy, InventoryCursor, InventoryRow, Network, NetworkCounters, OpenDisk, OpenNetwork, PrivdClient,
+    PrivdClientTransport, PrivdError, ReadCounters, SetPolicy,
 };
 use tarpc::client::{self, RpcError};
 use tarpc::context::Context;
@@ -108,17 +108,40 @@ impl PrivdClientHandle {
         .await
     }
 
+    /// Replaces the policy of the network behind a tap; see [`roost_common::privd::Privd::set_policy`].
+    ///
+    /// # Errors
+    /// Any [`CallError`]; the old one is in force, but where the call was lost.
+    pub async fn set_policy(&self, tap: PassedFd, policy: EgressPolicy) -> Result<(), CallError> {
+        self.call("set_policy", move |privd, context| {
+            let request = SetPolicy {
+                tap: tap.clone(),
+                policy: policy.clone(),
+            };
+            async move { privd.set_policy(context, request).await }
+        })
+        .await
+    }
+
+    /// The counters of the network behind a tap; see [`roost_common::privd::Privd::network_counters`].
+    ///
+    /// # Errors
+    /// Any [`CallError`].
+    pub async fn network_counters(&self, tap: PassedFd) -> Result<NetworkCounters, CallError> {
+        self.call("network_counters", move |privd, context| {
+            let request = ReadCounters { tap: tap.clone() };
+            async move { privd.network_counters(context, request).await }
+        })
+        .await
+    }
+
     /// Bytes from and to the network behind a tap, whatever became of them; see
     /// [`roost_common::privd::Privd::network_counters`].
     ///
     /// # Errors
     /// Any [`CallError`].
     pub async fn network_bytes(&self, tap: PassedFd) -> Result<u64, CallError> {
-        let counters = self.call("network_counters", move |privd, context| {
-            let request = ReadCounters { tap: tap.clone() };
-            async move { privd.network_counters(context, request).await }
-        });
-        let rules = counters.await?.rules;
+        let rules = self.network_counters(tap).await?.rules;
         Ok(rules.iter().map(|rule| rule.bytes).fold(0, u64::saturating_add))
     }
 

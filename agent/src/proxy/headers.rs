@@ -26,7 +26,7 @@ fn is_hops(name: &HeaderName) -> bool {
 }
 
 /// The protocol that a request asks to go on with. Not HTTP/2: it is negotiated for one hop, and we speak it with the caller or not at all.
-pub(super) fn wanted_upgrade(version: Version, headers: &HeaderMap) -> Option<HeaderValue> {
+pub(crate) fn wanted_upgrade(version: Version, headers: &HeaderMap) -> Option<HeaderValue> {
     let wanted = headers.get(header::UPGRADE)?;
     let is_h2 = tokens(headers, &header::UPGRADE).any(|token| token.eq_ignore_ascii_case("h2c"));
     let is_wanted = version == Version::HTTP_11 && lists(headers, &header::CONNECTION, "upgrade") && !is_h2;
@@ -38,8 +38,7 @@ pub(super) fn wanted_upgrade(version: Version, headers: &HeaderMap) -> Option<He
 /// # Errors
 /// [`ProxyError::Coding`].
 pub(super) fn to_guest(head: &request::Parts, host: HeaderValue, prefix: &str) -> Result<HeaderMap, ProxyError> {
-    let is_chunked_or_plain = tokens(&head.headers, &header::TRANSFER_ENCODING).all(is_chunked);
-    if !is_chunked_or_plain {
+    if !is_chunked_or_plain(&head.headers) {
         return Err(ProxyError::Coding);
     }
     let mut headers = of_message(&head.headers);
@@ -89,7 +88,7 @@ pub(super) fn from_guest(
     answered: &HeaderMap,
     locator: &Locator,
 ) -> Result<HeaderMap, ProxyError> {
-    if !tokens(answered, &header::TRANSFER_ENCODING).all(is_chunked) {
+    if !is_chunked_or_plain(answered) {
         return Err(ProxyError::BadAnswer(
             "its body is in another transfer coding than chunked",
         ));
@@ -124,7 +123,7 @@ pub(super) fn from_guest(
 }
 
 /// The headers that are the message's.
-fn of_message(all: &HeaderMap) -> HeaderMap {
+pub(crate) fn of_message(all: &HeaderMap) -> HeaderMap {
     let named: Vec<&str> = tokens(all, &header::CONNECTION).collect();
     let mut kept = HeaderMap::with_capacity(all.len() + 4);
     for (name, value) in all {
@@ -150,15 +149,16 @@ fn join_cookies(headers: &mut HeaderMap) {
 }
 
 /// A length that is one.
-fn one_length(headers: &HeaderMap) -> Option<HeaderValue> {
+pub(crate) fn one_length(headers: &HeaderMap) -> Option<HeaderValue> {
     let mut lengths = headers.get_all(header::CONTENT_LENGTH).iter();
     let length = lengths.next()?;
     let is_number = !length.is_empty() && length.as_bytes().iter().all(u8::is_ascii_digit);
     (is_number && lengths.next().is_none()).then(|| length.clone())
 }
 
-fn is_chunked(coding: &str) -> bool {
-    coding.eq_ignore_ascii_case("chunked")
+/// Whether a body comes in no other transfer coding than chunked.
+pub(crate) fn is_chunked_or_plain(headers: &HeaderMap) -> bool {
+    tokens(headers, &header::TRANSFER_ENCODING).all(|coding| coding.eq_ignore_ascii_case("chunked"))
 }
 
 fn lists(headers: &HeaderMap, name: &HeaderName, wanted: &str) -> bool {

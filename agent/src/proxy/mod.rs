@@ -19,10 +19,10 @@
 
 mod connections;
 mod error;
-mod headers;
+pub(crate) mod headers;
 mod location;
 mod path;
-mod tunnel;
+pub(crate) mod tunnel;
 mod upstream;
 
 use std::net::SocketAddr;

@@ -17,7 +17,7 @@ const PIECE: usize = 16 << 10;
 ///
 /// # Errors
 /// Whichever comes first, of either direction.
-pub(super) async fn relay<A, B>(a: A, b: B, used: impl Fn()) -> io::Result<()>
+pub(crate) async fn relay<A, B>(a: A, b: B, used: impl Fn()) -> io::Result<()>
 where
     A: AsyncRead + AsyncWrite,
     B: AsyncRead + AsyncWrite,

@@ -1,13 +1,17 @@
 //! What happens to a sandbox, what its driver is to do about it, and how callers are answered: the words of the state machine.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use roost_common::shim::Exit;
 use roost_common::units::Bytes;
 use tokio::sync::oneshot;
 
+use super::record::RecordError;
 use super::{BuildError, CaptureError, CaptureWish, Kept, PauseError, PauseReason, ResumeError, ResumeWish};
 use crate::errors::FileError;
+use crate::host::counters::NetworkError;
+use crate::host::shim::ShimFault;
 
 /// The answer to a create.
 pub type CreateReply = oneshot::Sender<Result<(), CreateFailure>>;
@@ -70,6 +74,29 @@ pub enum CaptureFailure {
     Host(#[from] crate::registry::Refusal),
 }
 
+/// Why what a sandbox may reach has not changed.
+#[derive(Debug, thiserror::Error)]
+pub enum EgressFailure {
+    /// It could not be written down; nothing has changed.
+    #[error("the policy could not be written down")]
+    Record(#[from] RecordError),
+    /// It is being written down; nothing else has changed.
+    #[error("the policy was not written down within {} s; say it again", .0.as_secs())]
+    Slow(Duration),
+    /// It is written down, and counts from the next resume on; the network keeps to the one before.
+    #[error("the policy is written down, but not in force yet; say it again")]
+    Network(#[from] NetworkError),
+    /// It is doing something else.
+    #[error("the sandbox is {0}, neither running nor paused")]
+    Refused(&'static str),
+}
+
+impl From<FileError> for EgressFailure {
+    fn from(error: FileError) -> Self {
+        Self::Record(error.into())
+    }
+}
+
 /// A build that failed.
 #[derive(Debug)]
 pub struct BuildFailure {
@@ -84,7 +111,7 @@ pub struct BuildFailure {
 pub enum TeardownError {
     /// The VMM did not end.
     #[error("the VMM could not be ended")]
-    Vmm(#[source] crate::host::shim::ShimFault),
+    Vmm(#[source] ShimFault),
     /// Files could not be removed.
     #[error("the sandbox's files could not be removed")]
     Files(#[source] FileError),

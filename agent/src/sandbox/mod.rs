@@ -56,8 +56,9 @@ pub use crate::templates::CaptureWish;
 pub use build::BuildError;
 pub use capture::CaptureError;
 pub use event::{
-    Action, BuildFailure, CaptureEnd, CaptureFailure, CaptureReply, CreateFailure, CreateReply, DestroyReply, Ending,
-    Event, PauseEnd, PauseFailure, PauseReply, ReachEnd, ResumeEnd, ResumeFailure, ResumeReply, TeardownError,
+    Action, BuildFailure, CaptureEnd, CaptureFailure, CaptureReply, CreateFailure, CreateReply, DestroyReply,
+    EgressFailure, Ending, Event, PauseEnd, PauseFailure, PauseReply, ReachEnd, ResumeEnd, ResumeFailure, ResumeReply,
+    TeardownError,
 };
 pub use parts::{Began, MemoryLoad, PartError, Versions, Vm};
 pub use pause::PauseError;

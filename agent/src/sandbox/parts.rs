@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use roost_common::ids::{SandboxId, Slot};
 use roost_common::ipc::PassedFd;
-use roost_common::privd::{Disk, EgressPolicy, Internet, Network, OpenDisk, OpenNetwork};
+use roost_common::privd::{Disk, Network, OpenDisk, OpenNetwork};
 use roost_common::shim::{Launch, RestoreMode, Start, VmSpec};
 use roost_common::units::Sectors;
 use serde::{Deserialize, Serialize};
@@ -166,13 +166,13 @@ impl Parts {
     pub(super) async fn acquire(
         &mut self,
         host: &Arc<Host>,
-        id: &SandboxId,
+        plan: &Plan,
         slot: Slot,
         files: DiskFiles,
     ) -> Result<u32, PartError> {
         let uid = self.shim.here().await?.link.uid();
         self.disk = Held::start({
-            let (host, sandbox) = (host.clone(), id.clone());
+            let (host, sandbox) = (host.clone(), plan.id.clone());
             async move {
                 let request = OpenDisk {
                     sandbox,
@@ -185,20 +185,14 @@ impl Parts {
             }
         });
         self.network = Held::start({
-            let host = host.clone();
-            async move {
-                let policy = EgressPolicy {
-                    internet: Internet::Open,
-                    resolvers: host.resolvers.clone(),
-                };
-                host.privd.open_network(OpenNetwork { slot, policy }).await
-            }
+            let (host, policy) = (host.clone(), plan.egress.policy(&host.resolvers));
+            async move { host.privd.open_network(OpenNetwork { slot, policy }).await }
         });
         let (disk, _) = tokio::try_join!(self.disk.here(), self.network.here())?;
         let minor = disk.node.minor;
         self.gate
             .run({
-                let (host, id) = (host.clone(), id.clone());
+                let (host, id) = (host.clone(), plan.id.clone());
                 move || admit(&host, &id, uid)
             })
             .await?;

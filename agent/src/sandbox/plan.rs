@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::config::Config;
+use crate::egress::{self, Egress, EgressError};
 use crate::host::images::TemplateRef;
 use crate::snapshot::Size;
 
@@ -48,6 +49,8 @@ pub struct Wish {
     pub default_user: String,
     /// Environment of all commands.
     pub default_env: BTreeMap<String, String>,
+    /// What it may reach.
+    pub egress: egress::Wish,
 }
 
 /// What is wrong with a wish.
@@ -82,6 +85,9 @@ pub enum WishError {
     /// No name of a template.
     #[error("name is no name of a template: up to 128 printable characters")]
     Name,
+    /// A policy that is none.
+    #[error("egress: {0}")]
+    Egress(#[source] EgressError),
     /// An environment that no process can have.
     #[error("default_env is no environment: names without '=' and NUL, values without NUL, 64 KiB in all")]
     Env,
@@ -108,6 +114,10 @@ pub struct Plan {
     pub user: Option<String>,
     /// Environment of all commands.
     pub env: BTreeMap<String, String>,
+    /// What it may reach: in a record now, elsewhere as it was when the sandbox was made or found. Records of before there were policies have
+    /// none.
+    #[serde(default)]
+    pub egress: Egress,
 }
 
 impl Plan {
@@ -138,6 +148,7 @@ impl Plan {
         let timeout = timeout(wish.timeout_sec)?;
         let user = user(wish.default_user)?;
         let env = environment(wish.default_env)?;
+        let egress = Egress::check(wish.egress).map_err(WishError::Egress)?;
         let size = size_of(template);
         let default_disk = if size.is_some() { None } else { config.default_disk_mb };
         Ok(Self {
@@ -156,6 +167,7 @@ impl Plan {
             timeout_sec: timeout.unwrap_or(0),
             user,
             env,
+            egress,
         })
     }
 
@@ -171,6 +183,7 @@ impl Plan {
             timeout_sec: 0,
             user: None,
             env: BTreeMap::new(),
+            egress: Egress::default(),
         }
     }
 

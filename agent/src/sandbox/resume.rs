@@ -249,7 +249,7 @@ async fn steps(
     if let Some(memories) = &memories {
         memories.fits_vmm(&parts.shim().await?.vmm_version)?;
     }
-    let disk_minor = parts.acquire(host, &id, slot.slot(), files).await?;
+    let disk_minor = parts.acquire(host, &plan, slot.slot(), files).await?;
     reach("resume.acquired").await?;
     // Asked again now that the disk is ours: a VM whose end was known before may have written until its last descriptor was closed.
     if memories.is_some() {

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
+use roost_common::net::SlotAddresses;
 use roost_common::units::Bytes;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
@@ -18,13 +19,15 @@ use super::build;
 use super::hold::Hold;
 use super::parts::{Versions, Vm};
 use super::plan::Plan;
-use super::record::Record;
+use super::record::{Record, RecordError};
 use super::{
-    Action, BuildFailure, CaptureEnd, CaptureFailure, CaptureWish, CreateFailure, Ending, Event, Kept, PauseEnd,
-    PauseError, PauseFailure, PauseReason, ReachEnd, ResumeEnd, ResumeFailure, ResumeWish, Sandbox, TeardownError,
-    capture, pause, resume, unix_now,
+    Action, BuildFailure, CaptureEnd, CaptureFailure, CaptureWish, CreateFailure, EgressFailure, Ending, Event, Kept,
+    PauseEnd, PauseError, PauseFailure, PauseReason, ReachEnd, ResumeEnd, ResumeFailure, ResumeWish, Sandbox,
+    TeardownError, capture, pause, resume, unix_now,
 };
 use crate::activity::{Activity, Moment};
+use crate::egress::Egress;
+use crate::egress::by_name::{ByName, Counts, Tally};
 use crate::errors::Chain;
 use crate::guest::Guest;
 use crate::host::images::ROOTFS;
@@ -38,6 +41,8 @@ use crate::snapshot;
 use crate::templates::CaptureKind;
 use crate::tombstone::{self, End, Tombstone};
 
+/// How long a record may take to be written; one that takes longer is written all the same.
+const RECORD_LIMIT: Duration = Duration::from_secs(30);
 /// Pause between two attempts to remove what could not be removed.
 const RETRY_PAUSE: Duration = Duration::from_secs(30);
 /// How long the outcome of a capture is kept for a caller that was not there to hear it: callers end a call before a large one is done,
@@ -93,7 +98,12 @@ enum Command {
     Release(oneshot::Sender<()>),
     /// The disk can be used no more.
     DiskLost,
+    /// What it may reach from now on.
+    SetEgress(Egress, EgressReply),
 }
+
+/// The answer to a change of what a sandbox may reach.
+type EgressReply = oneshot::Sender<Result<(), EgressFailure>>;
 
 /// A command, and the span of the call that it came with.
 #[derive(Debug)]
@@ -124,6 +134,8 @@ pub struct Handle {
     pub metrics: Arc<Rings>,
     usage: Arc<Usage>,
     hold: Arc<Hold>,
+    egress: watch::Receiver<Arc<Egress>>,
+    by_name: Arc<Tally>,
     commands: mpsc::Sender<Asked>,
     view: watch::Receiver<View>,
 }
@@ -267,6 +279,27 @@ impl Handle {
         self.ask(|reply| Command::Resume(wish, reply)).await.unwrap_or(gone)
     }
 
+    /// Replaces what it may reach, from now on and over pauses.
+    ///
+    /// # Errors
+    /// [`EgressFailure`]; where it is of the network, a repetition goes on.
+    pub async fn set_egress(&self, egress: Egress) -> Result<(), EgressFailure> {
+        let gone = Err(EgressFailure::Refused(View::Gone.name()));
+        self.ask(|reply| Command::SetEgress(egress, reply))
+            .await
+            .unwrap_or(gone)
+    }
+
+    /// What it may reach.
+    pub fn egress(&self) -> Arc<Egress> {
+        self.egress.borrow().clone()
+    }
+
+    /// What became of its connections by name.
+    pub fn by_name(&self) -> Counts {
+        self.by_name.counts()
+    }
+
     /// Whether its guest is held for want of room on the disk, and where its VM runs.
     pub fn hold_state(&self) -> &Hold {
         &self.hold
@@ -321,8 +354,11 @@ pub fn spawn(
     let mut driver = driver(registry, host, plan, slot, unix_now(), View::Creating);
     let handle = driver.handle.clone();
     driver.cause = Span::current();
+    let sandbox = Sandbox::new(caller);
+    // Before there is a guest.
+    driver.serve_by_name(&sandbox);
     driver.start_build();
-    tokio::spawn(driver.run(Sandbox::new(caller)));
+    tokio::spawn(driver.run(sandbox));
     (handle, answer)
 }
 
@@ -377,9 +413,12 @@ fn driver(
 ) -> Driver {
     let (commands, inbox) = mpsc::channel(16);
     let (view, seen) = watch::channel(first);
+    let (egress, reachable) = watch::channel(Arc::new(plan.egress.clone()));
     let handle = Handle {
         usage: Arc::new(Usage::new(plan.timeout_sec)),
         hold: Arc::default(),
+        egress: reachable,
+        by_name: Arc::default(),
         plan: Arc::new(plan),
         slot: Arc::new(slot),
         created_at_unix,
@@ -392,6 +431,8 @@ fn driver(
         host,
         handle,
         view,
+        egress,
+        by_name: None,
         inbox,
         work: Work::None,
         cause: Span::none(),
@@ -407,6 +448,9 @@ struct Driver {
     host: Arc<Host>,
     handle: Handle,
     view: watch::Sender<View>,
+    egress: watch::Sender<Arc<Egress>>,
+    /// Where names count, for as long as there may be a guest.
+    by_name: Option<ByName>,
     inbox: mpsc::Receiver<Asked>,
     work: Work,
     /// The last call that asked, while what it asked for is being done; none where nobody did.
@@ -440,6 +484,7 @@ enum Work {
 impl Driver {
     async fn run(mut self, mut sandbox: Sandbox<Vm>) {
         let mut follows = None;
+        self.restore_egress(&sandbox).await;
         while !matches!(sandbox, Sandbox::Gone) {
             let event = match follows.take() {
                 Some(event) => event,
@@ -451,10 +496,13 @@ impl Driver {
                     }
                 },
             };
-            let from = sandbox.name();
+            let (from, was_out_of_reach) = (sandbox.name(), matches!(sandbox, Sandbox::Unreachable(_)));
             let (next, actions) = sandbox.on(event);
             sandbox = next;
             self.show(&sandbox);
+            if was_out_of_reach {
+                self.restore_egress(&sandbox).await;
+            }
             if from != sandbox.name() {
                 let id = &self.handle.plan.id;
                 tracing::info!(parent: &self.cause, sandbox_id = %id, from, to = sandbox.name(), "sandbox changed");
@@ -507,7 +555,7 @@ impl Driver {
             }
         };
         let state = async {
-            match sandbox {
+            match &mut *sandbox {
                 Sandbox::Creating(state) => {
                     state.caller.closed().await;
                     Event::CallerGone
@@ -542,6 +590,13 @@ impl Driver {
             asked = self.inbox.recv() => {
                 let Asked { command, span } = asked.expect("the driver's own handle keeps the channel open");
                 self.cause = span;
+                if let Command::SetEgress(egress, reply) = command {
+                    let outcome = self.set_egress(sandbox, egress).await;
+                    self.serve_by_name(sandbox);
+                    // A caller that has gone needs no answer.
+                    drop(reply.send(outcome));
+                    return None;
+                }
                 return self.admit(command, is_running, is_paused).await;
             }
         };
@@ -610,6 +665,8 @@ impl Driver {
             // Its VMM is still there, but what follows is the same: it is taken down, and why is written down. What is being done with
             // one that does not run fails by the disk itself.
             Command::DiskLost => is_running.then_some(Event::VmmEnded(Ending::DiskLost)),
+            // Answered where the sandbox itself is at hand.
+            Command::SetEgress(..) => None,
             Command::Hold(reply) => {
                 if is_running {
                     self.handle.hold.hold(&self.host, &self.handle.plan.id).await;
@@ -810,7 +867,74 @@ impl Driver {
         };
     }
 
-    fn show(&self, sandbox: &Sandbox<Vm>) {
+    /// Writes down what a sandbox may reach, and has its network keep to it.
+    async fn set_egress(&self, sandbox: &mut Sandbox<Vm>, egress: Egress) -> Result<(), EgressFailure> {
+        let (host, id) = (self.host.clone(), self.handle.plan.id.clone());
+        match sandbox {
+            Sandbox::Running(state) => {
+                let vm = &mut state.vm;
+                let mut record = vm.record.clone();
+                record.plan.egress = egress.clone();
+                let (written, writes) = (record.clone(), vm.writes.clone());
+                // A task of its own: it keeps its turn when it is given up.
+                let written = self.start(async move { writes.run(move || written.write(&host.layout)).await });
+                let written = tokio::time::timeout(RECORD_LIMIT, written).await;
+                written
+                    .map_err(|_| EgressFailure::Slow(RECORD_LIMIT))?
+                    .expect("file work does not panic")?;
+                vm.record = record;
+                let policy = egress.policy(&self.host.resolvers);
+                self.egress.send_replace(Arc::new(egress));
+                // Only then: no network is ever narrower or wider for good than what is written down.
+                Ok(counters::set_policy(&self.host, &id, policy).await?)
+            }
+            Sandbox::Paused(_) => {
+                let changed = egress.clone();
+                let written = tokio::task::spawn_blocking(move || {
+                    let mut record = Record::read(&host.layout, &id)?;
+                    record.plan.egress = changed;
+                    record.write(&host.layout).map_err(RecordError::from)
+                });
+                written.await.expect("file work does not panic")?;
+                self.egress.send_replace(Arc::new(egress));
+                Ok(())
+            }
+            other => Err(EgressFailure::Refused(other.name())),
+        }
+    }
+
+    /// Has the network of a VM of an earlier agent keep to what is written down: that one may have ended between the two, or had other
+    /// resolvers.
+    async fn restore_egress(&self, sandbox: &Sandbox<Vm>) {
+        if !matches!(sandbox, Sandbox::Running(_)) {
+            return;
+        }
+        let id = &self.handle.plan.id;
+        let policy = self.handle.egress().policy(&self.host.resolvers);
+        if let Err(error) = counters::set_policy(&self.host, id, policy).await {
+            tracing::error!(sandbox_id = %id, error = %Chain(&error), "its network may not keep to its policy: say that again (UpdateSandboxPolicy)");
+        }
+    }
+
+    /// Listens for connections by name where there may be a guest that makes some, and where its policy has names.
+    fn serve_by_name(&mut self, sandbox: &Sandbox<Vm>) {
+        let has_guest = !matches!(sandbox, Sandbox::Paused(_) | Sandbox::Destroying(_) | Sandbox::Gone);
+        if !has_guest || !self.egress.borrow().goes_by_name() {
+            self.by_name = None;
+        } else if self.by_name.is_none() {
+            let (handle, id) = (&self.handle, self.handle.plan.id.clone());
+            let addresses = SlotAddresses::of(handle.slot.slot());
+            match ByName::start(id.clone(), &addresses, handle.egress.clone(), handle.by_name.clone()) {
+                Ok(by_name) => self.by_name = Some(by_name),
+                Err(error) => {
+                    tracing::error!(sandbox_id = %id, error = %Chain(&error), "no connection by name is served: names lead nowhere");
+                }
+            }
+        }
+    }
+
+    fn show(&mut self, sandbox: &Sandbox<Vm>) {
+        self.serve_by_name(sandbox);
         self.handle
             .hold
             .is_busy_from_now(matches!(sandbox, Sandbox::Capturing(_)));

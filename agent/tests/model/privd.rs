@@ -155,6 +155,7 @@ impl Privd for Session {
                 inner.wrong.push("counters were asked of what is no tap".into());
             }
             let rules = vec![RuleCounter {
+                network: None,
                 rule: Rule::Internet,
                 packets: 1,
                 bytes: inner.dice.roll(1 << 10),

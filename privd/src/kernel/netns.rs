@@ -61,7 +61,13 @@ pub(crate) fn set_policy(tap: BorrowedFd<'_>, policy: &EgressPolicy) -> Result<(
         .and_then(|mut links| links.addresses())
         .map_err(at(Step::ListLinks))?;
     inside(tap, || {
-        let replaced = Rules::open().and_then(|mut rules| rules.replace_policy(policy, &own));
+        let agent = Links::open()
+            .and_then(|mut links| links.addresses())
+            .map_err(at(Step::ListLinks))?
+            .into_iter()
+            .find_map(SlotAddresses::other_end)
+            .ok_or_else(not_ours)?;
+        let replaced = Rules::open().and_then(|mut rules| rules.replace_policy(policy, agent, &own));
         match replaced {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Err(not_ours()),
             outcome => outcome.map_err(at(Step::LoadRules)),
@@ -76,11 +82,7 @@ pub(crate) fn set_policy(tap: BorrowedFd<'_>, policy: &EgressPolicy) -> Result<(
 pub(crate) fn counters(tap: BorrowedFd<'_>) -> Result<NetworkCounters, PrivdError> {
     inside(tap, || {
         let rules = Rules::open().and_then(|mut rules| rules.counters());
-        let rules = rules.map_err(at(Step::ReadRules))?;
-        if rules.is_empty() {
-            return Err(not_ours());
-        }
-        Ok(NetworkCounters { rules })
+        rules.map_err(at(Step::ReadRules))?.ok_or_else(not_ours)
     })
 }
 

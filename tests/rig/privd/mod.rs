@@ -20,10 +20,11 @@ use std::time::{Duration, Instant};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, send, socket};
 use roost_common::ids::Slot;
 use roost_common::ipc::PassedFd;
-use roost_common::net::{GATEWAY, GATEWAY_MAC, GUEST, GUEST_MAC, SlotAddresses};
+use roost_common::net::{Cidr, GATEWAY, GATEWAY_MAC, GUEST, GUEST_MAC, SlotAddresses};
 use roost_common::privd::{
-    DescriptorRole, Disk, EgressPolicy, Internet, InventoryCursor, InventoryRow, Network, OpenDisk, OpenNetwork,
-    PrivdClient, PrivdClientTransport, PrivdError, ReadCounters, ResourceKind, Rule, SetPolicy, SizeRefusal, Wanted,
+    DescriptorRole, Disk, EgressPolicy, Internet, InventoryCursor, InventoryRow, Network, NetworkCounters, OpenDisk,
+    OpenNetwork, PrivdClient, PrivdClientTransport, PrivdError, ReadCounters, ResourceKind, Rule, RuleCounter,
+    SetPolicy, SizeRefusal, Wanted,
 };
 use roost_common::units::{Mebibytes, Sectors};
 use roost_tests::census::Census;
@@ -141,23 +142,28 @@ impl Rig {
             .expect("answered")
     }
 
-    fn try_counters(&self, tap: &PassedFd) -> Result<Vec<(Rule, u64)>, PrivdError> {
+    fn try_counters(&self, tap: &PassedFd) -> Result<NetworkCounters, PrivdError> {
         let (runtime, client) = self.runtime();
         let request = ReadCounters { tap: tap.clone() };
-        let counters = runtime
+        runtime
             .block_on(client.network_counters(patient(), request))
-            .expect("answered")?;
-        Ok(counters.rules.into_iter().map(|row| (row.rule, row.packets)).collect())
+            .expect("answered")
     }
 
     /// Packets that a rule has counted.
     fn count(&self, tap: &PassedFd, rule: Rule) -> u64 {
         let counters = self.try_counters(tap).expect("our tap");
-        counters
-            .iter()
-            .find(|(counted, _)| *counted == rule)
-            .expect("every rule has a row")
-            .1
+        assert!(
+            counters.rules.iter().any(|row| row.rule == rule),
+            "every rule has a row"
+        );
+        counters.total(rule).packets
+    }
+
+    /// What a rule has counted, by destination.
+    fn rows(&self, tap: &PassedFd, rule: Rule) -> Vec<RuleCounter> {
+        let counters = self.try_counters(tap).expect("our tap");
+        counters.rules.into_iter().filter(|row| row.rule == rule).collect()
     }
 
     fn inventory(&self) -> Vec<InventoryRow> {
@@ -253,15 +259,9 @@ fn read_at(file: &File, offset: u64, length: usize) -> Vec<u8> {
 }
 
 fn open_policy() -> EgressPolicy {
-    EgressPolicy {
-        internet: Internet::Open,
-        resolvers: vec![],
-    }
+    EgressPolicy::of(Internet::Open)
 }
 
 fn closed_policy() -> EgressPolicy {
-    EgressPolicy {
-        internet: Internet::Closed,
-        resolvers: vec![],
-    }
+    EgressPolicy::of(Internet::Closed)
 }

@@ -332,6 +332,81 @@ fn closing_the_internet_ends_what_was_open_and_keeps_the_host() {
 }
 
 #[test]
+fn lists_open_and_close_addresses_at_once_and_each_is_counted() {
+    in_rig(|| {
+        let rig = Rig::start();
+        let internet = internet::Internet::connect();
+        let other = Ipv4Addr::new(198, 51, 100, 7);
+        internet.add_address(&other.to_string());
+        let range = |text: &str| text.parse::<Cidr>().expect("a range");
+        let network = rig.open_network(12, open_policy()).expect("opened");
+        let mut guest = Guest::on(&network);
+        let world = udp_in_the_internet(7000);
+        guest.send(to(other, 7000));
+        assert!(received(&world).is_ok(), "the control");
+
+        // A flow that is open ends too.
+        let denying = EgressPolicy {
+            denied: vec![range("198.51.100.0/24"), range("203.0.113.99")],
+            ..open_policy()
+        };
+        rig.set_policy(&network.tap, denying).expect("replaced");
+        guest.send(to(other, 7000));
+        assert!(received(&world).is_err(), "a denied address is reached");
+        guest.send(to(server(), 7000));
+        assert!(received(&world).is_ok(), "an address that is not denied is not reached");
+        let rows = rig.rows(&network.tap, Rule::Denied);
+        let counted: Vec<_> = rows.iter().map(|row| (row.network, row.packets)).collect();
+        assert_eq!(
+            counted,
+            [(Some(range("198.51.100.0/24")), 1), (Some(range("203.0.113.99")), 0)]
+        );
+
+        let listing = EgressPolicy {
+            allowed: vec![range("198.51.100.0/24")],
+            ..EgressPolicy::of(Internet::Listed)
+        };
+        rig.set_policy(&network.tap, listing).expect("replaced");
+        guest.send(to(server(), 7000));
+        assert!(received(&world).is_err(), "what is not listed is reached");
+        guest.send(to(other, 7000));
+        assert!(received(&world).is_ok(), "what is listed is not reached");
+        assert_eq!(rig.count(&network.tap, Rule::NotListed), 1);
+
+        for (network_of, length) in [([192, 0, 2, 1], 24), ([0, 0, 0, 0], 33)] {
+            let bad = Cidr {
+                network: network_of.into(),
+                length,
+            };
+            let policy = EgressPolicy {
+                denied: vec![bad],
+                ..open_policy()
+            };
+            let refused = rig.set_policy(&network.tap, policy).expect_err("refused");
+            assert_eq!(refused, PrivdError::WrongRange { range: bad });
+        }
+        let many = EgressPolicy {
+            denied: vec![range("192.0.2.0/24"); 65],
+            ..open_policy()
+        };
+        let refused = rig.set_policy(&network.tap, many).expect_err("too many");
+        let what = ResourceKind::Ranges;
+        assert_eq!(refused, PrivdError::TooMany { what, max: 64 });
+        // The most that there may be is taken, with all that the kernel is told of it.
+        let most = EgressPolicy {
+            allowed: (0..64).map(|n| range(&format!("11.0.{n}.0/24"))).collect(),
+            denied: (0..64).map(|n| range(&format!("12.0.{n}.0/24"))).collect(),
+            resolvers: vec![server(); 8],
+            proxied: true,
+            ..EgressPolicy::of(Internet::Listed)
+        };
+        rig.set_policy(&network.tap, most.clone()).expect("replaced");
+        assert_eq!(rig.rows(&network.tap, Rule::Denied).len(), 64);
+        rig.open_network(13, most).expect("opened");
+    });
+}
+
+#[test]
 fn a_resolver_is_reached_on_port_53_alone_even_in_a_closed_range() {
     in_rig(|| {
         let rig = Rig::start();
@@ -339,8 +414,8 @@ fn a_resolver_is_reached_on_port_53_alone_even_in_a_closed_range() {
         let resolver = Ipv4Addr::new(192, 168, 53, 53);
         run("ip -n internet addr add 192.168.53.53/32 dev lo");
         let policy = |internet| EgressPolicy {
-            internet,
             resolvers: vec![resolver],
+            ..EgressPolicy::of(internet)
         };
         let network = rig.open_network(5, policy(Internet::Open)).expect("opened");
         let mut guest = Guest::on(&network);
@@ -361,8 +436,8 @@ fn a_resolver_is_reached_on_port_53_alone_even_in_a_closed_range() {
         guest.send(to(resolver, 53));
         assert!(received(&dns).is_err(), "name servers are reachable without internet");
         let many = EgressPolicy {
-            internet: Internet::Open,
             resolvers: vec![resolver; 9],
+            ..open_policy()
         };
         let refused = rig.set_policy(&network.tap, many).expect_err("nine resolvers");
         let what = ResourceKind::Resolvers;

@@ -1,5 +1,6 @@
 //! Rules into the kernel, as one transaction each, and their counters out of it.
 
+use std::collections::BTreeMap;
 use std::ffi::{CStr, CString};
 use std::io;
 use std::net::Ipv4Addr;
@@ -11,11 +12,11 @@ use nftnl::expr::{
 };
 use nftnl::{Batch, FinalizedBatch, MsgType, ProtoFamily};
 use nix::sys::socket::SockProtocol;
-use roost_common::net::SlotAddresses;
-use roost_common::privd::{EgressPolicy, Rule, RuleCounter};
+use roost_common::net::{Cidr, SlotAddresses};
+use roost_common::privd::{EgressPolicy, NetworkCounters, Rule, RuleCounter};
 
 use super::{
-    Chain, HOST_TABLE, Interface, Line, Match, SANDBOX_TABLE, Verdict, host_chains, mask, policy_chains, sandbox_chains,
+    Chain, HOST_TABLE, Interface, Line, Match, SANDBOX_TABLE, Verdict, host_chains, policy_chains, sandbox_chains,
 };
 use crate::kernel::netlink::{Kind, Netlink, messages};
 
@@ -62,17 +63,22 @@ impl Rules {
         let table = nftnl::Table::new(SANDBOX_TABLE, ProtoFamily::Inet);
         let mut batch = Batch::new();
         batch.add(&table, MsgType::Add);
-        let mut chains = policy_chains(policy, own).to_vec();
+        let mut chains = policy_chains(policy, addresses.veth_host, own).to_vec();
         chains.extend(sandbox_chains(addresses));
         add_chains(&mut batch, &table, &chains);
         self.commit(&batch.finalize())
     }
 
-    /// Replaces a sandbox's policy, in one step; `NotFound` where there is none.
-    pub(crate) fn replace_policy(&mut self, policy: &EgressPolicy, own: &[Ipv4Addr]) -> io::Result<()> {
+    /// Replaces a sandbox's policy, in one step; `NotFound` where there is none. `agent` is the host's end of its veth pair.
+    pub(crate) fn replace_policy(
+        &mut self,
+        policy: &EgressPolicy,
+        agent: Ipv4Addr,
+        own: &[Ipv4Addr],
+    ) -> io::Result<()> {
         let table = nftnl::Table::new(SANDBOX_TABLE, ProtoFamily::Inet);
         let mut batch = Batch::new();
-        for chain in policy_chains(policy, own) {
+        for chain in policy_chains(policy, agent, own) {
             let target = nftnl::Chain::new(chain.name, &table);
             // A rule without a handle stands for all rules of its chain.
             batch.add(&nftnl::Rule::new(&target), MsgType::Del);
@@ -83,43 +89,63 @@ impl Rules {
         self.commit(&batch.finalize())
     }
 
-    /// The counters of a sandbox's table, added up by rule; empty where there is no such table.
-    pub(crate) fn counters(&mut self) -> io::Result<Vec<RuleCounter>> {
-        let mut found = Vec::new();
+    /// The counters of a sandbox's table, added up by rule and destination; `None` where there is no such table.
+    pub(crate) fn counters(&mut self) -> io::Result<Option<NetworkCounters>> {
+        let mut found: BTreeMap<(Rule, Option<Cidr>), RuleCounter> = BTreeMap::new();
         self.0.request(Ask::rules_of(SANDBOX_TABLE), Kind::List, |payload| {
-            found.extend(rule_counter(payload));
+            let Some(one) = rule_counter(payload) else { return };
+            let sum = found.entry((one.rule, one.network)).or_insert(RuleCounter {
+                network: one.network,
+                ..RuleCounter::zero(one.rule)
+            });
+            sum.packets = sum.packets.saturating_add(one.packets);
+            sum.bytes = sum.bytes.saturating_add(one.bytes);
         })?;
         if found.is_empty() {
-            return Ok(Vec::new());
+            return Ok(None);
         }
-        let total = |rule| {
-            let counters = found.iter().filter(|counter| counter.rule == rule);
-            counters.fold(
-                RuleCounter {
-                    rule,
-                    packets: 0,
-                    bytes: 0,
-                },
-                |sum, one| RuleCounter {
-                    rule,
-                    packets: sum.packets.saturating_add(one.packets),
-                    bytes: sum.bytes.saturating_add(one.bytes),
-                },
-            )
-        };
-        Ok(Rule::ALL.map(total).to_vec())
+        let rules = Rule::ALL.into_iter().flat_map(|rule| {
+            let rows: Vec<_> = found.values().filter(|row| row.rule == rule).copied().collect();
+            if rows.is_empty() {
+                vec![RuleCounter::zero(rule)]
+            } else {
+                rows
+            }
+        });
+        Ok(Some(NetworkCounters { rules: rules.collect() }))
     }
 
     /// Has the kernel take all of a batch, or nothing of it.
     fn commit(&mut self, batch: &FinalizedBatch) -> io::Result<()> {
-        let bytes = batch.iter().collect::<Vec<_>>().concat();
-        let mut expected = 0;
-        for message in messages(&bytes) {
-            expected += usize::from(message?.flags() & NLM_F_ACK != 0);
-        }
+        let mut bytes = batch.iter().collect::<Vec<_>>().concat();
+        acknowledge_the_last(&mut bytes)?;
         self.0.send(&bytes)?;
-        self.0.acknowledgements(expected)
+        // What fails is answered for by itself, ahead of it.
+        self.0.acknowledgements(1)
     }
+}
+
+/// Leaves one message of a batch to be acknowledged, the last that was to be. A large policy has hundreds, and acknowledgements of all of
+/// them do not fit the socket's queue.
+fn acknowledge_the_last(batch: &mut [u8]) -> io::Result<()> {
+    // Behind the length, of 32 bits, and the type, of 16.
+    const FLAGS: usize = 6;
+    let (mut at, mut asking) = (0, Vec::new());
+    for message in messages(batch) {
+        let message = message?;
+        if message.flags() & NLM_F_ACK != 0 {
+            asking.push((at + FLAGS, message.flags() & !NLM_F_ACK));
+        }
+        at += usize::try_from(message.length()).map_or(usize::MAX, |length| length.next_multiple_of(4));
+    }
+    asking.pop();
+    for (at, flags) in asking {
+        let place = batch.get_mut(at..at + size_of::<u16>());
+        place
+            .ok_or(io::ErrorKind::InvalidData)?
+            .copy_from_slice(&flags.to_ne_bytes());
+    }
+    Ok(())
 }
 
 fn add_chains(batch: &mut Batch, table: &nftnl::Table, chains: &[Chain]) {
@@ -155,7 +181,12 @@ impl Line {
         }
         if let Some(count) = self.count {
             rule.add_expr(&Counter);
-            let comment = CString::new(count.to_string()).expect("names of rules have no NUL");
+            let destination = self.matches.iter().find_map(|condition| match condition {
+                Match::Destination(network, length) => Some(format!(" {network}/{length}")),
+                _ => None,
+            });
+            let comment = format!("{count}{}", destination.unwrap_or_default());
+            let comment = CString::new(comment).expect("names of rules have no NUL");
             rule.set_comment(comment).expect("names of rules are short");
         }
         self.verdict.add_to(&mut rule);
@@ -220,7 +251,8 @@ fn address(rule: &mut nftnl::Rule<'_>, field: Ipv4HeaderField, op: CmpOp, networ
     family(rule, libc::NFPROTO_IPV4);
     rule.add_expr(&Payload::Network(NetworkHeaderField::Ipv4(field)));
     if length < 32 {
-        rule.add_expr(&Bitwise::new(&mask(length).to_be_bytes()[..], &[0u8; 4][..]));
+        let mask = Cidr { network, length }.mask();
+        rule.add_expr(&Bitwise::new(&mask.to_be_bytes()[..], &[0u8; 4][..]));
     }
     rule.add_expr(&Cmp::new(op, network));
 }
@@ -256,20 +288,24 @@ impl Verdict {
             Self::Jump(chain) => rule.add_expr(&nftnl::expr::Verdict::Jump {
                 chain: chain.to_owned(),
             }),
-            Self::Dnat(to) => translate(rule, NatType::DNat, to),
-            Self::Snat(to) => translate(rule, NatType::SNat, to),
+            Self::Dnat(to) => translate(rule, NatType::DNat, to, None),
+            Self::DnatPort(to, port) => translate(rule, NatType::DNat, to, Some(port)),
+            Self::Snat(to) => translate(rule, NatType::SNat, to, None),
             Self::Masquerade => rule.add_expr(&Masquerade),
         }
     }
 }
 
-fn translate(rule: &mut nftnl::Rule<'_>, nat_type: NatType, to: Ipv4Addr) {
+fn translate(rule: &mut nftnl::Rule<'_>, nat_type: NatType, to: Ipv4Addr, port: Option<u16>) {
     rule.add_expr(&Immediate::new(to.octets(), Register::Reg1));
+    if let Some(port) = port {
+        rule.add_expr(&Immediate::new(port.to_be_bytes(), Register::Reg2));
+    }
     rule.add_expr(&Nat {
         nat_type,
         family: ProtoFamily::Ipv4,
         ip_register: Register::Reg1,
-        port_register: None,
+        port_register: port.map(|_| Register::Reg2),
     });
 }
 
@@ -350,7 +386,11 @@ fn rule_counter(payload: &[u8]) -> Option<RuleCounter> {
         _ => return None,
     };
     let comment = comment.get(..length).filter(|_| kind == attributes::USERDATA_COMMENT)?;
-    let name = CStr::from_bytes_until_nul(comment).ok()?.to_str().ok()?;
+    let text = CStr::from_bytes_until_nul(comment).ok()?.to_str().ok()?;
+    let (name, network) = match text.split_once(' ') {
+        Some((name, network)) => (name, Some(network.parse().ok()?)),
+        None => (text, None),
+    };
     let rule_is = Rule::ALL.into_iter().find(|rule| rule.to_string() == name)?;
 
     let expressions = attribute(rule, attributes::RULE_EXPRESSIONS)?;
@@ -360,6 +400,7 @@ fn rule_counter(payload: &[u8]) -> Option<RuleCounter> {
     let number = |kind| attribute(data, kind)?.try_into().ok().map(u64::from_be_bytes);
     Some(RuleCounter {
         rule: rule_is,
+        network,
         packets: number(attributes::COUNTER_PACKETS)?,
         bytes: number(attributes::COUNTER_BYTES)?,
     })
@@ -374,4 +415,42 @@ fn nested(bytes: &[u8], kind: u16) -> impl Iterator<Item = &[u8]> {
 
 fn attribute(bytes: &[u8], kind: u16) -> Option<&[u8]> {
     nested(bytes, kind).next()
+}
+
+#[cfg(test)]
+mod tests {
+    use roost_common::privd::{Internet, MAX_NETWORKS};
+
+    use super::*;
+
+    #[test]
+    fn one_message_of_a_batch_is_acknowledged() {
+        let table = nftnl::Table::new(SANDBOX_TABLE, ProtoFamily::Inet);
+        let mut batch = Batch::new();
+        let policy = EgressPolicy {
+            denied: vec!["192.0.2.0/24".parse().expect("a range"); MAX_NETWORKS],
+            ..EgressPolicy::of(Internet::Open)
+        };
+        add_chains(&mut batch, &table, &policy_chains(&policy, Ipv4Addr::LOCALHOST, &[]));
+        let batch = batch.finalize();
+        let before = batch.iter().collect::<Vec<_>>().concat();
+        let mut after = before.clone();
+        acknowledge_the_last(&mut after).expect("a batch");
+        let flags =
+            |bytes: &[u8]| -> Vec<u16> { messages(bytes).map(|message| message.expect("one").flags()).collect() };
+        let (before, after) = (flags(&before), flags(&after));
+        assert!(before.iter().filter(|flags| **flags & NLM_F_ACK != 0).count() > MAX_NETWORKS);
+        let asking: Vec<usize> = (0..after.len()).filter(|at| after[*at] & NLM_F_ACK != 0).collect();
+        let last = before
+            .iter()
+            .rposition(|flags| flags & NLM_F_ACK != 0)
+            .expect("one asks");
+        assert_eq!(asking, [last]);
+        assert!(
+            before
+                .iter()
+                .zip(&after)
+                .all(|(before, after)| before & !NLM_F_ACK == after & !NLM_F_ACK)
+        );
+    }
 }

@@ -1,16 +1,20 @@
 //! Packet filter rules: as data, as what the kernel loads, and their counters.
 //!
 //! Two tables. `inet roost` on the host is static, the same for one sandbox or ten thousand. `inet roost-sandbox` lives in each
-//! sandbox's namespace and dies with it; its chains `cut` and `egress` are the policy and can be replaced while it runs:
+//! sandbox's namespace and dies with it; its chains `named`, `cut` and `egress` are the policy and can be replaced while it runs:
 //!
 //! ```text
 //! prerouting: IPv6, spoofed --> drop         forward: invalid --> drop
-//!             to the host address --> DNAT            from tap0 --> cut (internet closed: all but answers to the host)
-//! input:      established; ping to the gateway        established --> accept
-//!             else drop                               from tap0 to eth0 --> egress (resolvers, closed ranges, internet)
+//!             to the host address --> DNAT            from tap0 --> cut (all but answers to the host: internet closed, denied,
+//!             from tap0 --> named (DNAT to                 not listed --> drop)
+//!               the agent where names count)          established --> accept
+//! input:      established; ping to the gateway        from tap0 to eth0 --> egress (the agent where names count, resolvers,
+//!             else drop                                    closed ranges, internet)
 //! postrouting: from the guest --> SNAT                from eth0 to tap0: the host's end only
 //!                                                     else drop
 //! ```
+//!
+//! What a policy forbids is asked for ahead of what is established, so that it ends connections that were made before.
 //!
 //! Rules are data ([`Chain`], [`Line`]) so that tests can ask them about packets without a kernel. Every counted rule carries its
 //! [`Rule`]'s name as a comment, by which its counter is found again.
@@ -23,7 +27,9 @@ use std::net::Ipv4Addr;
 
 use nftnl::expr::States;
 use nftnl::{ChainType, Hook};
-use roost_common::net::{GATEWAY, GUEST, GUEST_MAC, SlotAddresses, VETH_NET};
+use roost_common::net::{
+    CLOSED, Cidr, GATEWAY, GUEST, GUEST_MAC, PROXY_HTTP, PROXY_TLS, SlotAddresses, VETH_NET, is_closed,
+};
 use roost_common::privd::{EgressPolicy, Internet, Rule};
 
 pub(crate) use load::Rules;
@@ -42,28 +48,13 @@ mod priority {
     pub(super) const SNAT: i32 = 100;
 }
 
-/// What no guest reaches as a public address: this host's, other sandboxes' and private networks, link-local (metadata services
-/// of clouds among them), multicast, reserved, broadcast. 10/8 holds our own 10.11/16 and 10.12/16.
-const CLOSED: [(Ipv4Addr, u8); 12] = [
-    (Ipv4Addr::new(0, 0, 0, 0), 8),
-    (Ipv4Addr::new(10, 0, 0, 0), 8),
-    (Ipv4Addr::new(100, 64, 0, 0), 10),
-    (Ipv4Addr::new(127, 0, 0, 0), 8),
-    (Ipv4Addr::new(169, 254, 0, 0), 16),
-    (Ipv4Addr::new(172, 16, 0, 0), 12),
-    (Ipv4Addr::new(192, 0, 0, 0), 24),
-    (Ipv4Addr::new(192, 88, 99, 0), 24),
-    (Ipv4Addr::new(192, 168, 0, 0), 16),
-    (Ipv4Addr::new(198, 18, 0, 0), 15),
-    (Ipv4Addr::new(224, 0, 0, 0), 4),
-    (Ipv4Addr::new(240, 0, 0, 0), 4),
-];
-
 /// Most addresses of the host that get a rule each; its own table closes the host to sandboxes in any case.
 const MAX_OWN: usize = 128;
 
 /// Port of name servers.
 const DNS: u16 = 53;
+/// What is judged by name: a server's port, and the agent's.
+const BY_NAME: [(u16, u16); 2] = [(80, PROXY_HTTP), (443, PROXY_TLS)];
 
 /// A chain of rules.
 #[derive(Debug, Clone)]
@@ -122,6 +113,7 @@ enum Verdict {
     Return,
     Jump(&'static CStr),
     Dnat(Ipv4Addr),
+    DnatPort(Ipv4Addr, u16),
     Snat(Ipv4Addr),
     Masquerade,
 }
@@ -130,6 +122,7 @@ const TAP: Interface = Interface::Is(crate::kernel::tap::NAME);
 const UPLINK: Interface = Interface::Is(c"eth0");
 const VETHS: Interface = Interface::StartsWith(c"roost-v");
 
+const NAMED: &CStr = c"named";
 const CUT: &CStr = c"cut";
 const EGRESS: &CStr = c"egress";
 
@@ -172,6 +165,19 @@ fn known() -> Match {
     Match::State(States::ESTABLISHED | States::RELATED)
 }
 
+/// From a sandbox to the agent's end of its veth pair.
+fn to_agent(port: u16) -> Line {
+    let (veths, length) = VETH_NET;
+    let matches = [
+        Match::In(VETHS),
+        Match::Source(veths, length),
+        Match::Destination(veths, length),
+        Match::Protocol(TCP),
+        Match::DestinationPort(port),
+    ];
+    line(matches, None, Verdict::Accept)
+}
+
 /// The host's table: sandboxes reach neither the host nor each other, and nobody but the host opens connections to them.
 fn host_chains() -> Vec<Chain> {
     use nftnl::Policy::Accept;
@@ -186,6 +192,9 @@ fn host_chains() -> Vec<Chain> {
             vec![
                 // Answers come from the sandbox's host address, which is outside the veths' range.
                 line([Match::In(VETHS), known()], None, Verdict::Accept),
+                // Only what a sandbox's own rules have led there gets out of it to the host.
+                to_agent(PROXY_HTTP),
+                to_agent(PROXY_TLS),
                 line([Match::In(VETHS)], None, Verdict::Drop),
             ],
         ),
@@ -252,11 +261,14 @@ fn sandbox_chains(addresses: &SlotAddresses) -> Vec<Chain> {
             priority::DNAT,
             ChainType::Nat,
             Accept,
-            vec![line(
-                [Match::In(UPLINK), Match::Destination(addresses.host, 32)],
-                None,
-                Verdict::Dnat(GUEST),
-            )],
+            vec![
+                line(
+                    [Match::In(UPLINK), Match::Destination(addresses.host, 32)],
+                    None,
+                    Verdict::Dnat(GUEST),
+                ),
+                line([Match::In(TAP)], None, Verdict::Jump(NAMED)),
+            ],
         ),
         chain(
             c"postrouting",
@@ -321,55 +333,104 @@ fn sandbox_chains(addresses: &SlotAddresses) -> Vec<Chain> {
 }
 
 /// The part of a sandbox's table that is its policy. `own` are the host's addresses.
-fn policy_chains(policy: &EgressPolicy, own: &[Ipv4Addr]) -> [Chain; 2] {
-    let (mut cut, mut egress) = (Vec::new(), Vec::new());
-    match policy.internet {
-        Internet::Closed => {
-            // Ahead of the rule for established connections, so that closing the internet ends those that are open.
-            cut.push(line([Match::Translated], None, Verdict::Return));
-            cut.push(line([], Rule::NoInternet, Verdict::Drop));
-        }
-        Internet::Open => {
-            for resolver in &policy.resolvers {
-                for protocol in [UDP, TCP] {
-                    let matches = [
-                        Match::Destination(*resolver, 32),
-                        Match::Protocol(protocol),
-                        Match::DestinationPort(DNS),
-                    ];
-                    egress.push(line(matches, Rule::Resolver, Verdict::Accept));
-                }
-            }
-            let own = own.iter().filter(|address| !is_closed(**address)).take(MAX_OWN);
-            for (network, length) in CLOSED.into_iter().chain(own.map(|address| (*address, 32))) {
-                egress.push(line(
-                    [Match::Destination(network, length)],
-                    Rule::ClosedRange,
-                    Verdict::Drop,
-                ));
-            }
-            egress.push(line([], Rule::Internet, Verdict::Accept));
-        }
-    }
-    [(CUT, cut), (EGRESS, egress)].map(|(name, lines)| Chain {
-        name,
+fn policy_chains(policy: &EgressPolicy, agent: Ipv4Addr, own: &[Ipv4Addr]) -> [Chain; 3] {
+    let chains = match policy.internet {
+        // Ahead of the rule for established connections, so that closing the internet ends those that are open.
+        Internet::Closed => [vec![], cut(vec![line([], Rule::NoInternet, Verdict::Drop)]), vec![]],
+        Internet::Open | Internet::Listed => [named(policy, agent), cut(listed(policy)), egress(policy, agent, own)],
+    };
+    let mut names = [NAMED, CUT, EGRESS].into_iter();
+    chains.map(|lines| Chain {
+        name: names.next().expect("as many names as chains"),
         base: None,
         lines,
     })
 }
 
-fn is_closed(address: Ipv4Addr) -> bool {
-    CLOSED
-        .iter()
-        .any(|(network, length)| within(address, *network, *length))
+/// New connections of the guest's that lead to the agent.
+fn named(policy: &EgressPolicy, agent: Ipv4Addr) -> Vec<Line> {
+    if !policy.proxied {
+        return vec![];
+    }
+    let denied = policy.denied.iter().map(|range| to(*range));
+    let unjudged = policy.allowed.iter().map(|range| to(*range)).chain(denied);
+    let unjudged = unjudged.map(|range| line([range], None, Verdict::Return));
+    let judged = BY_NAME.map(|(port, proxy)| {
+        let matches = [Match::Protocol(TCP), Match::DestinationPort(port)];
+        line(matches, Rule::ByName, Verdict::DnatPort(agent, proxy))
+    });
+    unjudged.chain(judged).collect()
 }
 
-fn mask(length: u8) -> u32 {
-    u32::MAX.checked_shl(32 - u32::from(length.min(32))).unwrap_or(0)
+/// What ends connections whatever their state, but for answers to the host.
+fn cut(lines: Vec<Line>) -> Vec<Line> {
+    if lines.is_empty() {
+        return lines;
+    }
+    let answers = line([Match::Translated], None, Verdict::Return);
+    std::iter::once(answers).chain(lines).collect()
 }
 
-fn within(address: Ipv4Addr, network: Ipv4Addr, length: u8) -> bool {
-    (address.to_bits() ^ network.to_bits()) & mask(length) == 0
+/// What the policy's lists forbid.
+fn listed(policy: &EgressPolicy) -> Vec<Line> {
+    let is_listed = policy.internet == Internet::Listed;
+    if policy.denied.is_empty() && !is_listed {
+        return vec![];
+    }
+    let resolvers = resolvers(policy).map(|matches| line(matches, None, Verdict::Return));
+    let denied = policy.denied.iter();
+    let denied = denied.map(|range| line([to(*range)], Rule::Denied, Verdict::Drop));
+    let mut lines: Vec<Line> = resolvers.chain(denied).collect();
+    if is_listed {
+        let allowed = policy.allowed.iter();
+        lines.extend(allowed.map(|range| line([to(*range)], None, Verdict::Return)));
+        lines.push(line([], Rule::NotListed, Verdict::Drop));
+    }
+    lines
+}
+
+/// What new connections may lead to.
+fn egress(policy: &EgressPolicy, agent: Ipv4Addr, own: &[Ipv4Addr]) -> Vec<Line> {
+    let mut lines = Vec::new();
+    if policy.proxied {
+        // Translated, so none that the guest itself has sent there.
+        lines.extend(BY_NAME.map(|(_, proxy)| {
+            let matches = [
+                Match::Translated,
+                Match::Destination(agent, 32),
+                Match::Protocol(TCP),
+                Match::DestinationPort(proxy),
+            ];
+            line(matches, None, Verdict::Accept)
+        }));
+    }
+    lines.extend(resolvers(policy).map(|matches| line(matches, Rule::Resolver, Verdict::Accept)));
+    let own = own.iter().filter(|address| !is_closed(**address)).take(MAX_OWN);
+    let own = own.map(|address| Cidr {
+        network: *address,
+        length: 32,
+    });
+    for range in CLOSED.into_iter().chain(own) {
+        lines.push(line([to(range)], Rule::ClosedRange, Verdict::Drop));
+    }
+    lines.push(line([], Rule::Internet, Verdict::Accept));
+    lines
+}
+
+fn resolvers(policy: &EgressPolicy) -> impl Iterator<Item = [Match; 3]> {
+    policy.resolvers.iter().flat_map(|resolver| {
+        [UDP, TCP].map(|protocol| {
+            [
+                Match::Destination(*resolver, 32),
+                Match::Protocol(protocol),
+                Match::DestinationPort(DNS),
+            ]
+        })
+    })
+}
+
+fn to(range: Cidr) -> Match {
+    Match::Destination(range.network, range.length)
 }
 
 #[cfg(test)]
@@ -421,9 +482,9 @@ mod tests {
             Match::NotOut(interface) => !is(interface, packet.to),
             Match::Ipv6 => packet.ipv6,
             Match::SourceMacIsNot(mac) => packet.mac != mac,
-            Match::Source(network, length) => v4(within(packet.source, network, length)),
-            Match::SourceIsNot(network, length) => v4(!within(packet.source, network, length)),
-            Match::Destination(network, length) => v4(within(packet.destination, network, length)),
+            Match::Source(network, length) => v4(Cidr { network, length }.contains(packet.source)),
+            Match::SourceIsNot(network, length) => v4(!Cidr { network, length }.contains(packet.source)),
+            Match::Destination(network, length) => v4(Cidr { network, length }.contains(packet.destination)),
             Match::Protocol(protocol) => packet.protocol == protocol,
             Match::DestinationPort(port) => packet.port == port,
             Match::IcmpType(kind) => packet.protocol == ICMP && packet.port == u16::from(kind),
@@ -459,12 +520,16 @@ mod tests {
     const HOSTS_OWN: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 1);
 
     fn sandbox(internet: Internet, resolvers: &[Ipv4Addr]) -> Vec<Chain> {
-        let policy = EgressPolicy {
-            internet,
+        under(&EgressPolicy {
             resolvers: resolvers.to_vec(),
-        };
+            ..EgressPolicy::of(internet)
+        })
+    }
+
+    fn under(policy: &EgressPolicy) -> Vec<Chain> {
         let mut chains = sandbox_chains(&addresses());
-        chains.extend(policy_chains(&policy, &[HOSTS_OWN, Ipv4Addr::LOCALHOST]));
+        let own = [HOSTS_OWN, Ipv4Addr::LOCALHOST];
+        chains.extend(policy_chains(policy, addresses().veth_host, &own));
         chains
     }
 
@@ -486,7 +551,7 @@ mod tests {
     fn an_open_policy_accepts_public_addresses_alone() {
         let chains = sandbox(Internet::Open, &[]);
         assert_eq!(forwarded(&chains, &OUTGOING), (Verdict::Accept, Some(Rule::Internet)));
-        for closed in CLOSED.map(|(network, _)| network).into_iter().chain([
+        for closed in CLOSED.map(|range| range.network).into_iter().chain([
             HOSTS_OWN,
             addresses().host,
             addresses().veth_host,
@@ -549,6 +614,172 @@ mod tests {
             ..answer
         };
         assert_eq!(forwarded(&chains, &opened).0, Verdict::Drop);
+    }
+
+    /// What becomes of a new connection of the guest's to an address, and of one that was made before.
+    fn outcomes(chains: &[Chain], destination: [u8; 4]) -> [(Verdict, Option<Rule>); 2] {
+        [States::NEW, States::ESTABLISHED].map(|state| {
+            let packet = Packet {
+                destination: destination.into(),
+                state,
+                ..OUTGOING
+            };
+            forwarded(chains, &packet)
+        })
+    }
+
+    fn ranges(texts: &[&str]) -> Vec<Cidr> {
+        texts.iter().map(|text| text.parse().expect("a range")).collect()
+    }
+
+    const LET_THROUGH: [(Verdict, Option<Rule>); 2] = [
+        (Verdict::Accept, Some(Rule::Internet)),
+        (Verdict::Accept, Some(Rule::Established)),
+    ];
+
+    #[test]
+    fn what_is_denied_is_closed_to_connections_that_were_made_before_too() {
+        let chains = under(&EgressPolicy {
+            denied: ranges(&["203.0.113.0/25", "8.8.4.4"]),
+            ..EgressPolicy::of(Internet::Open)
+        });
+        let denied = [(Verdict::Drop, Some(Rule::Denied)); 2];
+        assert_eq!(outcomes(&chains, [203, 0, 113, 127]), denied);
+        assert_eq!(outcomes(&chains, [8, 8, 4, 4]), denied);
+        assert_eq!(outcomes(&chains, [203, 0, 113, 128]), LET_THROUGH);
+        let [closed, _] = outcomes(&chains, [192, 168, 0, 1]);
+        assert_eq!(closed, (Verdict::Drop, Some(Rule::ClosedRange)));
+        assert_answers_reach_the_host(&chains);
+    }
+
+    #[test]
+    fn a_list_opens_what_is_on_it_and_nothing_that_is_denied_or_closed() {
+        let chains = under(&EgressPolicy {
+            resolvers: vec![UNKNOWN],
+            allowed: ranges(&["203.0.113.0/24", "10.0.0.0/8", "11.0.0.0/8"]),
+            denied: ranges(&["203.0.113.7"]),
+            ..EgressPolicy::of(Internet::Listed)
+        });
+        assert_eq!(outcomes(&chains, [203, 0, 113, 8]), LET_THROUGH);
+        assert_eq!(outcomes(&chains, [11, 255, 0, 0]), LET_THROUGH);
+        let not_listed = [(Verdict::Drop, Some(Rule::NotListed)); 2];
+        assert_eq!(outcomes(&chains, [1, 1, 1, 1]), not_listed);
+        assert_eq!(
+            outcomes(&chains, UNKNOWN.octets()),
+            not_listed,
+            "a resolver's other ports"
+        );
+        let denied = [(Verdict::Drop, Some(Rule::Denied)); 2];
+        assert_eq!(outcomes(&chains, [203, 0, 113, 7]), denied);
+        // A list opens no private range.
+        for closed in [[10, 0, 0, 1], addresses().veth_host.octets(), addresses().host.octets()] {
+            let [new, _] = outcomes(&chains, closed);
+            assert_eq!(new, (Verdict::Drop, Some(Rule::ClosedRange)), "{closed:?}");
+        }
+        for protocol in [UDP, TCP] {
+            let question = Packet {
+                protocol,
+                port: DNS,
+                ..OUTGOING
+            };
+            assert_eq!(forwarded(&chains, &question), (Verdict::Accept, Some(Rule::Resolver)));
+        }
+        let nothing = under(&EgressPolicy::of(Internet::Listed));
+        assert_eq!(outcomes(&nothing, [203, 0, 113, 8]), not_listed);
+        assert_answers_reach_the_host(&chains);
+    }
+
+    fn assert_answers_reach_the_host(chains: &[Chain]) {
+        let answer = Packet {
+            destination: addresses().veth_host,
+            state: States::ESTABLISHED,
+            translated: true,
+            ..OUTGOING
+        };
+        assert_eq!(forwarded(chains, &answer), (Verdict::Accept, Some(Rule::Established)));
+    }
+
+    #[test]
+    fn what_is_reached_by_name_leads_to_the_agent_and_nothing_else_does() {
+        let chains = under(&EgressPolicy {
+            allowed: ranges(&["203.0.113.0/24"]),
+            denied: ranges(&["8.8.4.4"]),
+            proxied: true,
+            ..EgressPolicy::of(Internet::Listed)
+        });
+        let agent = addresses().veth_host;
+        let led = |packet: &Packet| ask(&chains, c"prerouting", packet);
+        let untouched = (Some(Verdict::Accept), None);
+        let proxied = |port| (Some(Verdict::DnatPort(agent, port)), Some(Rule::ByName));
+        assert_eq!(led(&OUTGOING), proxied(PROXY_TLS));
+        assert_eq!(led(&Packet { port: 80, ..OUTGOING }), proxied(PROXY_HTTP));
+        for other in [
+            Packet { port: 8443, ..OUTGOING },
+            Packet {
+                protocol: UDP,
+                ..OUTGOING
+            },
+            Packet {
+                destination: [203, 0, 113, 1].into(),
+                ..OUTGOING
+            },
+            Packet {
+                destination: [8, 8, 4, 4].into(),
+                ..OUTGOING
+            },
+            Packet {
+                from: c"eth0",
+                ..OUTGOING
+            },
+        ] {
+            assert_eq!(led(&other), untouched, "{other:?}");
+        }
+        let there = Packet {
+            destination: agent,
+            port: PROXY_TLS,
+            translated: true,
+            ..OUTGOING
+        };
+        assert_eq!(forwarded(&chains, &there).0, Verdict::Accept);
+        for wrong in [
+            // Of the guest's own accord: not judged by name.
+            Packet {
+                translated: false,
+                ..there
+            },
+            Packet { port: 22, ..there },
+            Packet {
+                destination: Ipv4Addr::new(10, 12, 0, 4),
+                ..there
+            },
+        ] {
+            assert_eq!(forwarded(&chains, &wrong).0, Verdict::Drop, "{wrong:?}");
+        }
+        // Without names nothing does.
+        let plain = sandbox(Internet::Open, &[]);
+        assert_eq!(ask(&plain, c"prerouting", &OUTGOING), untouched);
+        assert_eq!(forwarded(&plain, &there).0, Verdict::Drop);
+        // The host takes it from its sandboxes alone.
+        let host = host_chains();
+        let arrived = Packet {
+            from: c"roost-v7",
+            source: addresses().veth_namespace,
+            ..there
+        };
+        assert_eq!(ask(&host, c"input", &arrived).0, Some(Verdict::Accept));
+        for wrong in [
+            Packet { port: 22, ..arrived },
+            Packet {
+                source: UNKNOWN,
+                ..arrived
+            },
+            Packet {
+                destination: HOSTS_OWN,
+                ..arrived
+            },
+        ] {
+            assert_eq!(ask(&host, c"input", &wrong).0, Some(Verdict::Drop), "{wrong:?}");
+        }
     }
 
     #[test]
