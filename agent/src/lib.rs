@@ -16,6 +16,7 @@ pub mod activity;
 pub mod api;
 pub mod cli;
 pub mod config;
+pub mod confine;
 pub mod control;
 pub mod drain;
 pub mod egress;

@@ -6,7 +6,7 @@
 //! other's.
 
 use std::net::IpAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
@@ -42,13 +42,26 @@ pub enum TlsError {
     },
 }
 
-/// The server's side: `ca.pem`, `server.pem` and `server-key.pem` of a directory. Offers h2 and HTTP/1.1.
+/// Where a service manager keeps the files that it was told to hand to this service alone, where it was.
+pub fn credentials_directory() -> Option<PathBuf> {
+    std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from)
+}
+
+/// The server's side: `ca.pem`, `server.pem` and `server-key.pem`, each of the service manager's credentials where it is among those, else
+/// of a directory. Offers h2 and HTTP/1.1.
 ///
 /// # Errors
 /// Any [`TlsError`].
 pub fn server(dir: &Path) -> Result<Arc<ServerConfig>, TlsError> {
-    let (certificates, key) = (chain(&dir.join("server.pem"))?, key(&dir.join("server-key.pem"))?);
-    server_of(dir, roots(dir)?, certificates, key)
+    let credentials = credentials_directory();
+    let of = |name| file_of(credentials.as_deref(), dir, name);
+    let (certificates, key) = (chain(&of("server.pem"))?, key(&of("server-key.pem"))?);
+    server_of(dir, roots(&of("ca.pem"))?, certificates, key)
+}
+
+fn file_of(credentials: Option<&Path>, dir: &Path, name: &str) -> PathBuf {
+    let given = credentials.map(|credentials| credentials.join(name));
+    given.filter(|path| path.exists()).unwrap_or_else(|| dir.join(name))
 }
 
 /// `from` is where that is from, for an error.
@@ -204,7 +217,7 @@ pub fn client(dir: &Path) -> Result<Arc<ClientConfig>, TlsError> {
     let mut config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
         .with_protocol_versions(&[&TLS13])
         .map_err(|error| unusable(error.into()))?
-        .with_root_certificates(roots(dir)?)
+        .with_root_certificates(roots(&dir.join("ca.pem"))?)
         .with_client_auth_cert(chain(&dir.join("client.pem"))?, key(&dir.join("client-key.pem"))?)
         .map_err(|error| unusable(error.into()))?;
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
@@ -232,11 +245,11 @@ pub fn client_is_listed(certificate: &CertificateDer<'_>, names: &[String]) -> b
     common || alternative()
 }
 
-fn roots(dir: &Path) -> Result<RootCertStore, TlsError> {
+fn roots(file: &Path) -> Result<RootCertStore, TlsError> {
     let mut roots = RootCertStore::empty();
-    for certificate in chain(&dir.join("ca.pem"))? {
+    for certificate in chain(file)? {
         roots.add(certificate).map_err(|error| TlsError::Unusable {
-            dir: dir.into(),
+            dir: file.parent().unwrap_or(file).into(),
             source: error.into(),
         })?;
     }

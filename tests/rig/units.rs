@@ -1,8 +1,9 @@
 //! What the units leave to each daemon, by systemd's own count and by what the kernel says of the processes.
 
+use std::os::unix::fs::MetadataExt as _;
 use std::process::Command;
 
-use roost_tests::roost::{Sandbox, pids, vmm_command};
+use roost_tests::roost::{Sandbox, ok, pids, vmm_command, wait_for_agent};
 use roost_tests::{in_rig, show};
 
 /// Capabilities of privd, as `/proc/PID/status` has them: CHOWN, NET_ADMIN, SYS_ADMIN.
@@ -31,6 +32,66 @@ fn the_units_leave_to_each_daemon_no_more_than_they_say() {
             }
             assert!(exposure <= most, "{unit}: {exposure}");
         }
+    });
+}
+
+/// A drop-in of the agent's unit and a key that is root's alone, for as long as this value lives.
+struct Handed {
+    owner: (u32, u32),
+}
+
+const DROP_IN: &str = "/etc/systemd/system/roost-agent.service.d";
+const KEY: &str = "/etc/roost/pki/server-key.pem";
+
+impl Handed {
+    fn by_the_manager() -> Self {
+        let page = include_str!("../../packaging/README.md");
+        let lines = page.split("```ini\n").nth(1).and_then(|rest| rest.split("```").next());
+        std::fs::create_dir_all(DROP_IN).expect("made");
+        std::fs::write(format!("{DROP_IN}/credentials.conf"), lines.expect("a drop-in")).expect("written");
+        let metadata = std::fs::metadata(KEY).expect("a key");
+        let handed = Self {
+            owner: (metadata.uid(), metadata.gid()),
+        };
+        std::os::unix::fs::chown(KEY, Some(0), Some(0)).expect("given to root");
+        handed
+    }
+}
+
+impl Drop for Handed {
+    fn drop(&mut self) {
+        let (uid, gid) = self.owner;
+        let given_back = std::os::unix::fs::chown(KEY, Some(uid), Some(gid));
+        let removed = std::fs::remove_dir_all(DROP_IN);
+        restart_agent();
+        if !std::thread::panicking() {
+            given_back.and(removed).expect("as before");
+        }
+    }
+}
+
+fn restart_agent() {
+    for arguments in [&["daemon-reload"][..], &["restart", "roost-agent.service"]] {
+        // What does not start is seen by who waits for it.
+        drop(Command::new("systemctl").args(arguments).status());
+    }
+    wait_for_agent();
+}
+
+#[test]
+fn an_agent_serves_with_a_key_that_is_not_its_users() {
+    in_rig(|| {
+        let handed = Handed::by_the_manager();
+        restart_agent();
+        ok(&["ls"]);
+        let key = std::fs::metadata(KEY).expect("a key");
+        assert_eq!(
+            (key.uid(), key.gid(), key.mode() & 0o007),
+            (0, 0, 0),
+            "somebody else may read it"
+        );
+        drop(handed);
+        ok(&["ls"]);
     });
 }
 

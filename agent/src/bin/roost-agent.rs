@@ -7,6 +7,7 @@ use anyhow::{Context, bail};
 use clap::Parser;
 use roost_agent::api::service::Service;
 use roost_agent::config::{Address, Config};
+use roost_agent::confine::{Confined, confine};
 use roost_agent::control::credentials::{Secret, Store};
 use roost_agent::control::register::register;
 use roost_agent::control::standing::{self, Standing};
@@ -53,6 +54,12 @@ fn main() -> anyhow::Result<()> {
     let wanted = &mut config.control_plane;
     wanted.url = arguments.control_plane.or(wanted.url.take());
     wanted.address = arguments.address.or(wanted.address.take());
+    // Before there is a thread: both bind the calling one, and those that it starts.
+    let confined = if arguments.register.is_some() || arguments.check_config {
+        None
+    } else {
+        Some(confine(&config)?)
+    };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -62,6 +69,15 @@ fn main() -> anyhow::Result<()> {
         let _in_runtime = runtime.enter();
         trace::start(config.log_format)?
     };
+    match confined {
+        Some(Confined::Not) => {
+            tracing::warn!("the agent is not confined: its shims are its children, and would be with it")
+        }
+        Some(Confined::WithoutLandlock) => {
+            tracing::warn!("this kernel has no Landlock: the agent keeps access to all files that its unit leaves it");
+        }
+        Some(Confined::Whole) | None => {}
+    }
     if let Some(token) = arguments.register {
         let token = token_of(token, arguments.token_file)?;
         return runtime.block_on(register_host(&config, token));

@@ -193,7 +193,7 @@ async fn steps(
         size,
     };
     reach("create.files").await?;
-    let disk_minor = parts.acquire(host, &plan, slot.slot(), files).await?;
+    let disk_minor = parts.acquire(host, plan, slot.slot(), files).await?;
     reach("create.acquired").await?;
     let start = match &memory {
         Ok((memories, _)) => {
