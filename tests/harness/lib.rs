@@ -6,6 +6,7 @@
 pub mod census;
 pub mod disk;
 pub mod internet;
+pub mod random;
 pub mod roost;
 
 use std::io::Write as _;

@@ -2,14 +2,14 @@
 
 use std::io::{Read as _, Write as _};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use roost_tests::roost::{
     self, PKI, Sandbox, call, certificates, curl, enveloped, kill_9, messages, pids, roost, wait_for_agent,
 };
-use roost_tests::{eventually, in_rig, is_full_size, show};
+use roost_tests::{PATIENCE, eventually, in_rig, is_full_size, show};
 use serde_json::{Value, json};
 
 /// Counts to 60, five a second, and ends with 7.
@@ -190,14 +190,20 @@ fn edits_within_tmux(sandbox: &Sandbox) {
     };
     let screen = || tmux(&["capture-pane", "-p"]);
     let shows = |word: &str| {
-        eventually(&format!("{word:?} on the screen"), || {
-            screen().contains(word).then_some(())
-        })
+        let began = Instant::now();
+        while !screen().contains(word) {
+            assert!(began.elapsed() < PATIENCE, "{word:?} never came: {}", screen());
+            std::thread::sleep(Duration::from_millis(100));
+        }
     };
-    let command = format!("roost exec -it {} -- vi -u NONE /root/written", sandbox.id);
+    // By a file, since tmux itself does not always notice: on one processor it never waits for what has ended.
+    let status = "/tmp/edited.status";
+    drop(std::fs::remove_file(status));
+    let command = format!(
+        "roost exec -it {} -- vi -u NONE /root/written; echo $? > {status}; sleep 1000",
+        sandbox.id
+    );
     tmux(&["new-session", "-d", "-x", "90", "-y", "25", &command]);
-    // A window keeps its size when nobody looks at it.
-    tmux(&["set-option", "-g", "remain-on-exit", "on"]);
     // The lines of an empty file, which may come behind its name.
     shows("written");
     shows("~");
@@ -219,7 +225,10 @@ fn edits_within_tmux(sandbox: &Sandbox) {
     keys(&["Escape", "ihello", "Enter", "world", "Escape", "ggxp"]);
     shows("ehllo");
     keys(&[":wq", "Enter"]);
-    shows("Pane is dead");
+    let ended = eventually("the editor to have ended", || {
+        std::fs::read_to_string(status).ok().filter(|text| text.ends_with('\n'))
+    });
+    assert_eq!(ended, "0\n");
     assert_eq!(sandbox.sh("cat /root/written"), "ehllo\nworld");
     tmux(&["kill-server"]);
 }

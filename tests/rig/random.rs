@@ -6,9 +6,10 @@
 //! comes is up to the machine. `ROOST_OPERATIONS` says how many there are.
 
 use std::process::{Child, Command, Output};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use roost_tests::census::Census;
+use roost_tests::random::{Random, number, seed};
 use roost_tests::roost::{self, Sandbox, Template, kill_9, kill_9_pid, pids, vmm_command, wait_for_agent};
 use roost_tests::{eventually, in_rig, is_full_size, show};
 use serde_json::Value;
@@ -17,35 +18,6 @@ const SANDBOXES: usize = 6;
 /// Operations of an ordinary run, and of one at full size.
 const FEW: usize = 40;
 const MANY: usize = 300;
-const ORDINARY_SEED: u64 = 1;
-
-/// Splitmix64: small, and the same everywhere.
-struct Random(u64);
-
-impl Random {
-    /// The draws of one turn.
-    fn of_turn(seed: u64, turn: usize) -> Self {
-        let turn = u64::try_from(turn).expect("no run is that long");
-        Self(seed ^ turn.wrapping_add(1).wrapping_mul(0xd134_2543_de82_ef95))
-    }
-
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, bound: usize) -> usize {
-        let bound = u64::try_from(bound).expect("small");
-        usize::try_from(self.next() % bound).expect("below a usize")
-    }
-
-    fn one_of<T: Copy>(&mut self, choices: &[T]) -> T {
-        choices[self.below(choices.len())]
-    }
-}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
@@ -177,19 +149,8 @@ impl Drop for World {
 
 #[test]
 fn whatever_is_done_in_whatever_order_every_sandbox_is_what_it_must_be() {
-    let number = |name: &str| -> Option<u64> {
-        let text = std::env::var(name).ok()?;
-        Some(text.parse().unwrap_or_else(|_| panic!("{name}={text:?} is no number")))
-    };
     let is_all = is_full_size();
-    let seed = number("ROOST_SEED").unwrap_or_else(|| {
-        // An ordinary run tells of a change and not of luck.
-        if !is_all {
-            return ORDINARY_SEED;
-        }
-        let age = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970");
-        u64::from(age.subsec_nanos()) ^ (age.as_secs() << 20)
-    });
+    let seed = seed();
     let wanted = number("ROOST_OPERATIONS").map(|wanted| usize::try_from(wanted).expect("a count"));
     let operations = wanted.unwrap_or(if is_all { MANY } else { FEW });
     show(&format!("NOTE: ROOST_SEED={seed} ROOST_OPERATIONS={operations}"));

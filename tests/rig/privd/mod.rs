@@ -6,6 +6,7 @@ mod figures;
 mod hostile;
 mod lifetimes;
 mod networks;
+mod random;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Write};

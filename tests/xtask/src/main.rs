@@ -5,6 +5,7 @@
 //! guest   kernel, initramfs and the `minimal` template, under target/rig
 //! rig     a throw-away Debian host in QEMU with this build installed; runs one command in it
 //! test    what CI checks, the end-to-end tests in the rig included
+//! deny    licences, sources and banned crates, by cargo-deny
 //! sdk     client libraries of others against envd
 //! demo    one sandbox from create to destroy, and what it left behind
 //! ```
@@ -17,6 +18,7 @@ mod cache;
 mod cpio;
 mod debian;
 mod demo;
+mod deny;
 mod dependencies;
 mod guest;
 mod host;
@@ -56,6 +58,8 @@ enum Task {
     Test(test::Options),
     /// Everything that can happen at every step of every operation, in the rig; takes long
     Faults,
+    /// Licences, sources and banned crates, by cargo-deny
+    Deny,
     /// Client libraries of others against envd; needs Node.js and its registry
     Sdk,
     /// Show one sandbox from create to destroy, and that nothing is left of it
@@ -73,6 +77,7 @@ fn main() -> ExitCode {
         Task::Rig(options) => rig::run(&options),
         Task::Test(options) => test::run(&options),
         Task::Faults => test::run(&test::Options::all_faults()),
+        Task::Deny => deny::run().map(|()| 0),
         Task::Sdk => sdk::run().map(|()| 0),
         Task::Demo(options) => demo::run(&options),
     };

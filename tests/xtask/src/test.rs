@@ -15,7 +15,7 @@ use clap::Args;
 use crate::binaries::{self, Binaries, cargo};
 use crate::rig::{self, Boot, DEFAULT_PROCESSORS, STATUS_RIG_FAILED};
 use crate::step::{shown, step};
-use crate::{cache, dependencies, sdk, series, setup};
+use crate::{cache, deny, dependencies, sdk, series, setup};
 
 /// Time for all rig tests, and for those of full size.
 const RIG_SECONDS: u64 = 3600;
@@ -196,6 +196,7 @@ pub(crate) fn run(options: &Options) -> Result<u8> {
         record(&mut summary, "dependencies", dependencies::check);
     }
     if checks && options.all {
+        record(&mut summary, "licences and sources", deny::run);
         record(&mut summary, "client libraries", sdk::run);
     }
     let mut closing = Vec::new();
