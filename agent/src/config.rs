@@ -72,6 +72,9 @@ pub struct Config {
     pub client_names: Vec<String>,
     /// Common names or DNS names of client certificates that may only look: lists of sandboxes, their metrics, why one ended, health.
     pub viewer_names: Vec<String>,
+    /// API calls that each client certificate may make in a second, at least 1; unset: as many as it likes. Two seconds' worth may come at
+    /// once. What goes through the proxy is not counted.
+    pub max_calls_per_sec: Option<NonZeroU32>,
     /// How log lines look: `text` or `json`. Which ones there are is `RUST_LOG`'s to say, in the environment.
     pub log_format: LogFormat,
     /// The control plane of this host, if it has one.
@@ -232,6 +235,7 @@ impl Default for Config {
             pki_dir: "/etc/roost/pki".into(),
             client_names: vec!["wrenn-cp".into(), crate::pki::CLIENT_NAME.into()],
             viewer_names: Vec::new(),
+            max_calls_per_sec: None,
             log_format: LogFormat::default(),
             control_plane: ControlPlane::default(),
             privd_socket: roost_common::privd::SOCKET.into(),

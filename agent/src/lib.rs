@@ -35,6 +35,7 @@ pub mod serve;
 pub mod snapshot;
 pub mod status;
 pub mod templates;
+pub mod throttle;
 pub mod tls;
 pub mod tombstone;
 pub mod trace;

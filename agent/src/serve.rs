@@ -5,7 +5,7 @@ use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use connectrpc::{ConnectError, ConnectRpcService, Limits, Router};
@@ -27,9 +27,11 @@ use tracing::{Instrument as _, Span};
 use crate::api::files;
 use crate::api::operator::Operator;
 use crate::api::service::Service;
+use crate::config::Config;
 use crate::control::listing::Connection;
 use crate::errors::Chain;
 use crate::proxy::{Body, Proxy};
+use crate::throttle::{Client, Throttle};
 use crate::tls::{self, Identities};
 use crate::trace;
 use roost_hostagent::DESCRIPTORS;
@@ -75,6 +77,8 @@ pub struct Access {
     pub client_names: Vec<String>,
     /// Names of clients that may look, and change nothing.
     pub viewer_names: Vec<String>,
+    /// How many calls each of them may make, where that is limited.
+    pub throttle: Option<Throttle>,
 }
 
 /// What a client may do.
@@ -89,6 +93,16 @@ enum Role {
 }
 
 impl Access {
+    /// As a configuration has it.
+    pub fn new(tls: Arc<Identities>, config: &Config) -> Self {
+        Self {
+            tls,
+            client_names: config.client_names.clone(),
+            viewer_names: config.viewer_names.clone(),
+            throttle: config.max_calls_per_sec.map(Throttle::new),
+        }
+    }
+
     fn role(&self, certificate: Option<&CertificateDer<'_>>) -> Role {
         let is_among = |names| certificate.is_some_and(|certificate| tls::client_is_listed(certificate, names));
         if is_among(&self.client_names) {
@@ -202,7 +216,7 @@ async fn connection(
     stream: TcpStream,
     number: Connection,
     services: Services,
-    access: &Access,
+    access: &Arc<Access>,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     stream.set_nodelay(true)?;
     let acceptor = TlsAcceptor::from(access.tls.on(stream.local_addr()?.ip()));
@@ -223,7 +237,8 @@ async fn connection(
         return Ok(());
     };
     let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
-    let role = access.role(certificate);
+    let (role, client) = (access.role(certificate), certificate.map(Client::of));
+    let access = access.clone();
     // By what was agreed on, not by what the first bytes look like: waiting for those has no limit of its own.
     let h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
     let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
@@ -231,7 +246,7 @@ async fn connection(
         if !h2 && role == Role::Caller {
             request.extensions_mut().insert(number);
         }
-        let services = services.clone();
+        let (services, access) = (services.clone(), access.clone());
         async move {
             let refused = match role {
                 Role::Caller => None,
@@ -241,12 +256,19 @@ async fn connection(
                 ),
                 Role::Stranger => Some("the client certificate's name is not among this agent's client_names"),
             };
-            Ok::<_, Infallible>(match refused {
-                None => {
+            let is_call = !services.proxy.takes(request.uri());
+            let throttle = access.throttle.as_ref().filter(|_| is_call);
+            let taken = match (throttle, client) {
+                (Some(throttle), Some(client)) => throttle.take(client, Instant::now()),
+                _ => Ok(()),
+            };
+            Ok::<_, Infallible>(match (refused, taken) {
+                (Some(why), _) => refuse(why),
+                (None, Err(wait)) => hold_off(wait),
+                (None, Ok(())) => {
                     let span = services.span(&request);
                     answer(services, request).instrument(span).await
                 }
-                Some(why) => refuse(why),
             })
         }
     });
@@ -338,12 +360,26 @@ impl Drop for ReadToTheEnd {
 
 /// The answer to a client whose certificate is of our CA but not of a name that may make this call.
 fn refuse(why: &str) -> Response<Body> {
-    let error = ConnectError::permission_denied(why);
+    told(StatusCode::FORBIDDEN, &ConnectError::permission_denied(why))
+}
+
+/// The answer to a client that calls too often.
+fn hold_off(wait: Duration) -> Response<Body> {
+    let error =
+        ConnectError::resource_exhausted("this client makes more calls a second than this agent's max_calls_per_sec");
+    let mut response = told(StatusCode::TOO_MANY_REQUESTS, &error);
+    // In whole seconds.
+    let seconds = wait.as_secs() + 1;
+    response.headers_mut().insert(header::RETRY_AFTER, seconds.into());
+    response
+}
+
+fn told(status: StatusCode, error: &ConnectError) -> Response<Body> {
     let body = Full::new(error.to_json())
         .map_err(|never| match never {})
         .boxed_unsync();
     Response::builder()
-        .status(StatusCode::FORBIDDEN)
+        .status(status)
         .header(header::CONTENT_TYPE, "application/json")
         .body(body)
         .expect("constant parts")

@@ -44,6 +44,17 @@ impl Agent {
 
     /// An agent that is not there yet.
     async fn start_recovering(client_names: &[&str], viewer_names: &[&str]) -> Self {
+        let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+        Self::start_as(Config {
+            client_names: names(client_names),
+            viewer_names: names(viewer_names),
+            ..Config::default()
+        })
+        .await
+    }
+
+    /// The same with a configuration, whose paths are made its own.
+    async fn start_as(config: Config) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
         let below = |name: &str| dir.path().join(name);
         for name in ["lib/kernels", "lib/images", "lib/sandboxes", "lib/tombstones", "run"] {
@@ -56,15 +67,10 @@ impl Agent {
             pki_dir: below("pki"),
             privd_socket: below("no-privd.sock"),
             shim_socket: below("no-shim.sock"),
-            client_names: client_names.iter().map(|name| (*name).to_owned()).collect(),
-            viewer_names: viewer_names.iter().map(|name| (*name).to_owned()).collect(),
-            ..Config::default()
+            ..config
         };
-        let access = Access {
-            tls: tls::Identities::standalone(tls::server(&config.pki_dir).expect("usable")),
-            client_names: config.client_names.clone(),
-            viewer_names: config.viewer_names.clone(),
-        };
+        let identities = tls::Identities::standalone(tls::server(&config.pki_dir).expect("usable"));
+        let access = Access::new(identities, &config);
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
         let address = listener.local_addr().expect("an address");
         let host = Host::new(config);
@@ -301,6 +307,39 @@ async fn a_viewer_may_look_and_nothing_else() {
         let (status, _) = agent.post(path, "application/json", b"{}".to_vec()).await;
         assert_eq!(status, http::StatusCode::FORBIDDEN, "{path}");
     }
+}
+
+#[tokio::test]
+async fn a_client_that_calls_too_often_is_held_off() {
+    let agent = Agent::start_as(Config {
+        max_calls_per_sec: std::num::NonZeroU32::new(1),
+        ..Config::default()
+    });
+    let agent = agent.await.recover().await;
+    let path = "/hostagent.v1.HostAgentService/ListSandboxes";
+    let mut statuses = Vec::new();
+    for _ in 0..8 {
+        statuses.push(agent.post(path, "application/json", b"{}".to_vec()).await);
+    }
+    let held_off = statuses
+        .iter()
+        .filter(|(status, _)| *status == http::StatusCode::TOO_MANY_REQUESTS);
+    let said: Vec<_> = held_off
+        .map(|(_, body)| String::from_utf8_lossy(body).into_owned())
+        .collect();
+    assert!(
+        statuses[..2].iter().all(|(status, _)| *status == http::StatusCode::OK),
+        "{statuses:?}"
+    );
+    assert!(
+        !said.is_empty() && said.iter().all(|said| said.contains("max_calls_per_sec")),
+        "{statuses:?}"
+    );
+    // What goes through the proxy is not counted: it has its own answer.
+    let (status, _) = agent
+        .post("/proxy/nobody/8080/", "application/json", b"{}".to_vec())
+        .await;
+    assert_eq!(status, http::StatusCode::NOT_FOUND);
 }
 
 #[tokio::test]

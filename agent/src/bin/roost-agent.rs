@@ -174,11 +174,7 @@ async fn run(config: Config, standing: Standing) -> anyhow::Result<End> {
     let status_listener = TcpListener::bind(status_listen)
         .await
         .with_context(|| format!("cannot listen on {status_listen} (status_listen)"))?;
-    let access = Access {
-        tls: standing.identities().clone(),
-        client_names: config.client_names.clone(),
-        viewer_names: config.viewer_names.clone(),
-    };
+    let access = Access::new(standing.identities().clone(), &config);
     let host = match &standing {
         Standing::Standalone(_) => Host::new(config),
         Standing::Registered(_) => Host::new(config).under_control_plane(),

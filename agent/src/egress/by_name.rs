@@ -138,11 +138,17 @@ struct Way {
     tally: Arc<Tally>,
     places: Arc<Semaphore>,
     lead: Arc<Lead>,
+    /// Its sender goes with the listeners.
+    serving: watch::Receiver<()>,
 }
 
 /// The listeners of a sandbox and all of its connections; dropping it ends them.
 #[derive(Debug)]
-pub(crate) struct ByName(#[expect(dead_code, reason = "it is held, and that is all")] JoinSet<()>);
+pub(crate) struct ByName {
+    _tasks: JoinSet<()>,
+    /// For what has tasks of its own.
+    _serving: watch::Sender<()>,
+}
 
 impl ByName {
     /// Listens at the host's end of a slot's veth pair, whether or not that is there yet.
@@ -155,26 +161,32 @@ impl ByName {
         policy: watch::Receiver<Arc<Egress>>,
         tally: Arc<Tally>,
     ) -> io::Result<Self> {
+        let listeners = [
+            (listen(addresses.veth_host, PROXY_TLS)?, Protocol::Tls),
+            (listen(addresses.veth_host, PROXY_HTTP)?, Protocol::Http),
+        ];
+        let lead: Arc<Lead> = Arc::new(|name, port, policy| Box::pin(lead(name, port, policy)));
+        let (alive, serving) = watch::channel(());
         let way = Way {
             sandbox,
             policy,
             tally,
             places: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
-            lead: Arc::new(|name, port, policy| Box::pin(lead(name, port, policy))),
+            lead,
+            serving,
         };
-        let listeners = [
-            (listen(addresses.veth_host, PROXY_TLS)?, Protocol::Tls),
-            (listen(addresses.veth_host, PROXY_HTTP)?, Protocol::Http),
-        ];
-        Ok(Self::on(listeners, addresses.veth_namespace, &way))
+        Ok(Self::on(listeners, addresses.veth_namespace, &way, alive))
     }
 
-    fn on(listeners: [(TcpListener, Protocol); 2], guest: Ipv4Addr, way: &Way) -> Self {
+    fn on(listeners: [(TcpListener, Protocol); 2], guest: Ipv4Addr, way: &Way, serving: watch::Sender<()>) -> Self {
         let mut tasks = JoinSet::new();
         for (listener, protocol) in listeners {
             tasks.spawn(accept(listener, protocol, guest, way.clone()));
         }
-        Self(tasks)
+        Self {
+            _tasks: tasks,
+            _serving: serving,
+        }
     }
 }
 
@@ -254,11 +266,15 @@ impl Way {
         self.tally.refused(name, refusal);
     }
 
-    /// Waits until a name may be reached no more.
+    /// Waits until a name may be reached no more, or nobody is served any more.
     async fn ends(&self, name: &str) {
-        let mut policy = self.policy.clone();
-        // A sandbox that has gone permits nothing.
-        drop(policy.wait_for(|policy| !policy.permits(name)).await);
+        let (mut policy, mut serving) = (self.policy.clone(), self.serving.clone());
+        tokio::select! {
+            // A sandbox that has gone permits nothing.
+            _ = policy.wait_for(|policy| !policy.permits(name)) => {}
+            // Nothing is ever sent.
+            _ = serving.changed() => {}
+        }
     }
 }
 

@@ -89,6 +89,7 @@ impl Agent {
             tls: standing.identities().clone(),
             client_names: vec![CALLER.into(), "roost-cli".into()],
             viewer_names: Vec::new(),
+            throttle: None,
         };
         tokio::spawn(serve(listener, access, service));
         Self {

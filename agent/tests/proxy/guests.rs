@@ -94,11 +94,8 @@ impl Agent {
             guests: world.guest_net,
             ..Config::default()
         };
-        let access = Access {
-            tls: tls::Identities::standalone(tls::server(&config.pki_dir).expect("usable")),
-            client_names: config.client_names.clone(),
-            viewer_names: config.viewer_names.clone(),
-        };
+        let identities = tls::Identities::standalone(tls::server(&config.pki_dir).expect("usable"));
+        let access = Access::new(identities, &config);
         let tls = tls::client(&config.pki_dir).expect("usable");
         let host = Host::new(config);
         let outbox = Outbox::open(&host.layout.outbox(), outbox::Limits::default()).expect("an outbox");

@@ -18,6 +18,15 @@ struct Packet {
     first: u8,
 }
 
+/// A part of a datagram that is sent in two.
+#[derive(Debug, Clone, Copy)]
+enum Half {
+    /// With the ports.
+    Head,
+    /// Without.
+    Rest,
+}
+
 /// `struct virtio_net_hdr`, which every frame of this tap begins with.
 const VNET: usize = 10;
 
@@ -52,6 +61,30 @@ impl Guest {
         let sum = checksum(&ip).to_be_bytes();
         ip[10..12].copy_from_slice(&sum);
         self.send_frame(mac, 0x0800, &[ip, payload].concat());
+    }
+
+    /// A fragment of a UDP datagram of 16 bytes: its head, or what it carries.
+    fn send_fragment(&mut self, number: u8, packet: Packet, half: Half) {
+        let (from, to) = packet.ports.expect("UDP");
+        let (payload, place) = match half {
+            // More follows.
+            Half::Head => (
+                [from.to_be_bytes(), to.to_be_bytes(), 16u16.to_be_bytes(), [0; 2]].concat(),
+                0x2000_u16,
+            ),
+            // In units of eight bytes.
+            Half::Rest => (vec![packet.first; 8], 1),
+        };
+        let length = u16::try_from(20 + payload.len()).expect("small").to_be_bytes();
+        let place = place.to_be_bytes();
+        let mut ip = vec![
+            0x45, 0, length[0], length[1], 7, number, place[0], place[1], 64, 17, 0, 0,
+        ];
+        ip.extend(packet.source.octets());
+        ip.extend(packet.destination.octets());
+        let sum = checksum(&ip).to_be_bytes();
+        ip[10..12].copy_from_slice(&sum);
+        self.send_frame(GUEST_MAC, 0x0800, &[ip, payload].concat());
     }
 
     fn send_frame(&mut self, mac: [u8; 6], ether_type: u16, payload: &[u8]) {
@@ -403,6 +436,66 @@ fn lists_open_and_close_addresses_at_once_and_each_is_counted() {
         rig.set_policy(&network.tap, most.clone()).expect("replaced");
         assert_eq!(rig.rows(&network.tap, Rule::Denied).len(), 64);
         rig.open_network(13, most).expect("opened");
+    });
+}
+
+#[test]
+fn a_datagram_in_pieces_is_judged_as_a_whole_and_half_of_one_goes_nowhere() {
+    in_rig(|| {
+        let rig = Rig::start();
+        let _internet = internet::Internet::connect();
+        let resolver = Ipv4Addr::new(192, 168, 53, 53);
+        run("ip -n internet addr add 192.168.53.53/32 dev lo");
+        let policy = EgressPolicy {
+            resolvers: vec![resolver],
+            ..open_policy()
+        };
+        let network = rig.open_network(14, policy.clone()).expect("opened");
+        let mut guest = Guest::on(&network);
+        let (world, dns, other) = (
+            udp_in_the_internet(7000),
+            udp_in_the_internet(53),
+            udp_in_the_internet(54),
+        );
+        // The control, in either order.
+        for (number, [first, second]) in [(1, [Half::Head, Half::Rest]), (2, [Half::Rest, Half::Head])] {
+            guest.send_fragment(number, to(server(), 7000), first);
+            guest.send_fragment(number, to(server(), 7000), second);
+            assert!(received(&world).is_ok(), "{first:?} first");
+        }
+        // The ports of what has none are nobody's guess.
+        guest.send_fragment(3, to(resolver, 53), Half::Rest);
+        assert_eq!(rig.count(&network.tap, Rule::Resolver), 0);
+        guest.send_fragment(4, to(resolver, 54), Half::Head);
+        guest.send_fragment(4, to(resolver, 54), Half::Rest);
+        assert!(
+            received(&other).is_err(),
+            "a resolver's other port is reached in pieces"
+        );
+        assert_eq!(rig.count(&network.tap, Rule::ClosedRange), 1);
+        // A second head with another port on top of the first.
+        guest.send_fragment(5, to(resolver, 53), Half::Head);
+        guest.send_fragment(5, to(resolver, 54), Half::Head);
+        guest.send_fragment(5, to(resolver, 53), Half::Rest);
+        assert!(received(&other).is_err(), "a head on top of a head counts");
+        drop(received(&dns));
+
+        let denying = EgressPolicy {
+            denied: vec![Cidr {
+                network: server(),
+                length: 32,
+            }],
+            ..policy
+        };
+        rig.set_policy(&network.tap, denying).expect("replaced");
+        guest.send_fragment(6, to(server(), 7000), Half::Head);
+        guest.send_fragment(6, to(server(), 7000), Half::Rest);
+        assert!(received(&world).is_err(), "a denied address is reached in pieces");
+        rig.set_policy(&network.tap, closed_policy()).expect("replaced");
+        for half in [Half::Rest, Half::Head] {
+            guest.send_fragment(7, to(server(), 7000), half);
+        }
+        assert!(received(&world).is_err(), "the internet is reached in pieces");
     });
 }
 

@@ -46,10 +46,12 @@ impl Host {
         let (to, tls_at, http_at) = (address(&server), address(&tls), address(&http));
         let (policy, seen) = watch::channel(names(all));
         let (tally, asked) = (Arc::<Tally>::default(), Arc::<Mutex<Vec<_>>>::default());
+        let (alive, serving) = watch::channel(());
         let way = Way {
             sandbox: "a".parse().expect("an id"),
             policy: seen,
             tally: tally.clone(),
+            serving,
             places: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
             lead: Arc::new({
                 let asked = asked.clone();
@@ -66,7 +68,7 @@ impl Host {
             http: http_at,
             server,
             asked,
-            _listeners: ByName::on([(tls, Protocol::Tls), (http, Protocol::Http)], guest, &way),
+            _listeners: ByName::on([(tls, Protocol::Tls), (http, Protocol::Http)], guest, &way, alive),
         }
     }
 
@@ -293,8 +295,33 @@ async fn the_end_of_the_listeners_ends_their_connections() {
     let mut guest = TcpStream::connect(host.tls).await.expect("connected");
     guest.write_all(&hello("a.example")).await.expect("written");
     let (_server, _) = host.server.accept().await.expect("led there");
+
+    // What has become a tunnel too.
+    let mut upgraded = TcpStream::connect(host.http).await.expect("connected");
+    upgraded
+        .write_all(b"GET / HTTP/1.1\r\nHost: a.example\r\nConnection: upgrade\r\nUpgrade: echo\r\n\r\n")
+        .await
+        .expect("written");
+    let (mut server, _) = host.server.accept().await.expect("led there");
+    let mut head = vec![0; 4096];
+    let mut length = 0;
+    while !head[..length].ends_with(b"\r\n\r\n") {
+        length += server.read(&mut head[length..]).await.expect("read");
+    }
+    server
+        .write_all(b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: echo\r\n\r\nhello")
+        .await
+        .expect("written");
+    let mut length = 0;
+    while !head[..length].ends_with(b"hello") {
+        length += upgraded.read(&mut head[length..]).await.expect("read");
+    }
+    upgraded.write_all(b"!").await.expect("written");
+    assert_eq!(server.read(&mut [0; 1]).await.expect("read"), 1);
+
     drop(host);
     assert_eq!(guest.read(&mut [0; 1]).await.unwrap_or(0), 0);
+    assert_eq!(server.read(&mut [0; 1]).await.unwrap_or(0), 0);
 }
 
 #[tokio::test]
