@@ -22,6 +22,8 @@ pub mod drain;
 pub mod egress;
 pub mod errors;
 mod failpoint;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod guest;
 pub mod host;
 pub mod metrics;

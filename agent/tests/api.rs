@@ -339,7 +339,7 @@ async fn a_client_that_calls_too_often_is_held_off() {
     let (status, _) = agent
         .post("/proxy/nobody/8080/", "application/json", b"{}".to_vec())
         .await;
-    assert_eq!(status, http::StatusCode::NOT_FOUND);
+    assert_eq!(status, http::StatusCode::SERVICE_UNAVAILABLE);
 }
 
 #[tokio::test]

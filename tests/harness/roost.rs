@@ -143,6 +143,13 @@ impl Sandbox {
         String::from_utf8_lossy(&output.stdout).trim().to_owned()
     }
 
+    /// What it gets from a TCP server, or `closed`.
+    pub fn reach(&self, address: &str, port: u16) -> String {
+        self.sh(&format!(
+            "timeout 10 /bin/bash -c 'exec 3<>/dev/tcp/{address}/{port} && cat <&3' 2>/dev/null || echo closed"
+        ))
+    }
+
     /// The address under which the host reaches it.
     ///
     /// # Panics

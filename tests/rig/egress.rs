@@ -13,13 +13,6 @@ const OTHER: &str = "198.51.100.7";
 /// An address where nobody is.
 const NOWHERE: &str = "192.0.2.66";
 
-/// What a guest gets from a TCP server, or `closed`.
-fn reach(sandbox: &Sandbox, address: &str, port: u16) -> String {
-    sandbox.sh(&format!(
-        "timeout 10 /bin/bash -c 'exec 3<>/dev/tcp/{address}/{port} && cat <&3' 2>/dev/null || echo closed"
-    ))
-}
-
 /// What the agent says of a sandbox's policy and of what came of it.
 fn explained(sandbox: &Sandbox) -> Value {
     serde_json::from_str(&ok(&["egress", "--json", &sandbox.id])).expect("JSON")
@@ -48,8 +41,8 @@ fn a_policy_holds_over_pauses_and_restarts_changes_at_once_and_says_what_it_drop
             internet.serve(&format!("{server}:8080"));
         }
         let sandbox = Sandbox::create(&["--memory", "256", "--deny", SERVER]);
-        assert_eq!(reach(&sandbox, SERVER, 8080), "closed");
-        assert_eq!(reach(&sandbox, OTHER, 8080), HOST);
+        assert_eq!(sandbox.reach(SERVER, 8080), "closed");
+        assert_eq!(sandbox.reach(OTHER, 8080), HOST);
         let answer = explained(&sandbox);
         assert!(packets(&answer, "denied", "203.0.113.2/32") > 0, "{answer}");
         assert!(packets(&answer, "internet", "") > 0, "{answer}");
@@ -57,8 +50,8 @@ fn a_policy_holds_over_pauses_and_restarts_changes_at_once_and_says_what_it_drop
 
         // Only what is listed.
         ok(&["egress", "--allow", "203.0.113.0/24", &sandbox.id]);
-        assert_eq!(reach(&sandbox, SERVER, 8080), HOST);
-        assert_eq!(reach(&sandbox, OTHER, 8080), "closed");
+        assert_eq!(sandbox.reach(SERVER, 8080), HOST);
+        assert_eq!(sandbox.reach(OTHER, 8080), "closed");
         let text = ok(&["egress", &sandbox.id]);
         assert!(text.starts_with("reaches only 203.0.113.0/24"), "{text}");
         assert!(text.contains("not-listed"), "{text}");
@@ -70,13 +63,13 @@ fn a_policy_holds_over_pauses_and_restarts_changes_at_once_and_says_what_it_drop
         wait_for_agent();
         assert!(ok(&["egress", &sandbox.id]).starts_with("reaches nothing outside"));
         sandbox.resume();
-        assert_eq!(reach(&sandbox, SERVER, 8080), "closed");
+        assert_eq!(sandbox.reach(SERVER, 8080), "closed");
         assert!(packets(&explained(&sandbox), "no-internet", "") > 0);
         kill_9("roost-agent");
         wait_for_agent();
         assert!(ok(&["egress", &sandbox.id]).starts_with("reaches nothing outside"));
         ok(&["egress", "--open", &sandbox.id]);
-        assert_eq!(reach(&sandbox, SERVER, 8080), HOST);
+        assert_eq!(sandbox.reach(SERVER, 8080), HOST);
 
         for (policy, why) in [
             (&["--allow", "203.0.113.1/24"][..], "allow"),
@@ -89,11 +82,7 @@ fn a_policy_holds_over_pauses_and_restarts_changes_at_once_and_says_what_it_drop
             let said = roost::fails(&[&["create"], policy].concat());
             assert!(said.contains(why), "{said}");
         }
-        assert_eq!(
-            reach(&sandbox, SERVER, 8080),
-            HOST,
-            "a refused policy changed something"
-        );
+        assert_eq!(sandbox.reach(SERVER, 8080), HOST, "a refused policy changed something");
     });
 }
 
@@ -199,12 +188,12 @@ fn a_server_is_reached_by_its_name_and_by_nothing_else() {
         // By address, on other ports, and what is no HTTP.
         assert!(curl(&sandbox, &format!("http://{OTHER}/"), "x", OTHER).ends_with(" 400"));
         assert!(curl(&sandbox, &format!("https://{OTHER}/"), "x", OTHER).contains("curl: ("));
-        assert_eq!(reach(&sandbox, OTHER, 8080), "closed");
-        assert_eq!(reach(&sandbox, SERVER, 8080), "closed");
+        assert_eq!(sandbox.reach(OTHER, 8080), "closed");
+        assert_eq!(sandbox.reach(SERVER, 8080), "closed");
         // The agent's own ports, without being led there.
         let [_, agent, _] = sandbox.slot_addresses();
         for port in [19080, 19443, 50051, 50052] {
-            assert_eq!(reach(&sandbox, &agent, port), "closed", "{port}");
+            assert_eq!(sandbox.reach(&agent, port), "closed", "{port}");
         }
         let answer = explained(&sandbox);
         assert!(packets(&answer, "by-name", "") > 0, "{answer}");

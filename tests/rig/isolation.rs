@@ -6,13 +6,6 @@ use roost_tests::internet::{HOST, HostAddresses, Internet, SERVER, Server, UPLIN
 use roost_tests::roost::Sandbox;
 use roost_tests::{eventually, in_rig};
 
-/// What a guest gets from a TCP server, or `closed`.
-fn reach(sandbox: &Sandbox, address: &str, port: u16) -> String {
-    sandbox.sh(&format!(
-        "timeout 10 /bin/bash -c 'exec 3<>/dev/tcp/{address}/{port} && cat <&3' 2>/dev/null || echo closed"
-    ))
-}
-
 /// Which addresses a guest reaches by a command, with `$a` for the address; all are tried at once.
 fn reached(sandbox: &Sandbox, addresses: &[String], command: &str) -> Vec<String> {
     let all = addresses.join(" ");
@@ -47,8 +40,8 @@ fn two_sandboxes_share_an_address_and_nothing_else() {
         assert_ne!(ip_a, ip_b);
 
         // A control: the internet is reached, and sees the host's address.
-        assert_eq!(reach(&a, SERVER, 80), HOST);
-        assert_eq!(reach(&b, SERVER, 80), HOST);
+        assert_eq!(a.reach(SERVER, 80), HOST);
+        assert_eq!(b.reach(SERVER, 80), HOST);
         a.sh("echo secret > /root/x");
         assert_eq!(b.sh("test -e /root/x && echo there || echo none"), "none");
 
@@ -56,8 +49,8 @@ fn two_sandboxes_share_an_address_and_nothing_else() {
         for ip in [&ip_a, &ip_b] {
             TcpStream::connect((ip.as_str(), 49983)).expect("the host reaches the guest");
         }
-        assert_eq!(reach(&a, &ip_b, 49983), "closed");
-        assert_eq!(reach(&b, &ip_a, 49983), "closed");
+        assert_eq!(a.reach(&ip_b, 49983), "closed");
+        assert_eq!(b.reach(&ip_a, 49983), "closed");
         let neighbours: Vec<String> = (0..16)
             .map(|n| format!("10.12.0.{n}"))
             .chain(b.slot_addresses())
@@ -102,7 +95,7 @@ fn a_guest_reaches_no_address_of_its_host_and_no_private_one() {
             .collect();
         let connect = "timeout 15 /bin/bash -c \"exec 3<>/dev/tcp/$a/8088 && cat <&3\"";
         assert_eq!(reached(&sandbox, &all, connect), [SERVER], "the server is the control");
-        assert_eq!(reach(&sandbox, HOST, 50051), "closed");
+        assert_eq!(sandbox.reach(HOST, 50051), "closed");
     });
 }
 

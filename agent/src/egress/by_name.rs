@@ -325,5 +325,25 @@ async fn is_this_host(address: SocketAddrV4) -> bool {
         .map_or(true, |source| source.ip() == IpAddr::V4(*address.ip()))
 }
 
+/// For [`crate::fuzz`]: whether the first bytes of a connection name a server, and what it is then.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn judge_hello(mut bytes: &[u8]) -> bool {
+    let whole = bytes;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .build()
+        .expect("a runtime");
+    match runtime.block_on(tls::hello(&mut bytes)) {
+        Ok((name, seen)) => {
+            // What is passed on is what came.
+            assert!(whole.starts_with(&seen) && !name.is_empty());
+            true
+        }
+        Err(refusal) => {
+            assert!(matches!(refusal, Refusal::Unreadable(_)), "{refusal}");
+            false
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests;

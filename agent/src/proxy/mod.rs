@@ -235,6 +235,45 @@ fn is_forward<B: hyper::body::Body>(request: &Request<B>) -> Result<(), ProxyErr
     }
 }
 
+/// For [`crate::fuzz`]: whether a path is a place of the proxy's, and what must hold of one.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn judge_path(uri: &Uri) -> bool {
+    let Ok(place) = path::parse(uri) else { return false };
+    assert!(path::is_ours(uri) && place.port != 0 && place.port != roost_common::guest::PORT);
+    // One spelling: what was asked for is the prefix and the rest, byte for byte.
+    let asked = uri.path_and_query().map_or("", PathAndQuery::as_str);
+    match place.way.clone() {
+        Way::Http(rest) => {
+            let behind = asked.strip_prefix(&place.prefix()).expect("the prefix");
+            assert!(rest.as_str().starts_with('/'));
+            assert!(
+                behind == rest.as_str() || format!("/{behind}") == rest.as_str(),
+                "{asked}"
+            );
+        }
+        Way::Tcp => assert!(asked.starts_with("/forward/")),
+    }
+    true
+}
+
+/// For [`crate::fuzz`]: what a reference of a guest's becomes leads to its own prefix, if it becomes anything.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn judge_location(reference: &str) {
+    let prefix = "/proxy/cl-a/3000";
+    let locator = Locator {
+        address: std::net::Ipv4Addr::new(10, 11, 0, 1).into(),
+        port: 3000,
+        prefix: prefix.to_owned(),
+    };
+    if let Some(rewritten) = locator.rewrite(reference) {
+        let rest = rewritten.strip_prefix(prefix).expect("below its prefix");
+        assert!(
+            rest.is_empty() || rest.starts_with(['/', '?', '#']),
+            "{reference}: {rewritten}"
+        );
+    }
+}
+
 fn nothing() -> Body {
     Empty::new().map_err(|never| match never {}).boxed_unsync()
 }

@@ -294,6 +294,15 @@ pub(crate) fn allocated(metadata: &std::fs::Metadata) -> Bytes {
     Bytes(metadata.blocks() * 512)
 }
 
+/// For [`crate::fuzz`]: whether a text is a state that describes memory. The check reads more closely than who looks for memory does, who
+/// passes over numbers that are none, so each is asked.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn judge_state(text: &[u8]) -> bool {
+    let is_json = state::check(text).is_ok();
+    let described = state::memory(text).is_ok();
+    is_json && described
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

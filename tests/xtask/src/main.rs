@@ -6,6 +6,7 @@
 //! rig     a throw-away Debian host in QEMU with this build installed; runs one command in it
 //! test    what CI checks, the end-to-end tests in the rig included
 //! deny    licences, sources and banned crates, by cargo-deny
+//! fuzz    what the agent reads of others, by libFuzzer
 //! sdk     client libraries of others against envd
 //! demo    one sandbox from create to destroy, and what it left behind
 //! ```
@@ -20,6 +21,7 @@ mod debian;
 mod demo;
 mod deny;
 mod dependencies;
+mod fuzz;
 mod guest;
 mod host;
 mod kernel;
@@ -58,6 +60,8 @@ enum Task {
     Test(test::Options),
     /// Everything that can happen at every step of every operation, in the rig; takes long
     Faults,
+    /// What the agent reads of others, by libFuzzer
+    Fuzz(fuzz::Options),
     /// Licences, sources and banned crates, by cargo-deny
     Deny,
     /// Client libraries of others against envd; needs Node.js and its registry
@@ -77,6 +81,7 @@ fn main() -> ExitCode {
         Task::Rig(options) => rig::run(&options),
         Task::Test(options) => test::run(&options),
         Task::Faults => test::run(&test::Options::all_faults()),
+        Task::Fuzz(options) => fuzz::run(&options).map(|()| 0),
         Task::Deny => deny::run().map(|()| 0),
         Task::Sdk => sdk::run().map(|()| 0),
         Task::Demo(options) => demo::run(&options),

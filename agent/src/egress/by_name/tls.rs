@@ -3,7 +3,7 @@
 use std::io;
 
 use rustls::server::Acceptor;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use super::{HEAD_LIMIT, Refusal, Way};
@@ -41,7 +41,7 @@ pub(super) async fn serve(mut stream: TcpStream, way: Way) {
 }
 
 /// The name that a client asks for, and all that it has sent so far.
-async fn hello(stream: &mut TcpStream) -> Result<(String, Vec<u8>), Refusal> {
+pub(super) async fn hello(stream: &mut (impl AsyncRead + Unpin)) -> Result<(String, Vec<u8>), Refusal> {
     let (mut acceptor, mut seen) = (Acceptor::default(), Vec::new());
     let mut piece = [0; 4096];
     loop {

@@ -1,0 +1,172 @@
+//! What the agent reads of what others write, as functions of any bytes: none of them may panic, and each checks what must hold of what it
+//! has taken. For the fuzzers in `fuzz/` (`cargo xtask fuzz`), and for a test that plays their corpora with changes each time.
+
+use http::Uri;
+
+use crate::egress::{Name, by_name, name};
+use crate::proxy;
+use crate::sandbox::record::Record;
+use crate::snapshot::{self, manifest::Manifest};
+use roost_common::net::Cidr;
+
+/// A target: its name, which is its corpus's folder, and what it does with any bytes.
+pub type Target = (&'static str, fn(&[u8]));
+
+/// All targets.
+pub const TARGETS: [Target; 7] = [
+    ("client_hello", client_hello),
+    ("location", location),
+    ("manifest", manifest),
+    ("policy", policy),
+    ("proxy_path", proxy_path),
+    ("record", record),
+    ("vmm_state", vmm_state),
+];
+
+/// What a VMM writes of itself: `state.json` of a snapshot.
+pub fn vmm_state(bytes: &[u8]) {
+    snapshot::judge_state(bytes);
+}
+
+/// The manifest of a snapshot, which lies where a VMM's uid could write before it was sealed.
+pub fn manifest(bytes: &[u8]) {
+    if let Ok(manifest) = serde_json::from_slice::<Manifest>(bytes) {
+        let again = serde_json::to_vec(&manifest).expect("strings and numbers serialise");
+        let again: Manifest = serde_json::from_slice(&again).expect("what we wrote");
+        assert_eq!(again, manifest);
+        // Sums of what others say.
+        let _: u64 = manifest.files.allocated().0;
+    }
+}
+
+/// The record of a sandbox, as a disk that has lost something gives it back.
+pub fn record(bytes: &[u8]) {
+    if let Ok(record) = serde_json::from_slice::<Record>(bytes) {
+        let again = serde_json::to_vec(&record).expect("strings and numbers serialise");
+        assert_eq!(serde_json::from_slice::<Record>(&again).expect("what we wrote"), record);
+        let _: bool = record.plan.egress.policy(&[]).proxied;
+    }
+}
+
+/// Names and ranges of a policy, and names as connections ask for them: two texts, one in each line.
+pub fn policy(bytes: &[u8]) {
+    let text = String::from_utf8_lossy(bytes);
+    let (listed, asked) = text.split_once('\n').unwrap_or((&text, ""));
+    if let Ok(range) = listed.parse::<Cidr>() {
+        assert!(range.is_proper());
+        assert_eq!(range.to_string().parse(), Ok(range));
+    }
+    if let Ok(name) = listed.parse::<Name>() {
+        assert_eq!(name.to_string().parse(), Ok(name.clone()));
+        // Of what is a name, whatever matches ends in what is listed.
+        if name::check(asked).is_ok() && name.matches(asked) {
+            let listed = name.to_string();
+            assert!(
+                asked.to_ascii_lowercase().ends_with(listed.trim_start_matches('*')),
+                "{listed}: {asked}"
+            );
+        }
+    }
+}
+
+/// The path of a request to the proxy.
+pub fn proxy_path(bytes: &[u8]) {
+    if let Ok(uri) = Uri::try_from(bytes) {
+        proxy::judge_path(&uri);
+    }
+}
+
+/// A reference in an answer of a guest.
+pub fn location(bytes: &[u8]) {
+    proxy::judge_location(&String::from_utf8_lossy(bytes));
+}
+
+/// The first bytes of a guest's connection to a server by name.
+pub fn client_hello(bytes: &[u8]) {
+    by_name::judge_hello(bytes);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::{Path, PathBuf};
+
+    use super::*;
+
+    /// Changes of each seed.
+    const CHANGES: u64 = 3000;
+
+    /// Splitmix64.
+    struct Random(u64);
+
+    impl Random {
+        fn below(&mut self, bound: usize) -> usize {
+            self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let mut z = self.0;
+            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            let drawn = (z ^ (z >> 31)) % u64::try_from(bound.max(1)).expect("small");
+            usize::try_from(drawn).expect("below a usize")
+        }
+    }
+
+    fn corpus(target: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("../fuzz/corpus")
+            .join(target)
+    }
+
+    /// One to four changes: bits, numbers at their edges, cuts, repetitions, and parts of another seed.
+    fn changed(seeds: &[Vec<u8>], random: &mut Random) -> Vec<u8> {
+        let mut bytes = seeds[random.below(seeds.len())].clone();
+        for _ in 0..=random.below(4) {
+            let at = random.below(bytes.len());
+            match random.below(7) {
+                0 if !bytes.is_empty() => bytes[at] ^= 1 << random.below(8),
+                1 if !bytes.is_empty() => bytes[at] = [0, 1, 0x7f, 0x80, 0xff, b'"', b'/', b'.'][random.below(8)],
+                2 => bytes.truncate(at),
+                3 => {
+                    let piece = bytes[at..(at + random.below(16)).min(bytes.len())].to_vec();
+                    bytes.splice(at..at, piece);
+                }
+                4 => {
+                    let number = ["-1", "18446744073709551615", "4096", "1e999", "null", "[]", "\u{e4}"];
+                    bytes.splice(at..at, number[random.below(number.len())].bytes());
+                }
+                5 => {
+                    let other = &seeds[random.below(seeds.len())];
+                    bytes.truncate(at);
+                    bytes.extend_from_slice(&other[random.below(other.len()).min(other.len())..]);
+                }
+                _ => drop(bytes.drain(at..(at + random.below(8)).min(bytes.len()))),
+            }
+        }
+        bytes
+    }
+
+    #[test]
+    fn the_corpora_and_what_is_near_them_are_survived() {
+        for (number, (name, target)) in (1_u64..).zip(TARGETS) {
+            let files = std::fs::read_dir(corpus(name)).unwrap_or_else(|error| panic!("no corpus of {name}: {error}"));
+            let mut files: Vec<_> = files.flatten().map(|file| file.path()).collect();
+            files.sort();
+            let seeds: Vec<Vec<u8>> = files.iter().map(|file| std::fs::read(file).expect("a seed")).collect();
+            assert!(!seeds.is_empty(), "{name} has no seeds");
+            seeds.iter().for_each(|seed| target(seed));
+            let mut random = Random(number);
+            for _ in 0..CHANGES {
+                target(&changed(&seeds, &mut random));
+            }
+        }
+    }
+
+    #[test]
+    fn each_target_takes_some_of_its_seeds() {
+        // A corpus of nothing but what is refused at once would show nothing.
+        let read = |name: &str, file: &str| std::fs::read(corpus(name).join(file)).expect("a seed");
+        serde_json::from_slice::<Manifest>(&read("manifest", "whole")).expect("a manifest");
+        serde_json::from_slice::<Record>(&read("record", "whole")).expect("a record");
+        assert!(by_name::judge_hello(&read("client_hello", "whole")));
+        assert!(snapshot::judge_state(&read("vmm_state", "whole")));
+        assert!(proxy::judge_path(&Uri::from_static("/proxy/cl-a/80/b?c")));
+    }
+}
