@@ -7,6 +7,7 @@ use connectrpc::{Encodable, RequestContext, Response, ServiceRequest, ServiceRes
 use futures::stream::Stream;
 use roost_common::ring;
 use roost_common::shim::{CONSOLE_FILE, LOG_FILE};
+use roost_hostagent::hostagent::v1::EgressPolicy;
 use roost_hostagent::roost::v1::*;
 
 use super::errors::ApiError;

@@ -1,7 +1,8 @@
 //! Policies of what a sandbox may reach, between the wire and [`crate::egress`].
 
 use roost_common::privd::RuleCounter;
-use roost_hostagent::roost::v1::{EgressPolicy, EgressResponse, EgressRule, RefusedName};
+use roost_hostagent::hostagent::v1::EgressPolicy;
+use roost_hostagent::roost::v1::{EgressResponse, EgressRule, RefusedName};
 
 use crate::egress::by_name::Counts;
 use crate::egress::{Egress, Wish};

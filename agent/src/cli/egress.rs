@@ -1,7 +1,8 @@
 //! `roost egress`: what a sandbox may reach, and what became of what it sent.
 
 use clap::Args;
-use roost_hostagent::roost::v1::{EgressPolicy, EgressRequest, EgressResponse, UpdateSandboxPolicyRequest};
+use roost_hostagent::hostagent::v1::EgressPolicy;
+use roost_hostagent::roost::v1::{EgressRequest, EgressResponse, UpdateSandboxPolicyRequest};
 
 use super::client::Operator;
 use super::{CliError, age};
