@@ -3,12 +3,13 @@
 //! Everyone else holds a [`Handle`]: a way to send messages, and a view to read. The task ends when nothing of the sandbox is
 //! left, and takes it out of the registry before it tells anyone so.
 
+mod egress;
+
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use roost_common::net::SlotAddresses;
 use roost_common::units::Bytes;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
@@ -19,7 +20,7 @@ use super::build;
 use super::hold::Hold;
 use super::parts::{Versions, Vm};
 use super::plan::Plan;
-use super::record::{Record, RecordError};
+use super::record::Record;
 use super::{
     Action, BuildFailure, CaptureEnd, CaptureFailure, CaptureWish, CreateFailure, EgressFailure, Ending, Event, Kept,
     PauseEnd, PauseError, PauseFailure, PauseReason, ReachEnd, ResumeEnd, ResumeFailure, ResumeWish, Sandbox,
@@ -41,8 +42,6 @@ use crate::snapshot;
 use crate::templates::CaptureKind;
 use crate::tombstone::{self, End, Tombstone};
 
-/// How long a record may take to be written; one that takes longer is written all the same.
-const RECORD_LIMIT: Duration = Duration::from_secs(30);
 /// Pause between two attempts to remove what could not be removed.
 const RETRY_PAUSE: Duration = Duration::from_secs(30);
 /// How long the outcome of a capture is kept for a caller that was not there to hear it: callers end a call before a large one is done,
@@ -865,72 +864,6 @@ impl Driver {
             task: self.start(task),
             stop: Some(stop),
         };
-    }
-
-    /// Writes down what a sandbox may reach, and has its network keep to it.
-    async fn set_egress(&self, sandbox: &mut Sandbox<Vm>, egress: Egress) -> Result<(), EgressFailure> {
-        let (host, id) = (self.host.clone(), self.handle.plan.id.clone());
-        match sandbox {
-            Sandbox::Running(state) => {
-                let vm = &mut state.vm;
-                let mut record = vm.record.clone();
-                record.plan.egress = egress.clone();
-                let (written, writes) = (record.clone(), vm.writes.clone());
-                // A task of its own: it keeps its turn when it is given up.
-                let written = self.start(async move { writes.run(move || written.write(&host.layout)).await });
-                let written = tokio::time::timeout(RECORD_LIMIT, written).await;
-                written
-                    .map_err(|_| EgressFailure::Slow(RECORD_LIMIT))?
-                    .expect("file work does not panic")?;
-                vm.record = record;
-                let policy = egress.policy(&self.host.resolvers);
-                self.egress.send_replace(Arc::new(egress));
-                // Only then: no network is ever narrower or wider for good than what is written down.
-                Ok(counters::set_policy(&self.host, &id, policy).await?)
-            }
-            Sandbox::Paused(_) => {
-                let changed = egress.clone();
-                let written = tokio::task::spawn_blocking(move || {
-                    let mut record = Record::read(&host.layout, &id)?;
-                    record.plan.egress = changed;
-                    record.write(&host.layout).map_err(RecordError::from)
-                });
-                written.await.expect("file work does not panic")?;
-                self.egress.send_replace(Arc::new(egress));
-                Ok(())
-            }
-            other => Err(EgressFailure::Refused(other.name())),
-        }
-    }
-
-    /// Has the network of a VM of an earlier agent keep to what is written down: that one may have ended between the two, or had other
-    /// resolvers.
-    async fn restore_egress(&self, sandbox: &Sandbox<Vm>) {
-        if !matches!(sandbox, Sandbox::Running(_)) {
-            return;
-        }
-        let id = &self.handle.plan.id;
-        let policy = self.handle.egress().policy(&self.host.resolvers);
-        if let Err(error) = counters::set_policy(&self.host, id, policy).await {
-            tracing::error!(sandbox_id = %id, error = %Chain(&error), "its network may not keep to its policy: say that again (UpdateSandboxPolicy)");
-        }
-    }
-
-    /// Listens for connections by name where there may be a guest that makes some, and where its policy has names.
-    fn serve_by_name(&mut self, sandbox: &Sandbox<Vm>) {
-        let has_guest = !matches!(sandbox, Sandbox::Paused(_) | Sandbox::Destroying(_) | Sandbox::Gone);
-        if !has_guest || !self.egress.borrow().goes_by_name() {
-            self.by_name = None;
-        } else if self.by_name.is_none() {
-            let (handle, id) = (&self.handle, self.handle.plan.id.clone());
-            let addresses = SlotAddresses::of(handle.slot.slot());
-            match ByName::start(id.clone(), &addresses, handle.egress.clone(), handle.by_name.clone()) {
-                Ok(by_name) => self.by_name = Some(by_name),
-                Err(error) => {
-                    tracing::error!(sandbox_id = %id, error = %Chain(&error), "no connection by name is served: names lead nowhere");
-                }
-            }
-        }
     }
 
     fn show(&mut self, sandbox: &Sandbox<Vm>) {
