@@ -35,6 +35,7 @@ const CUT_SECONDS: u64 = 1200;
 const FIRST_HALF: &[&str] = &[
     "bad_input::",
     "concurrency::",
+    "egress::",
     "faults::",
     "isolation::",
     "limits::",
