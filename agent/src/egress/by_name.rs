@@ -266,15 +266,24 @@ impl Way {
         self.tally.refused(name, refusal);
     }
 
-    /// Waits until a name may be reached no more, or nobody is served any more.
-    async fn ends(&self, name: &str) {
+    /// Waits until a name, or where it led to, may be reached no more, or nobody is served any more.
+    async fn ends(&self, name: &str, server: Option<Ipv4Addr>) {
         let (mut policy, mut serving) = (self.policy.clone(), self.serving.clone());
+        let is_denied = |policy: &Egress| server.is_some_and(|server| policy.denies(server));
         tokio::select! {
             // A sandbox that has gone permits nothing.
-            _ = policy.wait_for(|policy| !policy.permits(name)) => {}
+            _ = policy.wait_for(|policy| !policy.permits(name) || is_denied(policy)) => {}
             // Nothing is ever sent.
             _ = serving.changed() => {}
         }
+    }
+}
+
+/// Where a connection leads; `None` where it has ended already.
+fn address_of(server: &TcpStream) -> Option<Ipv4Addr> {
+    match server.peer_addr().ok()?.ip() {
+        IpAddr::V4(address) => Some(address),
+        IpAddr::V6(_) => None,
     }
 }
 
@@ -309,7 +318,7 @@ async fn lead(name: String, port: u16, policy: Arc<Egress>) -> Result<TcpStream,
 }
 
 fn is_permitted(address: Ipv4Addr, policy: &Egress) -> bool {
-    !is_closed(address) && !policy.denied.iter().any(|range| range.contains(address))
+    !is_closed(address) && !policy.denies(address)
 }
 
 /// Whether an address is one of this host's own: the kernel sends to those from themselves. Nothing is sent to find out; what cannot be

@@ -151,6 +151,11 @@ impl Egress {
         self.internet && !self.names.is_empty()
     }
 
+    /// Whether an address is among those that are not reachable, whatever else is said.
+    pub fn denies(&self, address: Ipv4Addr) -> bool {
+        self.denied.iter().any(|range| range.contains(address))
+    }
+
     /// Whether a server of this name may be reached.
     pub fn permits(&self, host: &str) -> bool {
         self.internet && self.names.iter().any(|name| name.matches(host))

@@ -15,7 +15,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpStream;
 
-use super::{HEAD_LIMIT, Refusal, Way};
+use super::{HEAD_LIMIT, Refusal, Way, address_of};
 use crate::errors::Chain;
 use crate::proxy::{headers, tunnel};
 
@@ -112,6 +112,7 @@ async fn pass_on(
     name: String,
     way: &Way,
 ) -> Result<Response<Body>, hyper::Error> {
+    let address = address_of(&stream);
     let (mut sender, connection) = client::Builder::new()
         .max_headers(MAX_HEADERS)
         .max_buf_size(MAX_HEAD)
@@ -143,7 +144,7 @@ async fn pass_on(
             };
             tokio::select! {
                 biased;
-                () = way.ends(&name) => {}
+                () = way.ends(&name, address) => {}
                 // How it ended is between the two.
                 outcome = relay => drop(outcome),
             }

@@ -287,6 +287,12 @@ async fn a_policy_that_changes_ends_what_it_forbids_and_nothing_else() {
         host.says(host.tls, &hello("a.example")).await.len() == 7,
         "no longer permitted"
     );
+    // Its name is still listed, and the address behind it denied.
+    host.policy.send_replace(Arc::new(Egress {
+        denied: vec!["127.0.0.0/8".parse().expect("a range")],
+        ..(*names(&["b.example"])).clone()
+    }));
+    assert_eq!(permitted.read(&mut [0; 1]).await.unwrap_or(0), 0, "it goes on");
 }
 
 #[tokio::test]

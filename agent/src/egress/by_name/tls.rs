@@ -6,7 +6,7 @@ use rustls::server::Acceptor;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use super::{HEAD_LIMIT, Refusal, Way};
+use super::{HEAD_LIMIT, Refusal, Way, address_of};
 use crate::proxy::tunnel;
 
 /// Most bytes of a first message, records' heads among them: with keys of every kind it has two thousand.
@@ -28,13 +28,14 @@ pub(super) async fn serve(mut stream: TcpStream, way: Way) {
         drop(stream.write_all(&UNRECOGNIZED).await);
         return;
     };
+    let address = address_of(&server);
     let pass_on = async {
         server.write_all(&seen).await?;
         tunnel::relay(stream, server, || ()).await
     };
     tokio::select! {
         biased;
-        () = way.ends(&name) => {}
+        () = way.ends(&name, address) => {}
         // How it ended is between the two.
         outcome = pass_on => drop::<io::Result<()>>(outcome),
     }
