@@ -237,7 +237,8 @@ async fn connection(
         return Ok(());
     };
     let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
-    let (role, client) = (access.role(certificate), certificate.map(Client::of));
+    let role = access.role(certificate);
+    let client = certificate.filter(|_| access.throttle.is_some()).map(Client::of);
     let access = access.clone();
     // By what was agreed on, not by what the first bytes look like: waiting for those has no limit of its own.
     let h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");

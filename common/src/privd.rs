@@ -162,18 +162,6 @@ pub struct NetworkCounters {
     pub rules: Vec<RuleCounter>,
 }
 
-impl NetworkCounters {
-    /// All rows of a rule, added up.
-    pub fn total(&self, rule: Rule) -> RuleCounter {
-        let rows = self.rules.iter().filter(|row| row.rule == rule);
-        rows.fold(RuleCounter::zero(rule), |sum, row| RuleCounter {
-            packets: sum.packets.saturating_add(row.packets),
-            bytes: sum.bytes.saturating_add(row.bytes),
-            ..sum
-        })
-    }
-}
-
 /// Packets and bytes that one rule has matched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RuleCounter {

@@ -2,14 +2,14 @@
 
 use std::io::{Read as _, Write as _};
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use roost_tests::roost::{
     self, PKI, Sandbox, call, certificates, curl, enveloped, kill_9, messages, pids, roost, wait_for_agent,
 };
-use roost_tests::{PATIENCE, eventually, in_rig, is_full_size, show};
+use roost_tests::{eventually, in_rig, is_full_size, show};
 use serde_json::{Value, json};
 
 /// Counts to 60, five a second, and ends with 7.
@@ -190,11 +190,9 @@ fn edits_within_tmux(sandbox: &Sandbox) {
     };
     let screen = || tmux(&["capture-pane", "-p"]);
     let shows = |word: &str| {
-        let began = Instant::now();
-        while !screen().contains(word) {
-            assert!(began.elapsed() < PATIENCE, "{word:?} never came: {}", screen());
-            std::thread::sleep(Duration::from_millis(100));
-        }
+        eventually(&format!("{word:?} on the screen"), || {
+            screen().contains(word).then_some(())
+        })
     };
     // By a file, since tmux itself does not always notice: on one processor it never waits for what has ended.
     let status = "/tmp/edited.status";

@@ -334,14 +334,13 @@ fn sandbox_chains(addresses: &SlotAddresses) -> Vec<Chain> {
 
 /// The part of a sandbox's table that is its policy. `own` are the host's addresses.
 fn policy_chains(policy: &EgressPolicy, agent: Ipv4Addr, own: &[Ipv4Addr]) -> [Chain; 3] {
-    let chains = match policy.internet {
+    let [first, second, third] = match policy.internet {
         // Ahead of the rule for established connections, so that closing the internet ends those that are open.
         Internet::Closed => [vec![], cut(vec![line([], Rule::NoInternet, Verdict::Drop)]), vec![]],
         Internet::Open | Internet::Listed => [named(policy, agent), cut(listed(policy)), egress(policy, agent, own)],
     };
-    let mut names = [NAMED, CUT, EGRESS].into_iter();
-    chains.map(|lines| Chain {
-        name: names.next().expect("as many names as chains"),
+    [(NAMED, first), (CUT, second), (EGRESS, third)].map(|(name, lines)| Chain {
+        name,
         base: None,
         lines,
     })
