@@ -123,6 +123,10 @@ const fn range([a, b, c, d]: [u8; 4], length: u8) -> Cidr {
     }
 }
 
+/// Connections of its own that a sandbox may have at a time, by the kernel's count of them: with those that end it, and a packet of UDP is
+/// one for half a minute. The host has room for a hundred times as many (`net.netfilter.nf_conntrack_max`, from `packaging/sysctl.d`).
+pub const MAX_CONNECTIONS: u32 = 8192;
+
 /// Whether an address is in one of the [`CLOSED`] ranges.
 pub fn is_closed(address: Ipv4Addr) -> bool {
     CLOSED.iter().any(|range| range.contains(address))

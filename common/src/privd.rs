@@ -206,6 +206,8 @@ pub enum Rule {
     Established,
     /// New connections of the guest's that lead to the agent, which judges them by the name they ask for.
     ByName,
+    /// New connections of the guest's while it has as many as it may have ([`MAX_CONNECTIONS`](crate::net::MAX_CONNECTIONS)).
+    TooMany,
     /// From the guest to a resolver of the policy.
     Resolver,
     /// From the guest to the namespace itself: only ping to its gateway.
@@ -230,6 +232,7 @@ impl Rule {
             | Self::NoInternet
             | Self::Denied
             | Self::NotListed
+            | Self::TooMany
             | Self::ClosedRange
             | Self::FromElsewhere => true,
             Self::Established | Self::ByName | Self::Resolver | Self::Gateway | Self::Internet | Self::FromHost => {
@@ -239,7 +242,7 @@ impl Rule {
     }
 
     /// All of them, in the order in which they are asked.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::Ipv6,
         Self::Spoofed,
         Self::Invalid,
@@ -248,6 +251,7 @@ impl Rule {
         Self::NotListed,
         Self::Established,
         Self::ByName,
+        Self::TooMany,
         Self::Resolver,
         Self::Gateway,
         Self::ClosedRange,
@@ -269,6 +273,7 @@ impl fmt::Display for Rule {
             Self::Denied => "denied",
             Self::NotListed => "not-listed",
             Self::ByName => "by-name",
+            Self::TooMany => "too-many",
             Self::Resolver => "resolver",
             Self::Gateway => "gateway",
             Self::ClosedRange => "closed-range",

@@ -1,9 +1,12 @@
 //! What a guest cannot reach.
 
+use std::collections::BTreeSet;
 use std::net::TcpStream;
+use std::path::Path;
 
+use roost_tests::disk;
 use roost_tests::internet::{HOST, HostAddresses, Internet, SERVER, Server, UPLINK, UnguardedLink, Watch, ask, run};
-use roost_tests::roost::Sandbox;
+use roost_tests::roost::{self, Sandbox};
 use roost_tests::{eventually, in_rig};
 
 /// Which addresses a guest reaches by a command, with `$a` for the address; all are tried at once.
@@ -183,5 +186,81 @@ fn ipv6_is_closed() {
             internet.runs(&format!("ping -6 -c1 -W1 ff02::1%{}", UnguardedLink::FAR_END));
             (watch.count("six") > 0).then_some(())
         });
+    });
+}
+
+/// What the host has learnt of what is on a block device: partitions, a file system, a partition table.
+fn learnt(device: &str) -> Vec<String> {
+    let block = Path::new("/sys/block").join(device);
+    let numbers = std::fs::read_to_string(block.join("dev")).expect("it is there");
+    // What udev remembers; nothing of a device that it has not come to.
+    let known = std::fs::read_to_string(format!("/run/udev/data/b{}", numbers.trim())).unwrap_or_default();
+    let known = known
+        .lines()
+        .filter(|line| line.starts_with("E:ID_FS_") || line.starts_with("E:ID_PART_"));
+    let partitions = std::fs::read_dir(&block).expect("listed").flatten();
+    let partitions = partitions.filter(|entry| entry.path().join("partition").exists());
+    let partitions = partitions.map(|entry| entry.file_name().to_string_lossy().into_owned());
+    known.map(str::to_owned).chain(partitions).collect()
+}
+
+/// A device and what it is made of.
+fn with_all_below(device: &str, all: &mut BTreeSet<String>) {
+    all.insert(device.to_owned());
+    let below = std::fs::read_dir(format!("/sys/block/{device}/slaves")).expect("listed");
+    for entry in below.flatten() {
+        with_all_below(&entry.file_name().to_string_lossy(), all);
+    }
+}
+
+/// Has udev look at a device once more, as after somebody has written to it.
+fn look_again(device: &str) {
+    run(&format!("udevadm trigger --action=change --settle /dev/{device}"));
+}
+
+#[test]
+fn the_host_reads_no_partition_table_and_no_file_system_off_a_guests_disk() {
+    in_rig(|| {
+        let sandbox = Sandbox::create(&["--memory", "256"]);
+        // A partition ahead of the file system that is there.
+        let entry = r"\x80\0\0\0\x83\0\0\0\0\x08\0\0\0\x10\0\0";
+        sandbox.sh(&format!(
+            "printf '{entry}' | dd of=/dev/vda bs=1 seek=446 conv=notrunc status=none && \
+             printf '\\x55\\xaa' | dd of=/dev/vda bs=1 seek=510 conv=notrunc,fsync status=none"
+        ));
+        let said_before = disk::run("dmesg", &[]).lines().count();
+        let mut copy = None;
+        for _ in 0..2 {
+            let device = roost::disk_of(&sandbox.id).expect("it has a disk");
+            copy.get_or_insert_with(|| {
+                let copy = "/var/tmp/of-a-guest";
+                run(&format!("dd if=/dev/{device} of={copy} bs=1M count=16 status=none"));
+                copy
+            });
+            let mut all = BTreeSet::new();
+            with_all_below(&device, &mut all);
+            assert!(all.iter().any(|device| device.starts_with("loop")), "{all:?}");
+            for device in &all {
+                look_again(device);
+                assert_eq!(learnt(device), Vec::<String>::new(), "{device}");
+            }
+            sandbox.pause();
+            sandbox.resume();
+        }
+        let said = disk::run("dmesg", &[]);
+        let said: Vec<&str> = said.lines().skip(said_before).collect();
+        let of_a_disk = |line: &&&str| line.contains("EXT4-fs") || line.contains(": p1");
+        assert_eq!(said.iter().filter(of_a_disk).count(), 0, "{said:#?}");
+
+        // A control: a loop of somebody else's with the same on it.
+        let copy = copy.expect("made above");
+        let foreign = disk::run("losetup", &["--find", "--show", "--partscan", copy]);
+        let foreign = foreign.trim().trim_start_matches("/dev/");
+        look_again(foreign);
+        let known = learnt(foreign);
+        run(&format!("losetup --detach /dev/{foreign}"));
+        std::fs::remove_file(copy).expect("removed");
+        assert!(known.iter().any(|what| what.starts_with("E:ID_")), "{known:?}");
+        assert!(known.contains(&format!("{foreign}p1")), "{known:?}");
     });
 }

@@ -1,4 +1,5 @@
-//! The VMM's own cgroup, and how much of the host it may use: memory for its guest and itself, processor time for its vCPUs, threads.
+//! The VMM's own cgroup, and how much of the host it may use: memory for its guest and itself, processor time for its vCPUs, threads,
+//! and where the host limits disks, its disk.
 //!
 //! ```text
 //! …/roost-vmmshim@N.service   delegated by systemd to the uid of this VM
@@ -7,14 +8,20 @@
 //! ```
 //!
 //! A cgroup that shares its controllers out may hold no processes itself, hence two. Nothing here needs removing: systemd removes
-//! the unit's cgroup with all below it. Not here: how fast disk and network may be (the VMM's own limiters).
+//! the unit's cgroup with all below it. Not here: how fast a guest's disk and network are, which its VMM keeps. What is here holds for
+//! a VMM that was taken over too; of its network there is no such limit.
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
+use std::num::NonZeroU64;
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 
+use roost_common::shim::{RateLimits, VmSpec};
 use roost_common::units::{Mebibytes, Vcpus};
 use serde::Deserialize;
+
+use crate::spec::block_device;
 
 const ROOT: &str = "/sys/fs/cgroup";
 const SHIM: &str = "shim";
@@ -47,8 +54,8 @@ impl VmmCgroup {
     /// Makes it, inside the cgroup of this process, or takes the one that an earlier attempt has made.
     ///
     /// # Errors
-    /// Where there is no cgroup v2, or it is not this uid's to divide.
-    pub(crate) fn make(vcpus: Vcpus, memory: Mebibytes, overhead: Overhead) -> io::Result<Self> {
+    /// Where there is no cgroup v2, it is not this uid's to divide, or `disk` is to be limited and the kernel cannot.
+    pub(crate) fn make(spec: &VmSpec, overhead: Overhead, disk: BorrowedFd<'_>) -> io::Result<Self> {
         let own = own();
         let unit = own.strip_suffix(&format!("/{SHIM}")).unwrap_or(&own);
         let path = |name: &str| PathBuf::from(format!("{ROOT}{unit}/{name}"));
@@ -61,8 +68,14 @@ impl VmmCgroup {
         }
         let vmm = path(VMM);
         make_directory(&vmm)?;
-        for (file, limit) in limits(vcpus, memory, overhead) {
+        for (file, limit) in limits(spec.vcpus, spec.memory, overhead) {
             fs::write(vmm.join(file), limit)?;
+        }
+        // Something else only under a foreign profile.
+        if let Some(device) = block_device(disk)
+            && let Some(limit) = disk_limit(spec.limits, device)
+        {
+            fs::write(vmm.join("io.max"), limit)?;
         }
         Ok(Self {
             name: format!("{unit}/{VMM}"),
@@ -82,6 +95,18 @@ fn limits(vcpus: Vcpus, memory: Mebibytes, overhead: Overhead) -> [(&'static str
         ("cpu.max", format!("{time} {PERIOD}")),
         ("pids.max", (vcpus + overhead.threads).to_string()),
     ]
+}
+
+/// The line of `io.max` for a disk with these limits, if there are any. The kernel counts reads and writes apart, so together they may be
+/// twice what the VMM keeps its guest to.
+fn disk_limit(limits: RateLimits, (major, minor): (u64, u64)) -> Option<String> {
+    let pair = |unit: &str, limit: Option<NonZeroU64>| limit.map(|limit| format!(" r{unit}={limit} w{unit}={limit}"));
+    let (bytes, operations) = (pair("bps", limits.disk_bytes), pair("iops", limits.disk_operations));
+    if bytes.is_none() && operations.is_none() {
+        return None;
+    }
+    let [bytes, operations] = [bytes, operations].map(Option::unwrap_or_default);
+    Some(format!("{major}:{minor}{bytes}{operations}"))
 }
 
 fn make_directory(path: &Path) -> io::Result<()> {
@@ -126,5 +151,22 @@ mod tests {
             assert!(limits.contains(&(file, limit.to_string())), "{limits:?}");
         }
         assert!(limits.contains(&("cpu.max", "300000 100000".into())), "{limits:?}");
+    }
+
+    #[test]
+    fn a_disk_has_limits_where_its_host_has_some() {
+        let limits = |bytes, operations| RateLimits {
+            disk_bytes: NonZeroU64::new(bytes),
+            disk_operations: NonZeroU64::new(operations),
+            network_bytes: NonZeroU64::new(1),
+        };
+        let line = |bytes, operations| disk_limit(limits(bytes, operations), (253, 7));
+        assert_eq!(line(0, 0), None);
+        assert_eq!(line(4096, 0).as_deref(), Some("253:7 rbps=4096 wbps=4096"));
+        assert_eq!(line(0, 50).as_deref(), Some("253:7 riops=50 wiops=50"));
+        assert_eq!(
+            line(4096, 50).as_deref(),
+            Some("253:7 rbps=4096 wbps=4096 riops=50 wiops=50")
+        );
     }
 }

@@ -78,7 +78,7 @@ pub(crate) fn launch(options: &Options, request: Launch) -> Result<Vm, ShimError
 
     let overhead = options.profile.overhead().filter(|_| !options.child);
     let cgroup = overhead
-        .map(|overhead| VmmCgroup::make(spec.vcpus, spec.memory, overhead))
+        .map(|overhead| VmmCgroup::make(&spec, overhead, disk.as_fd()))
         .transpose()
         .map_err(at(LaunchStep::MakeCgroup))?;
     let (cgroup, entrance) = match cgroup {

@@ -70,6 +70,12 @@ impl Node {
     }
 }
 
+/// Major and minor number of what a descriptor leads to, where that is a block device.
+pub(crate) fn block_device(fd: BorrowedFd<'_>) -> Option<(u64, u64)> {
+    let node = Node::of(fd)?;
+    (node.kind == SFlag::S_IFBLK).then_some(node.device)
+}
+
 /// Checks that `disk` is the device-mapper snapshot of the spec's sandbox, and that `node`, which is `/dev/dm-N` and what the VMM
 /// will open, is the same device.
 pub(crate) fn check_disk(spec: &VmSpec, disk: BorrowedFd<'_>, node: BorrowedFd<'_>) -> Result<(), SpecField> {

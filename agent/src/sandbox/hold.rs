@@ -106,8 +106,13 @@ impl Hold {
     async fn undo(&self, host: &Host, id: &SandboxId, error: &VmmError) {
         match error {
             VmmError::Refused { .. } | VmmError::Connect { .. } => self.held.store(false, Ordering::Release),
-            // Where that fails too it is tried again from without, as for any that is held.
-            VmmError::Timeout { .. } | VmmError::Http { .. } => drop(self.release(host, id).await),
+            // Twice, for it may be followed only once the VMM has said that its guest runs. Where that fails too it is tried again from
+            // without, as for any that is held.
+            VmmError::Timeout { .. } | VmmError::Http { .. } => {
+                drop(self.release(host, id).await);
+                self.held.store(true, Ordering::Release);
+                drop(self.release(host, id).await);
+            }
         }
     }
 

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use roost_agent::egress::{self, Egress};
 use roost_agent::errors::Chain;
 use roost_agent::host::images::TemplateRef;
 use roost_agent::registry::Registry;
@@ -10,7 +11,7 @@ use roost_agent::sandbox::plan::{Plan, Wish};
 use roost_agent::sandbox::resume::From;
 use roost_agent::sandbox::task::Handle;
 use roost_agent::sandbox::{
-    CaptureWish, CreateFailure, PauseFailure, PauseReason, ResumeError, ResumeFailure, ResumeWish,
+    CaptureWish, CreateFailure, EgressFailure, PauseFailure, PauseReason, ResumeError, ResumeFailure, ResumeWish,
 };
 use roost_agent::templates::{self, CaptureKind};
 use roost_common::ids::SandboxId;
@@ -29,6 +30,22 @@ pub(crate) fn templates() -> [TemplateRef; 2] {
     [1, 2].map(|number| TemplateRef {
         team: Uuid::from_u128(7),
         template: Uuid::from_u128(number),
+    })
+}
+
+/// What sandboxes may reach. By name nothing, for that has listeners of its own.
+fn policies() -> [egress::Wish; 4] {
+    [
+        ("", ""),
+        ("", "192.0.2.0/24"),
+        ("198.51.100.0/24", ""),
+        ("", "0.0.0.0/0"),
+    ]
+    .map(|(allow, deny)| egress::Wish {
+        no_internet: deny == "0.0.0.0/0",
+        allow: allow.split_whitespace().map(str::to_owned).collect(),
+        deny: deny.split_whitespace().map(str::to_owned).collect(),
+        ..egress::Wish::default()
     })
 }
 
@@ -53,13 +70,14 @@ impl Caller {
             let id = self.ids[index].clone();
             match self.registry.find(&id) {
                 None => self.create(id).await,
-                Some(handle) => match self.dice.roll(20) {
+                Some(handle) => match self.dice.roll(23) {
                     0..6 => self.pause(&handle).await,
                     6..12 => self.resume(&handle).await,
                     12..14 => self.destroy(&handle).await,
                     14..17 => self.capture(&handle).await,
                     17 => self.hold(&handle).await,
                     18 => self.create(id).await,
+                    19..22 => self.set_egress(&handle).await,
                     _ => self.delete_template().await,
                 },
             }
@@ -100,6 +118,7 @@ impl Caller {
             template_id: template.template.to_string(),
             memory_mb: i32::try_from(MEMORY >> 20).expect("MiB"),
             timeout_sec: self.dice.one_of(&[0, 0, 60, 200]),
+            egress: self.policy(),
             ..Wish::default()
         };
         let host = self.registry.host().clone();
@@ -173,6 +192,30 @@ impl Caller {
                     ResumeFailure::Failed(_) | ResumeFailure::Refused(_) | ResumeFailure::Host(_) => {}
                 }
             }
+        }
+    }
+
+    fn policy(&mut self) -> egress::Wish {
+        let number = usize::try_from(self.dice.roll(4)).expect("a number");
+        policies()[number].clone()
+    }
+
+    async fn set_egress(&mut self, handle: &Handle) {
+        let id = &handle.plan.id;
+        let egress = Egress::check(self.policy()).expect("one of ours");
+        let before = self.oracle.egress_changes(id);
+        match self
+            .answer("change of policy", id, handle.set_egress(egress.clone()))
+            .await
+        {
+            Some(Ok(())) => self.oracle.egress_changed(id, before, Some(egress)),
+            Some(Err(error)) => {
+                self.oracle.egress_changed(id, before, None);
+                if !matches!(error, EgressFailure::Refused(_)) {
+                    self.failed("a change of policy", id, &error);
+                }
+            }
+            None => {}
         }
     }
 

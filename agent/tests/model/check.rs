@@ -90,8 +90,27 @@ fn record(registry: &Registry, handle: &Handle) -> Option<String> {
         (View::Unreachable, Phase::Running | Phase::Thawing(_)) => true,
         _ => false,
     };
+    if record.plan.egress != *handle.egress() {
+        return Some(format!(
+            "{id} may reach {:?}, and its record says {:?}",
+            handle.egress(),
+            record.plan.egress
+        ));
+    }
     let name = handle.view().name();
     (!as_it_should_be).then(|| format!("{id} is {name}, and its record says {:?}", record.phase))
+}
+
+/// Says which sandboxes that run are let through to something else than they may reach, where nothing has failed.
+pub(crate) fn policies(world: &World, registry: &Registry) {
+    for handle in registry.list() {
+        let may = handle.egress().policy(&registry.host().resolvers);
+        let is = world.lock().policy_in(handle.slot.slot()).cloned();
+        if matches!(handle.view(), View::Running(..)) && is.as_ref() != Some(&may) {
+            let id = &handle.plan.id;
+            world.wrong(format!("{id} may reach {may:?}, and is let through to {is:?}"));
+        }
+    }
 }
 
 /// What there is of one sandbox.

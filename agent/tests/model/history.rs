@@ -117,6 +117,9 @@ impl History {
         let agent = Agent::start(&world, self.dice.chance(250)).await;
         agent.rest(&world).await;
         self.oracle.look(&world, &agent.registry, false);
+        if is_last {
+            check::policies(&world, &agent.registry);
+        }
         for _ in 0..1 + self.dice.roll(2) {
             world.set_faults(self.faults);
             let mut callers = tokio::task::JoinSet::new();
@@ -139,6 +142,7 @@ impl History {
         if self.faults == 0 {
             tokio::time::sleep(Duration::from_secs(3600)).await;
             check::idleness(&world, &agent.registry);
+            check::policies(&world, &agent.registry);
         }
         if is_last {
             let with_drain = self.dice.chance(300);

@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use roost_agent::egress::Egress;
 use roost_agent::host::files::Layout;
 use roost_agent::registry::Registry;
 use roost_agent::sandbox::record::{Phase, Record};
-use roost_agent::sandbox::task::View;
+use roost_agent::sandbox::task::{Handle, View};
 use roost_common::ids::SandboxId;
 
 use crate::world::World;
@@ -25,6 +26,11 @@ struct Fate {
     under_way: u32,
     /// Such a call was not answered, or with an error: it may go on by itself.
     lingers: bool,
+    /// What it may reach, and whether its network has kept to that; `None` where somebody may have changed it.
+    egress: Option<(Egress, bool)>,
+    /// Calls that change that, ever, and those that were not answered.
+    egress_changes: u64,
+    egress_under_way: u32,
 }
 
 impl Fate {
@@ -108,7 +114,10 @@ impl Oracle {
 
     /// Somebody asks for its end.
     pub(crate) fn end(self: &Arc<Self>, id: &SandboxId) -> Disturbance {
-        self.fate(id, |fate| fate.is_there = false);
+        self.fate(id, |fate| {
+            fate.is_there = false;
+            fate.egress = None;
+        });
         self.disturb(id)
     }
 
@@ -116,8 +125,31 @@ impl Oracle {
     pub(crate) fn may_be_made(&self, id: &SandboxId) -> bool {
         self.fate(id, |fate| {
             fate.is_abandoned = false;
+            fate.egress = None;
+            fate.egress_changes += 1;
             !fate.is_paused
         })
+    }
+
+    /// Somebody asks for another policy. Whether nobody else has, and how many have.
+    pub(crate) fn egress_changes(&self, id: &SandboxId) -> Before {
+        self.fate(id, |fate| {
+            let alone = fate.egress_under_way == 0 && fate.is_alone();
+            fate.egress = None;
+            fate.egress_under_way += 1;
+            fate.egress_changes += 1;
+            Before(alone.then_some(fate.egress_changes + fate.disturbances))
+        })
+    }
+
+    /// It was answered: that it is so from now on, or with an error.
+    pub(crate) fn egress_changed(&self, id: &SandboxId, before: Before, egress: Option<Egress>) {
+        self.fate(id, |fate| {
+            fate.egress_under_way -= 1;
+            if before.0 == Some(fate.egress_changes + fate.disturbances) {
+                fate.egress = egress.map(|egress| (egress, true));
+            }
+        });
     }
 
     /// Nobody waits for its create any more.
@@ -150,6 +182,10 @@ impl Oracle {
     pub(crate) fn begins(&self, world: &World, layout: &Layout) {
         for (id, fate) in self.lock().iter_mut() {
             fate.lingers = false;
+            // What was under way is done or not.
+            if std::mem::take(&mut fate.egress_under_way) > 0 {
+                fate.egress = None;
+            }
             let runs = world
                 .lock()
                 .shims
@@ -167,7 +203,8 @@ impl Oracle {
     pub(crate) fn look(&self, world: &World, registry: &Registry, all: bool) {
         let ids: Vec<SandboxId> = self.lock().keys().cloned().collect();
         for id in ids {
-            let view = registry.find(&id).map(|handle| handle.view());
+            let handle = registry.find(&id);
+            let view = handle.as_ref().map(|handle| handle.view());
             let (is_paused, is_running) = (
                 matches!(view, Some(View::Paused(_))),
                 matches!(view, Some(View::Running(..))),
@@ -178,8 +215,14 @@ impl Oracle {
                 let before = fate.clone();
                 fate.lingers = false;
                 fate.is_paused |= is_paused;
+                fate.egress_under_way = 0;
                 before
             });
+            if let Some(handle) = &handle
+                && (is_paused || is_running)
+            {
+                self.look_at_egress(world, handle, fate.egress.as_ref(), is_running);
+            }
             if fate.is_abandoned && !is_gone {
                 world.wrong(format!(
                     "{id} was made for somebody who has gone away, and it is {seen}"
@@ -195,5 +238,21 @@ impl Oracle {
                 ));
             }
         }
+    }
+
+    /// Compares what a sandbox may reach with what was said; from here on what is seen is known.
+    fn look_at_egress(&self, world: &World, handle: &Handle, known: Option<&(Egress, bool)>, is_running: bool) {
+        let id = &handle.plan.id;
+        let (egress, policy) = (handle.egress(), world.lock().policy_in(handle.slot.slot()).cloned());
+        // A sandbox that is paused has no network, and gets one that keeps to it.
+        let is_kept = !is_running || policy == Some(egress.policy(&[]));
+        if let Some((told, was_kept)) = known {
+            if *told != *egress {
+                world.wrong(format!("{id} may reach {egress:?}, and was to reach {told:?}"));
+            } else if *was_kept && !is_kept {
+                world.wrong(format!("{id} is let through to {policy:?}, and may reach {egress:?}"));
+            }
+        }
+        self.fate(id, |fate| fate.egress = Some(((*egress).clone(), is_kept)));
     }
 }

@@ -126,7 +126,8 @@ impl Privd for Session {
             let slot = request.slot;
             let made = session.make(ResourceKind::Network, || {
                 let dir = session.world.path("tmp");
-                session.world.lock().make_network(&dir, slot)
+                let policy = request.policy.clone();
+                session.world.lock().make_network(&dir, slot, policy)
             });
             let made = made.await;
             if made.is_err() {
@@ -142,8 +143,17 @@ impl Privd for Session {
         .await
     }
 
-    async fn set_policy(self, _: Context, _: SetPolicy) -> Result<(), PrivdError> {
-        self.answer(std::future::ready(Ok(()))).await
+    async fn set_policy(self, _: Context, request: SetPolicy) -> Result<(), PrivdError> {
+        let world = self.world.clone();
+        self.answer(async move {
+            let mut inner = world.lock();
+            match inner.network_of(&file(&request.tap)) {
+                Some(network) => network.policy = request.policy,
+                None => inner.wrong.push("a policy was to be set of what is no tap".into()),
+            }
+            Ok(())
+        })
+        .await
     }
 
     async fn network_counters(self, _: Context, request: ReadCounters) -> Result<NetworkCounters, PrivdError> {

@@ -14,6 +14,7 @@ use std::time::Duration;
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
 use roost_agent::guest::GuestNet;
 use roost_common::ids::{SandboxId, Slot};
+use roost_common::privd::EgressPolicy;
 use rustix::fs::{FlockOperation, flock};
 use tokio::sync::{Notify, watch};
 
@@ -100,6 +101,8 @@ pub(crate) fn moment_of(file: &File) -> u64 {
 #[derive(Debug)]
 pub(crate) struct Network {
     pub(crate) slot: Slot,
+    /// What its guest may reach.
+    pub(crate) policy: EgressPolicy,
     lent: Lent,
 }
 
@@ -306,13 +309,13 @@ impl Inner {
     }
 
     /// Makes a slot's network; `None` while there is one.
-    pub(crate) fn make_network(&mut self, dir: &Path, slot: Slot) -> Option<OwnedFd> {
+    pub(crate) fn make_network(&mut self, dir: &Path, slot: Slot, policy: EgressPolicy) -> Option<OwnedFd> {
         self.collect();
         if self.networks.iter().any(|network| network.slot == slot) {
             return None;
         }
         let (lent, out) = Lent::new(dir, 0);
-        self.networks.push(Network { slot, lent });
+        self.networks.push(Network { slot, policy, lent });
         Some(out)
     }
 
@@ -323,9 +326,15 @@ impl Inner {
     }
 
     /// The network behind a descriptor.
-    pub(crate) fn network_of(&self, descriptor: &File) -> Option<&Network> {
+    pub(crate) fn network_of(&mut self, descriptor: &File) -> Option<&mut Network> {
         let inode = descriptor.metadata().expect("metadata").ino();
-        self.networks.iter().find(|network| network.lent.inode == inode)
+        self.networks.iter_mut().find(|network| network.lent.inode == inode)
+    }
+
+    /// The policy of the network in a slot; `None` where there is none.
+    pub(crate) fn policy_in(&self, slot: Slot) -> Option<&EgressPolicy> {
+        let network = self.networks.iter().find(|network| network.slot == slot);
+        network.map(|network| &network.policy)
     }
 }
 

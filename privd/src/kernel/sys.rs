@@ -2,13 +2,18 @@
 //! `OwnedFd` and `BorrowedFd` only.
 #![allow(
     unsafe_code,
-    reason = "ioctls of loop and tun devices, and the descriptor that systemd passes; see SAFETY at each block"
+    reason = "ioctls of loop and tun devices, the descriptor that systemd passes, and an expression of nftables that its wrapper lacks; \
+              see SAFETY at each block"
 )]
 
 use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::ptr::NonNull;
 
+use nftnl::nftnl_sys::{
+    NFTNL_EXPR_CONNLIMIT_COUNT, NFTNL_EXPR_CONNLIMIT_FLAGS, nftnl_expr, nftnl_expr_alloc, nftnl_expr_set_u32,
+};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 
 /// `struct loop_info64` of `linux/loop.h`.
@@ -159,5 +164,31 @@ pub(crate) fn take_passed_socket() -> io::Result<OwnedFd> {
             std::mem::forget(passed);
             Err(errno.into())
         }
+    }
+}
+
+/// `linux/netfilter/nf_tables.h`.
+const NFT_CONNLIMIT_F_INV: u32 = 1;
+
+/// The condition of nftables that more than so many connections which a rule was asked about are still there (`nft_connlimit`).
+pub(super) struct ConnectionsOver(pub(super) u32);
+
+impl nftnl::expr::Expression for ConnectionsOver {
+    fn to_expr(&self, _: &nftnl::Rule<'_>) -> NonNull<nftnl_expr> {
+        // SAFETY: allocates an expression of a kind that libnftnl knows, or gives NULL where there is no memory. It is the caller's to
+        // free, who gives it to a rule.
+        let expression = unsafe { nftnl_expr_alloc(c"connlimit".as_ptr()) };
+        let expression = NonNull::new(expression).expect("libnftnl knows connlimit");
+        let type_of = |kind: u32| u16::try_from(kind).expect("attributes are few");
+        // Without it the condition is that there are no more than that.
+        let attributes = [
+            (NFTNL_EXPR_CONNLIMIT_COUNT, self.0),
+            (NFTNL_EXPR_CONNLIMIT_FLAGS, NFT_CONNLIMIT_F_INV),
+        ];
+        for (kind, value) in attributes {
+            // SAFETY: the expression is live and of the kind that has these attributes, of 32 bits.
+            unsafe { nftnl_expr_set_u32(expression.as_ptr(), type_of(kind), value) };
+        }
+        expression
     }
 }

@@ -294,6 +294,48 @@ fn an_open_policy_lets_the_guest_reach_the_internet_and_nothing_else() {
 }
 
 #[test]
+fn a_flood_of_connections_ends_at_a_bound_and_costs_nobody_else_any() {
+    in_rig(|| {
+        let rig = Rig::start();
+        let _internet = internet::Internet::connect();
+        let (one, two) = (
+            rig.open_network(1, open_policy()).expect("opened"),
+            rig.open_network(2, open_policy()).expect("opened"),
+        );
+        let (mut guest, mut other) = (Guest::on(&one), Guest::on(&two));
+        let world = udp_in_the_internet(7000);
+        let from_port = |port| Packet {
+            ports: Some((port, 7000)),
+            ..to(server(), 7000)
+        };
+        guest.send(from_port(1000));
+        let (_, from, port) = received(&world).expect("it arrived");
+        // Each port is a connection.
+        let more = 50;
+        for n in 1..u16::try_from(MAX_CONNECTIONS).expect("below ports") + more {
+            guest.send(from_port(1000 + n));
+        }
+        let count = |rule| rig.count(&one.tap, rule);
+        assert_eq!(count(Rule::Internet), u64::from(MAX_CONNECTIONS));
+        assert_eq!(count(Rule::TooMany), u64::from(more));
+        // A new policy is not a new count.
+        rig.set_policy(&one.tap, open_policy()).expect("changed");
+        guest.send(from_port(60_000));
+        assert_eq!((count(Rule::TooMany), count(Rule::Internet)), (u64::from(more) + 1, 0));
+        // What was there goes on, the host gets through, and so does another sandbox.
+        while received(&world).is_ok() {}
+        world.send_to(b"w", (from, port)).expect("sent");
+        assert_eq!(guest.receive(|packet| packet.ports.is_some()).first, b'w');
+        udp("0.0.0.0:0")
+            .send_to(b"h", (one.addresses.host, 49983))
+            .expect("sent");
+        assert_eq!(guest.receive(|packet| packet.ports.is_some()).first, b'h');
+        other.send(from_port(1000));
+        assert_eq!(received(&world).expect("it arrived").0, b'x');
+    });
+}
+
+#[test]
 fn nobody_but_the_host_opens_connections_to_a_guest() {
     in_rig(|| {
         let rig = Rig::start();

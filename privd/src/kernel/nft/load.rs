@@ -19,6 +19,7 @@ use super::{
     Chain, HOST_TABLE, Interface, Line, Match, SANDBOX_TABLE, Verdict, host_chains, policy_chains, sandbox_chains,
 };
 use crate::kernel::netlink::{Kind, Netlink, messages};
+use crate::kernel::sys::ConnectionsOver;
 
 /// The connection's destination was translated; from `linux/netfilter/nf_conntrack_common.h`.
 const IPS_DST_NAT: u32 = 1 << 5;
@@ -238,6 +239,7 @@ impl Match {
                 rule.add_expr(&Conntrack::Status);
                 any_of(rule, IPS_DST_NAT);
             }
+            Self::ConnectionsOver(most) => rule.add_expr(&ConnectionsOver(most)),
         }
     }
 }

@@ -8,8 +8,9 @@
 //!             to the host address --> DNAT            from tap0 --> cut (all but answers to the host: internet closed, denied,
 //!             from tap0 --> named (DNAT to                 not listed --> drop)
 //!               the agent where names count)          established --> accept
-//! input:      established; ping to the gateway        from tap0 to eth0 --> egress (the agent where names count, resolvers,
-//!             else drop                                    closed ranges, internet)
+//! input:      established; ping to the gateway        from tap0, more than it may have --> drop
+//!             else drop                               from tap0 to eth0 --> egress (the agent where names count, resolvers,
+//!                                                          closed ranges, internet)
 //! postrouting: from the guest --> SNAT                from eth0 to tap0: the host's end only
 //!                                                     else drop
 //! ```
@@ -28,7 +29,7 @@ use std::net::Ipv4Addr;
 use nftnl::expr::States;
 use nftnl::{ChainType, Hook};
 use roost_common::net::{
-    CLOSED, Cidr, GATEWAY, GUEST, GUEST_MAC, PROXY_HTTP, PROXY_TLS, SlotAddresses, VETH_NET, is_closed,
+    CLOSED, Cidr, GATEWAY, GUEST, GUEST_MAC, MAX_CONNECTIONS, PROXY_HTTP, PROXY_TLS, SlotAddresses, VETH_NET, is_closed,
 };
 use roost_common::privd::{EgressPolicy, Internet, Rule};
 
@@ -98,6 +99,8 @@ enum Match {
     State(States),
     /// The connection was opened from outside, to the host address.
     Translated,
+    /// This rule has been asked about more connections than so many, this one among them, that the kernel still knows.
+    ConnectionsOver(u32),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -315,6 +318,13 @@ fn sandbox_chains(addresses: &SlotAddresses) -> Vec<Chain> {
                 line([Match::State(States::INVALID)], Rule::Invalid, Verdict::Drop),
                 line([Match::In(TAP)], None, Verdict::Jump(CUT)),
                 line([known()], Rule::Established, Verdict::Accept),
+                // Not in a chain that is replaced: the count would begin anew. The host keeps track of each of them too, for all sandboxes
+                // in one table.
+                line(
+                    [Match::In(TAP), Match::ConnectionsOver(MAX_CONNECTIONS)],
+                    Rule::TooMany,
+                    Verdict::Drop,
+                ),
                 line([Match::In(TAP), Match::Out(UPLINK)], None, Verdict::Jump(EGRESS)),
                 line(
                     [
@@ -451,6 +461,7 @@ mod tests {
         port: u16,
         state: States,
         translated: bool,
+        connections: u32,
     }
 
     const UNKNOWN: Ipv4Addr = Ipv4Addr::new(8, 8, 8, 8);
@@ -467,6 +478,7 @@ mod tests {
         port: 443,
         state: States::NEW,
         translated: false,
+        connections: 1,
     };
 
     fn matches(condition: &Match, packet: &Packet) -> bool {
@@ -489,6 +501,7 @@ mod tests {
             Match::IcmpType(kind) => packet.protocol == ICMP && packet.port == u16::from(kind),
             Match::State(states) => states.contains(packet.state),
             Match::Translated => packet.translated,
+            Match::ConnectionsOver(most) => packet.connections > most,
         }
     }
 
@@ -584,6 +597,35 @@ mod tests {
             };
             assert_eq!(forwarded(&chains, &packet).0, Verdict::Accept, "{open:?}");
         }
+    }
+
+    #[test]
+    fn a_guest_has_so_many_connections_and_keeps_those() {
+        let chains = sandbox(Internet::Open, &[]);
+        let with = |connections, state| {
+            let packet = Packet {
+                connections,
+                state,
+                ..OUTGOING
+            };
+            forwarded(&chains, &packet)
+        };
+        let passes = (Verdict::Accept, Some(Rule::Internet));
+        assert_eq!(with(MAX_CONNECTIONS, States::NEW), passes);
+        let over = MAX_CONNECTIONS + 1;
+        assert_eq!(with(over, States::NEW), (Verdict::Drop, Some(Rule::TooMany)));
+        let established = (Verdict::Accept, Some(Rule::Established));
+        assert_eq!(with(over, States::ESTABLISHED), established);
+        let from_host = Packet {
+            from: c"eth0",
+            to: c"tap0",
+            source: addresses().veth_host,
+            destination: GUEST,
+            translated: true,
+            connections: over,
+            ..OUTGOING
+        };
+        assert_eq!(forwarded(&chains, &from_host), (Verdict::Accept, Some(Rule::FromHost)));
     }
 
     #[test]
