@@ -1,9 +1,25 @@
 //! What the agent reads of what others write, as functions of any bytes: none of them may panic, and each checks what must hold of what it
 //! has taken. For the fuzzers in `fuzz/` (`cargo xtask fuzz`), and for a test that plays their corpora with changes each time.
 
+use std::mem::MaybeUninit;
+use std::net::Ipv4Addr;
+use std::os::fd::{AsFd, OwnedFd};
+
+use futures::StreamExt;
 use http::Uri;
+use roost_common::ipc;
+use roost_common::privd::PrivdServerTransport;
+use roost_common::shim::{FromShim, ToShim};
+use rustix::cmsg_space;
+use rustix::net::{AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
 
 use crate::egress::{Name, by_name, name};
+use crate::guest::process::Command;
+use crate::guest::{Guest, Token};
 use crate::proxy;
 use crate::sandbox::record::Record;
 use crate::snapshot::{self, manifest::Manifest};
@@ -13,10 +29,12 @@ use roost_common::net::Cidr;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 7] = [
+pub const TARGETS: [Target; 9] = [
     ("client_hello", client_hello),
+    ("guest_answer", guest_answer),
     ("location", location),
     ("manifest", manifest),
+    ("packet", packet),
     ("policy", policy),
     ("proxy_path", proxy_path),
     ("record", record),
@@ -84,6 +102,112 @@ pub fn location(bytes: &[u8]) {
 /// The first bytes of a guest's connection to a server by name.
 pub fn client_hello(bytes: &[u8]) {
     by_name::judge_hello(bytes);
+}
+
+/// Most descriptors that a fuzzed packet carries: one more than any message of ours takes.
+const DESCRIPTORS: u8 = 4;
+
+/// A packet, as privd, a shim and the agent get it: whose by the first byte, how many descriptors it carries by the second, and its bytes.
+pub fn packet(bytes: &[u8]) {
+    let _: bool = judge_packet(bytes);
+}
+
+/// Whether it is a packet of ours.
+fn judge_packet(bytes: &[u8]) -> bool {
+    let [whose, descriptors, payload @ ..] = bytes else {
+        return false;
+    };
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let pair = rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None);
+    let (ours, theirs) = pair.expect("a pair of sockets");
+    let given: Vec<OwnedFd> = (0..descriptors % (DESCRIPTORS + 1))
+        .map(|_| std::fs::File::open("/dev/null").expect("it is there").into())
+        .collect();
+    let given: Vec<_> = given.iter().map(AsFd::as_fd).collect();
+    let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(DESCRIPTORS as usize))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if !given.is_empty() {
+        assert!(ancillary.push(SendAncillaryMessage::ScmRights(&given)), "there is room");
+    }
+    let payload = std::io::IoSlice::new(payload);
+    // One that is too long for the socket is none.
+    if rustix::net::sendmsg(&ours, &[payload], &mut ancillary, SendFlags::NOSIGNAL).is_err() {
+        return false;
+    }
+    match whose % 3 {
+        0 => received_again::<ToShim>(&ours, &theirs),
+        1 => received_again::<FromShim>(&ours, &theirs),
+        _ => in_runtime(async {
+            let mut calls = PrivdServerTransport::new(theirs).expect("a socket");
+            matches!(calls.next().await, Some(Ok(_)))
+        }),
+    }
+}
+
+/// Whether it is understood; what is, is understood again when it is sent on.
+fn received_again<T: Serialize + DeserializeOwned>(ours: &OwnedFd, theirs: &OwnedFd) -> bool {
+    let Ok((message, _)) = ipc::receive::<T>(theirs.as_fd()) else {
+        return false;
+    };
+    ipc::send(ours.as_fd(), &message).expect("what fitted a packet");
+    ipc::receive::<T>(theirs.as_fd()).expect("what we sent");
+    true
+}
+
+/// All that a guest sends back to a call: which call by the first byte. Whatever it is, the call ends with it.
+pub fn guest_answer(bytes: &[u8]) {
+    let _: bool = judge_answer(bytes);
+}
+
+/// Whether the call succeeds.
+fn judge_answer(bytes: &[u8]) -> bool {
+    let [which, answer @ ..] = bytes else {
+        return false;
+    };
+    in_runtime(async {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a free port");
+        let guest = Guest::new(listener.local_addr().expect("it is bound"), Token::random());
+        let answers = async {
+            loop {
+                let (mut stream, _) = listener.accept().await.expect("a connection");
+                // A call is sent in one piece; what of it is read here does not matter.
+                let mut asked = [0; 4096];
+                drop(stream.read(&mut asked).await);
+                drop(stream.write_all(answer).await);
+            }
+        };
+        tokio::select! {
+            succeeds = call(&guest, which % 5) => succeeds,
+            never = answers => never,
+        }
+    })
+}
+
+async fn call(guest: &Guest, which: u8) -> bool {
+    match which {
+        0 => guest.metrics().await.is_ok(),
+        1 => guest.freeze().await.is_ok(),
+        2 => guest.list_dir("/".into(), 1).await.is_ok(),
+        3 => match guest.read_file("/a").await {
+            Ok(file) => file.whole(1 << 20).await.is_ok(),
+            Err(_) => false,
+        },
+        _ => match guest.start(Command::default()).await {
+            Ok(mut events) => loop {
+                match events.next().await {
+                    Ok(Some(_)) => {}
+                    Ok(None) => break true,
+                    Err(_) => break false,
+                }
+            },
+            Err(_) => false,
+        },
+    }
+}
+
+fn in_runtime<T>(work: impl Future<Output = T>) -> T {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.expect("a runtime").block_on(work)
 }
 
 #[cfg(test)]
@@ -168,5 +292,19 @@ mod tests {
         assert!(by_name::judge_hello(&read("client_hello", "whole")));
         assert!(snapshot::judge_state(&read("vmm_state", "whole")));
         assert!(proxy::judge_path(&Uri::from_static("/proxy/cl-a/80/b?c")));
+        for packet in [
+            "launch",
+            "publish",
+            "lent",
+            "hello",
+            "open_disk",
+            "open_network",
+            "set_policy",
+        ] {
+            assert!(judge_packet(&read("packet", packet)), "{packet}");
+        }
+        for answer in ["metrics", "held", "list", "file", "chunked", "process"] {
+            assert!(judge_answer(&read("guest_answer", answer)), "{answer}");
+        }
     }
 }
