@@ -8,6 +8,7 @@
 //! deny    licences, sources and banned crates, by cargo-deny
 //! fuzz    what the agent reads of others, by libFuzzer
 //! sdk     client libraries of others against envd
+//! reference  docs/api.md, from the .proto files
 //! demo    one sandbox from create to destroy, and what it left behind
 //! ```
 //!
@@ -26,6 +27,7 @@ mod guest;
 mod host;
 mod kernel;
 mod qemu;
+mod reference;
 mod rig;
 mod sdk;
 mod series;
@@ -66,6 +68,8 @@ enum Task {
     Deny,
     /// Client libraries of others against envd; needs Node.js and its registry
     Sdk,
+    /// Write docs/api.md anew, from the .proto files
+    Reference,
     /// Show one sandbox from create to destroy, and that nothing is left of it
     Demo(demo::Options),
 }
@@ -84,6 +88,7 @@ fn main() -> ExitCode {
         Task::Fuzz(options) => fuzz::run(&options).map(|()| 0),
         Task::Deny => deny::run().map(|()| 0),
         Task::Sdk => sdk::run().map(|()| 0),
+        Task::Reference => reference::run().map(|()| 0),
         Task::Demo(options) => demo::run(&options),
     };
     finish(outcome)
