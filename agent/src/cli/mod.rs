@@ -12,6 +12,7 @@ mod top;
 
 use std::collections::HashMap;
 use std::io::{self, IsTerminal as _, Write};
+use std::num::NonZeroU16;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -247,6 +248,20 @@ enum Pki {
         #[arg(long = "name", value_name = "NAME")]
         names: Vec<String>,
     },
+    /// Make a certificate for one more client of this host, by the CA that `init` made. What it may do is for `client_names` and
+    /// `viewer_names` of the agent's configuration to say
+    Client {
+        /// Directory of the CA
+        #[arg(long, value_name = "DIR", default_value = "/etc/roost/pki")]
+        ca: PathBuf,
+        /// Days that it is valid
+        #[arg(long, value_name = "DAYS", default_value = "365")]
+        days: NonZeroU16,
+        /// Its name
+        name: String,
+        /// Directory to write it to, for the client's `roost --pki`
+        dir: PathBuf,
+    },
 }
 
 /// What went wrong, as the person at the terminal is told.
@@ -378,6 +393,16 @@ async fn run(arguments: Arguments) -> Result<ExitCode, CliError> {
         Command::Pki {
             command: Pki::Init { dir, names },
         } => init(&dir, &names)?,
+        Command::Pki {
+            command: Pki::Client { ca, days, name, dir },
+        } => {
+            pki::client(&ca, &dir, &name, days)?;
+            let files = pki::CLIENT_FILES.join(", ");
+            print(format_args!(
+                "wrote {files} to {}; let {name} in by client_names or viewer_names\n",
+                dir.display()
+            ))?;
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
