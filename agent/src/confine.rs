@@ -17,7 +17,7 @@ use seccompiler::{
     SeccompRule, TargetArch, apply_filter,
 };
 
-use crate::config::{Config, Shim};
+use crate::config::{Config, Shim, Sources};
 use crate::tls;
 
 /// What is read outside of its own directories: the resolver's configuration and modules, certificates of the system, its own and the VMs'
@@ -70,11 +70,11 @@ pub enum Confined {
 ///
 /// # Errors
 /// [`ConfineError`].
-pub fn confine(config: &Config) -> Result<Confined, ConfineError> {
+pub fn confine(config: &Config, sources: &Sources) -> Result<Confined, ConfineError> {
     if config.shim == Shim::Child {
         return Ok(Confined::Not);
     }
-    let has_landlock = restrict_files(config)?;
+    let has_landlock = restrict_files(config, sources)?;
     for program in filters().map_err(ConfineError::Filter)? {
         apply_filter(&program).map_err(|error| ConfineError::Filter(io::Error::other(error)))?;
     }
@@ -86,7 +86,7 @@ pub fn confine(config: &Config) -> Result<Confined, ConfineError> {
 }
 
 /// Enters a Landlock domain of its own directories, and of ports that it listens on. Whether the kernel has such domains.
-fn restrict_files(config: &Config) -> Result<bool, ConfineError> {
+fn restrict_files(config: &Config, sources: &Sources) -> Result<bool, ConfineError> {
     // All that a file system knows but programs and devices.
     let own = AccessFs::from_all(ABI::V5)
         & !(AccessFs::Execute | AccessFs::MakeChar | AccessFs::MakeBlock | AccessFs::MakeSock | AccessFs::IoctlDev);
@@ -110,6 +110,8 @@ fn restrict_files(config: &Config) -> Result<bool, ConfineError> {
     let given = given
         .into_iter()
         .chain([&*config.pki_dir])
+        // What a reload reads; not all there is, where somebody has put it there.
+        .chain(sources.directory().filter(|directory| directory.parent().is_some()))
         .chain(credentials.as_deref());
     // What is not there need not be read.
     let there = READ.iter().map(Path::new).chain(given).filter(|path| path.exists());
@@ -257,7 +259,7 @@ mod tests {
             pki_dir: at("pki"),
             ..Config::default()
         };
-        let confined = confine(&config).expect("confined");
+        let confined = confine(&config, &Sources::default()).expect("confined");
         assert_ne!(confined, Confined::Not);
         let denied = |outcome: io::Result<()>| {
             let error = outcome.expect_err("it worked");

@@ -32,6 +32,7 @@ pub mod pki;
 pub mod proxy;
 pub mod recover;
 pub mod registry;
+pub mod reload;
 pub mod sandbox;
 pub mod serve;
 pub mod snapshot;

@@ -96,7 +96,7 @@ impl Registry {
         self: &Arc<Self>,
         plan: Plan,
     ) -> Result<(Handle, oneshot::Receiver<Result<(), CreateFailure>>), Refusal> {
-        let max = usize::try_from(self.host.config.max_sandboxes).unwrap_or(usize::MAX);
+        let max = usize::try_from(self.host.config().max_sandboxes).unwrap_or(usize::MAX);
         let mut sandboxes = self.lock();
         self.is_open()?;
         if sandboxes.contains_key(&plan.id) {

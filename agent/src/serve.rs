@@ -2,11 +2,13 @@
 //! bounded, and a client whose certificate is not listed gets one answer and no further.
 
 use std::convert::Infallible;
+use std::num::NonZeroU32;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use arc_swap::ArcSwap;
 use bytes::Bytes;
 use connectrpc::{ConnectError, ConnectRpcService, Limits, Router};
 use connectrpc_health::Status;
@@ -73,12 +75,19 @@ const SERVICES: [&str; 2] = [HOST_AGENT_SERVICE_SERVICE_NAME, ROOST_SERVICE_SERV
 pub struct Access {
     /// Our certificates and their CAs.
     pub tls: Arc<Identities>,
+    callers: ArcSwap<Callers>,
+}
+
+/// What the configuration says of callers.
+#[derive(Debug)]
+struct Callers {
     /// Names of clients that may call everything.
-    pub client_names: Vec<String>,
+    clients: Vec<String>,
     /// Names of clients that may look, and change nothing.
-    pub viewer_names: Vec<String>,
-    /// How many calls each of them may make, where that is limited.
-    pub throttle: Option<Throttle>,
+    viewers: Vec<String>,
+    /// How many calls each of them may make in a second, where that is limited.
+    max_calls: Option<NonZeroU32>,
+    throttle: Option<Arc<Throttle>>,
 }
 
 /// What a client may do.
@@ -95,19 +104,42 @@ enum Role {
 impl Access {
     /// As a configuration has it.
     pub fn new(tls: Arc<Identities>, config: &Config) -> Self {
+        let callers = Callers::new(config, None);
         Self {
             tls,
-            client_names: config.client_names.clone(),
-            viewer_names: config.viewer_names.clone(),
-            throttle: config.max_calls_per_sec.map(Throttle::new),
+            callers: ArcSwap::from_pointee(callers),
+        }
+    }
+
+    /// Goes by another configuration from the next request on, also on connections that are open. What has been answered with a stream
+    /// or a tunnel goes on.
+    pub fn reconfigure(&self, config: &Config) {
+        let callers = Callers::new(config, Some(&self.callers.load()));
+        self.callers.store(Arc::new(callers));
+    }
+}
+
+impl Callers {
+    /// As a configuration has it. A limit that was there before goes on counting where it was.
+    fn new(config: &Config, before: Option<&Self>) -> Self {
+        let max_calls = config.max_calls_per_sec;
+        let before = before.filter(|before| before.max_calls == max_calls);
+        Self {
+            clients: config.client_names.clone(),
+            viewers: config.viewer_names.clone(),
+            max_calls,
+            throttle: match before {
+                Some(before) => before.throttle.clone(),
+                None => max_calls.map(|calls| Arc::new(Throttle::new(calls))),
+            },
         }
     }
 
     fn role(&self, certificate: Option<&CertificateDer<'_>>) -> Role {
         let is_among = |names| certificate.is_some_and(|certificate| tls::client_is_listed(certificate, names));
-        if is_among(&self.client_names) {
+        if is_among(&self.clients) {
             Role::Caller
-        } else if is_among(&self.viewer_names) {
+        } else if is_among(&self.viewers) {
             Role::Viewer
         } else {
             Role::Stranger
@@ -141,7 +173,7 @@ impl Services {
 }
 
 /// Serves until the process ends.
-pub async fn serve(listener: TcpListener, access: Access, service: Arc<Service>) -> Infallible {
+pub async fn serve(listener: TcpListener, access: impl Into<Arc<Access>>, service: Arc<Service>) -> Infallible {
     let limits = Limits::default()
         .with_max_request_body_size(MAX_REQUEST)
         .with_max_message_size(MAX_REQUEST);
@@ -151,7 +183,7 @@ pub async fn serve(listener: TcpListener, access: Access, service: Arc<Service>)
     let router = health(described(router), &service);
     let rpc = ConnectRpcService::new(router).with_limits(limits);
     let services = Services { rpc, proxy };
-    let access = Arc::new(access);
+    let access = access.into();
     let mut number = 0;
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     // Asked for once more: the library's own wish is 128.
@@ -237,17 +269,21 @@ async fn connection(
         return Ok(());
     };
     let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
-    let role = access.role(certificate);
-    let client = certificate.filter(|_| access.throttle.is_some()).map(Client::of);
+    let certificate: Option<Arc<CertificateDer<'static>>> = certificate.map(|one| Arc::new(one.clone().into_owned()));
+    let client = certificate.as_deref().map(Client::of);
+    let is_stranger = access.callers.load().role(certificate.as_deref()) == Role::Stranger;
     let access = access.clone();
     // By what was agreed on, not by what the first bytes look like: waiting for those has no limit of its own.
     let h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
     let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
+        // Each time: a reload may have changed who may call.
+        let callers = access.callers.load_full();
+        let role = callers.role(certificate.as_deref());
         // Of a viewer's connection nothing follows: what it has read no control plane has.
         if !h2 && role == Role::Caller {
             request.extensions_mut().insert(number);
         }
-        let (services, access) = (services.clone(), access.clone());
+        let services = services.clone();
         async move {
             let refused = match role {
                 Role::Caller => None,
@@ -258,7 +294,7 @@ async fn connection(
                 Role::Stranger => Some("the client certificate's name is not among this agent's client_names"),
             };
             let is_call = !services.proxy.takes(request.uri());
-            let throttle = access.throttle.as_ref().filter(|_| is_call);
+            let throttle = callers.throttle.as_ref().filter(|_| is_call);
             let taken = match (throttle, client) {
                 (Some(throttle), Some(client)) => throttle.take(client, Instant::now()),
                 _ => Ok(()),
@@ -289,7 +325,7 @@ async fn connection(
             .timer(TokioTimer::new())
             .header_read_timeout(IDLE_LIMIT)
             .max_buf_size(64 << 10)
-            .keep_alive(role != Role::Stranger);
+            .keep_alive(!is_stranger);
         server.serve_connection(io, service).with_upgrades().await?;
     }
     Ok(())

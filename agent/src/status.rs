@@ -95,7 +95,7 @@ impl Collector for Seen {
             (
                 "roost_sandboxes_limit",
                 "Most sandboxes at a time",
-                u64::from(host.config.max_sandboxes),
+                u64::from(host.config().max_sandboxes),
             ),
             (
                 "roost_disk_free_bytes",

@@ -138,7 +138,7 @@ impl Registered {
 /// of their own: so no session goes on under a certificate or a CA that has been replaced, and no connection ends for it.
 #[derive(Debug)]
 pub struct Identities {
-    local: Option<Arc<ServerConfig>>,
+    local: Option<ArcSwap<ServerConfig>>,
     registered: Option<ArcSwap<Registered>>,
 }
 
@@ -146,7 +146,7 @@ impl Identities {
     /// A host without a control plane.
     pub fn standalone(local: Arc<ServerConfig>) -> Arc<Self> {
         Arc::new(Self {
-            local: Some(local),
+            local: Some(ArcSwap::new(local)),
             registered: None,
         })
     }
@@ -154,7 +154,7 @@ impl Identities {
     /// A host under a control plane, and what it is to callers of its own, if anything.
     pub fn registered(registered: Registered, local: Option<Arc<ServerConfig>>) -> Arc<Self> {
         Arc::new(Self {
-            local,
+            local: local.map(ArcSwap::new),
             registered: Some(ArcSwap::from_pointee(registered)),
         })
     }
@@ -166,6 +166,17 @@ impl Identities {
         }
     }
 
+    /// Reads our own certificates anew, for connections from now on; where a start found none, there are none until the next. Blocks.
+    ///
+    /// # Errors
+    /// Any [`TlsError`]; those from before hold.
+    pub fn reload_local(&self, dir: &Path) -> Result<(), TlsError> {
+        if let Some(local) = &self.local {
+            local.store(server(dir)?);
+        }
+        Ok(())
+    }
+
     /// Who we are on a connection to this address of ours. The loopback is for this host's own callers, unless it is where the control
     /// plane calls too, which is what its certificate says.
     pub fn on(&self, dialled: IpAddr) -> Arc<ServerConfig> {
@@ -174,13 +185,13 @@ impl Identities {
             (Some(registered), Some(local)) => {
                 let dialled = dialled.to_canonical();
                 if dialled.is_loopback() && !registered.addresses.contains(&dialled) {
-                    local.clone()
+                    local.load_full()
                 } else {
                     registered.config.clone()
                 }
             }
             (Some(registered), None) => registered.config.clone(),
-            (None, local) => local.clone().expect("it is made with one of the two"),
+            (None, local) => local.as_ref().expect("it is made with one of the two").load_full(),
         }
     }
 }

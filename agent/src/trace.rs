@@ -17,7 +17,9 @@ use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
-use tracing_subscriber::{EnvFilter, Layer, Registry};
+use tracing_subscriber::{EnvFilter, Layer, Registry, reload};
+
+use crate::config::Config;
 
 /// How log lines look.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
@@ -33,20 +35,43 @@ pub enum LogFormat {
 /// Longest name of a call in a log line; ours are shorter.
 const MAX_OPERATION: usize = 64;
 
-/// Starts writing log lines to standard error, as `RUST_LOG` wants them, and keeping traces. Ends with what it returns: an exporter has
-/// its last spans then.
+/// Which log lines there are, while they are written.
+#[derive(Debug, Clone)]
+pub struct Lines(reload::Handle<EnvFilter, Registry>);
+
+impl Lines {
+    /// Goes by another configuration from now on.
+    pub fn reconfigure(&self, config: &Config) {
+        self.0
+            .reload(filter(config))
+            .expect("what it filters lives as long as the process");
+    }
+}
+
+/// Whether a text says which log lines there are.
+pub(crate) fn is_filter(text: &str) -> bool {
+    !text.is_empty() && EnvFilter::builder().parse(text).is_ok()
+}
+
+/// As `RUST_LOG` wants it, else the configuration.
+fn filter(config: &Config) -> EnvFilter {
+    EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(&config.log_filter))
+}
+
+/// Starts writing log lines to standard error, and keeping traces. Ends with the provider that it returns: an exporter has its last spans
+/// then.
 ///
 /// # Errors
 /// When an exporter is asked for and cannot be made.
-pub fn start(format: LogFormat) -> anyhow::Result<SdkTracerProvider> {
+pub fn start(config: &Config) -> anyhow::Result<(SdkTracerProvider, Lines)> {
     let provider = provider()?;
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
+    let (filter, handle) = reload::Layer::new(filter(config));
     Registry::default()
         .with(filter)
         .with(ids_of(&provider))
-        .with(lines(format, io::stderr))
+        .with(lines(config.log_format, io::stderr))
         .init();
-    Ok(provider)
+    Ok((provider, Lines(handle)))
 }
 
 /// Gives spans their ids. Whether they are kept is the caller's wish, as its `traceparent` has it, or the exporter's.

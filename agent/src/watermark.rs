@@ -255,7 +255,7 @@ fn look(host: &Host, running: &[Handle]) -> Result<Look, FileError> {
     let space = rustix::fs::statvfs(&dir).map_err(|errno| FileError::new("measuring", &dir, errno.into()))?;
     Ok(Look {
         free: space.f_bavail.saturating_mul(space.f_frsize),
-        floor: u64::from(host.config.disk_reserve_mb) << 20,
+        floor: u64::from(host.config().disk_reserve_mb) << 20,
         guests: running.iter().map(|handle| look_at(&host.layout, handle)).collect(),
     })
 }

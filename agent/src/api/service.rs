@@ -151,7 +151,7 @@ impl Service {
             let images = host.layout.images();
             Plan::check(
                 wish,
-                &host.config,
+                &host.config(),
                 |template| templates::size(&images, template),
                 new_id,
             )
@@ -239,7 +239,7 @@ impl Service {
             }
         };
         let _in_use = handle.begin_use();
-        let max_output = self.registry.host().config.max_exec_output;
+        let max_output = self.registry.host().config().max_exec_output;
         let finished = tokio::select! {
             finished = guest.exec(request.cmd, request.args, limit, max_output) => finished?,
             // A guest that has gone says nothing more, and its connection would be waited for in vain.

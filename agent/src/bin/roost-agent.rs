@@ -2,11 +2,13 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use clap::Parser;
 use roost_agent::api::service::Service;
-use roost_agent::config::{Address, Config};
+use roost_agent::config::keys::default_file;
+use roost_agent::config::{Address, Config, Sources};
 use roost_agent::confine::{Confined, confine};
 use roost_agent::control::credentials::{Secret, Store};
 use roost_agent::control::register::register;
@@ -18,6 +20,7 @@ use roost_agent::host::files::Layout;
 use roost_agent::metrics::sampler;
 use roost_agent::outbox::{self, Outbox};
 use roost_agent::registry::Registry;
+use roost_agent::reload::Reload;
 use roost_agent::serve::{Access, serve};
 use roost_agent::{recover, status, trace, watermark};
 use tokio::net::TcpListener;
@@ -33,6 +36,12 @@ struct Arguments {
     /// Read the configuration and the certificates, say what is wrong with them, and end
     #[arg(long)]
     check_config: bool,
+    /// Write all that holds, as TOML, with where each value is from, and end
+    #[arg(long)]
+    print_config: bool,
+    /// Write a configuration file with every key, what it means and what it is by default, and end
+    #[arg(long)]
+    default_config: bool,
     /// Register this host at the control plane, and end. Without TOKEN it is read from --token-file, or from
     /// ROOST_REGISTRATION_TOKEN in the environment: other users of this host see a command line
     #[arg(long, value_name = "TOKEN", num_args = 0..=1, default_missing_value = "")]
@@ -50,24 +59,40 @@ struct Arguments {
 
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
-    let mut config = Config::load(arguments.config.as_deref())?;
-    let wanted = &mut config.control_plane;
-    wanted.url = arguments.control_plane.or(wanted.url.take());
-    wanted.address = arguments.address.or(wanted.address.take());
+    if arguments.default_config {
+        print!("{}", default_file());
+        return Ok(());
+    }
+    let sources = arguments.sources();
+    let loaded = sources.load();
+    if arguments.check_config {
+        let files = loaded
+            .as_ref()
+            .map_or_else(|problems| &problems.files, |loaded| &loaded.files);
+        for file in files {
+            println!("read {}", file.display());
+        }
+    }
+    let loaded = loaded?;
+    if arguments.print_config {
+        print!("{}", loaded.describe());
+        return Ok(());
+    }
+    let config = loaded.config;
     // Before there is a thread: both bind the calling one, and those that it starts.
     let confined = if arguments.register.is_some() || arguments.check_config {
         None
     } else {
-        Some(confine(&config)?)
+        Some(confine(&config, &sources)?)
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .context("no runtime")?;
     // An exporter of traces works in the runtime.
-    let traces = {
+    let (traces, lines) = {
         let _in_runtime = runtime.enter();
-        trace::start(config.log_format)?
+        trace::start(&config)?
     };
     match confined {
         Some(Confined::Not) => {
@@ -93,7 +118,7 @@ fn main() -> anyhow::Result<()> {
         report(panic);
         std::process::abort();
     }));
-    let outcome = runtime.block_on(run(config, standing));
+    let outcome = runtime.block_on(run(config, sources, lines, standing));
     if let Err(error) = traces.shutdown() {
         tracing::warn!(%error, "the last traces are lost");
     }
@@ -106,6 +131,23 @@ fn main() -> anyhow::Result<()> {
             eprintln!("Error: {error:?}");
             std::process::exit(1)
         }
+    }
+}
+
+impl Arguments {
+    /// Where the configuration is from.
+    fn sources(&self) -> Sources {
+        let mut sources = Sources::of_process(self.config.clone());
+        if let Some(url) = &self.control_plane {
+            sources
+                .options
+                .push(("control_plane.url", "--control-plane", url.to_string()));
+        }
+        if let Some(address) = &self.address {
+            let address = address.as_str().to_owned();
+            sources.options.push(("control_plane.address", "--address", address));
+        }
+        sources
     }
 }
 
@@ -162,7 +204,8 @@ async fn register_host(config: &Config, token: Secret) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn run(config: Config, standing: Standing) -> anyhow::Result<End> {
+async fn run(config: Config, sources: Sources, lines: trace::Lines, standing: Standing) -> anyhow::Result<End> {
+    let hangup = signal(SignalKind::hangup()).context("no signals")?;
     let mut terminate = signal(SignalKind::terminate()).context("no signals")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("no signals")?;
     let listen: SocketAddr = config.listen;
@@ -174,7 +217,7 @@ async fn run(config: Config, standing: Standing) -> anyhow::Result<End> {
     let status_listener = TcpListener::bind(status_listen)
         .await
         .with_context(|| format!("cannot listen on {status_listen} (status_listen)"))?;
-    let access = Access::new(standing.identities().clone(), &config);
+    let access = Arc::new(Access::new(standing.identities().clone(), &config));
     let host = match &standing {
         Standing::Standalone(_) => Host::new(config),
         Standing::Registered(_) => Host::new(config).under_control_plane(),
@@ -185,10 +228,16 @@ async fn run(config: Config, standing: Standing) -> anyhow::Result<End> {
         tracing::error!(error = %Chain(error), "no outbox: events are lost until the agent is started anew");
     });
     let outbox = outbox.ok();
-    let host = std::sync::Arc::new(match outbox.clone() {
+    let host = Arc::new(match outbox.clone() {
         Some(outbox) => host.with_outbox(outbox),
         None => host,
     });
+    let reload = Reload {
+        sources,
+        host: host.clone(),
+        access: access.clone(),
+        lines,
+    };
     let registry = Registry::new(host);
     let service = Service::new(registry.clone());
     let (registry_of_status, serving) = (registry.clone(), service.clone());
@@ -220,6 +269,7 @@ async fn run(config: Config, standing: Standing) -> anyhow::Result<End> {
         outcome = recovery => outcome,
         never = serve(listener, access, service.clone()) => match never {},
         never = status::serve(status_listener, registry_of_status, move || serving.is_recovered()) => match never {},
+        never = reload.run(hangup) => match never {},
         () = service.terminated() => Ok(End::Terminated),
         () = control => Ok(End::Deleted),
         _ = terminate.recv() => Ok(End::Asked),

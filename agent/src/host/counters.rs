@@ -22,7 +22,7 @@ const SECOND: Duration = Duration::from_secs(1);
 /// Watches the counters of a sandbox that runs for as long as it takes to say whether its guest is at work. What cannot be read says
 /// nothing.
 pub async fn at_work(host: Arc<Host>, id: SandboxId, cgroup: Option<PathBuf>) -> bool {
-    let floors = Floors::new(&host.config);
+    let floors = Floors::new(&host.config());
     let counters = Counters::open(&host, &id, cgroup).await;
     let (mut pulse, mut busy) = (Pulse::default(), false);
     // One more than are looked at: the first has nothing before it.

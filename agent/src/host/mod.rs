@@ -15,6 +15,7 @@ pub mod slots;
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 
+use arc_swap::ArcSwap;
 use roost_common::ids::Slot;
 
 use crate::config::Config;
@@ -31,8 +32,7 @@ use slots::Slots;
 /// One host, shared by all sandboxes.
 #[derive(Debug)]
 pub struct Host {
-    /// The configuration.
-    pub config: Config,
+    config: ArcSwap<Config>,
     /// Where files are.
     pub layout: Layout,
     /// The privileged daemon.
@@ -41,8 +41,7 @@ pub struct Host {
     pub shims: Shims,
     /// Which slots are free.
     pub slots: Arc<Slots>,
-    /// Resolvers for guests.
-    pub resolvers: Vec<Ipv4Addr>,
+    resolvers: ArcSwap<Vec<Ipv4Addr>>,
     /// How paused sandboxes are listed.
     pub listing: Listing,
     /// How long what callers ask of sandboxes takes.
@@ -58,12 +57,28 @@ impl Host {
             privd: PrivdClientHandle::new(config.privd_socket.clone()),
             shims: Shims::new(&config),
             slots: Arc::new(Slots::new()),
-            resolvers: config.resolvers(),
+            resolvers: ArcSwap::from_pointee(config.resolvers()),
             listing: Listing::standalone(),
             operations: Timings::default(),
             outbox: None,
-            config,
+            config: ArcSwap::from_pointee(config),
         }
+    }
+
+    /// The configuration as it is now. Ask again for each piece of work: a reload replaces it as a whole.
+    pub fn config(&self) -> Arc<Config> {
+        self.config.load_full()
+    }
+
+    /// Resolvers for guests, as they are now.
+    pub fn resolvers(&self) -> Arc<Vec<Ipv4Addr>> {
+        self.resolvers.load_full()
+    }
+
+    /// Goes by another configuration from now on, in which only keys differ that a reload may change.
+    pub fn reconfigure(&self, config: Config) {
+        self.resolvers.store(Arc::new(config.resolvers()));
+        self.config.store(Arc::new(config));
     }
 
     /// The same, with a place for events.
@@ -105,6 +120,6 @@ impl Host {
 
     /// The guest in a slot. Connects to nothing yet.
     pub fn guest(&self, slot: Slot, token: Token) -> Guest {
-        Guest::new(self.config.guests.address_of(slot), token)
+        Guest::new(self.config.load().guests.address_of(slot), token)
     }
 }

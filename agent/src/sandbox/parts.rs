@@ -185,7 +185,7 @@ impl Parts {
             }
         });
         self.network = Held::start({
-            let (host, policy) = (host.clone(), plan.egress.policy(&host.resolvers));
+            let (host, policy) = (host.clone(), plan.egress.policy(&host.resolvers()));
             async move { host.privd.open_network(OpenNetwork { slot, policy }).await }
         });
         let (disk, _) = tokio::try_join!(self.disk.here(), self.network.here())?;
@@ -210,7 +210,7 @@ impl Parts {
                 vcpus: plan.vcpus,
                 memory: plan.memory,
                 disk_minor: disk.node.minor,
-                limits: host.config.rate_limits.into(),
+                limits: host.config().rate_limits.into(),
                 start,
                 run_dir: path(&host.layout.vm_run(&plan.id)),
                 vm_dir: path(&host.layout.vm(&plan.id)),
@@ -342,7 +342,7 @@ impl Gate {
 
 /// How long a guest may take to come up: large memories take long to set up on a busy host.
 pub(super) fn boot_limit(host: &Host, plan: &Plan) -> Duration {
-    let least = u64::from(host.config.boot_timeout_sec);
+    let least = u64::from(host.config().boot_timeout_sec);
     Duration::from_secs(least.max(8 * u64::from(plan.memory.0).div_ceil(1024)))
 }
 
@@ -355,7 +355,7 @@ pub(super) fn identity(host: &Host, plan: &Plan) -> Identity {
         template: plan.template.template.to_string(),
         user: plan.user.clone(),
         env: plan.env.clone(),
-        resolvers: host.resolvers.clone(),
+        resolvers: host.resolvers().to_vec(),
         entropy,
         lifecycle: super::build::random_hex(),
     }

@@ -73,7 +73,7 @@ impl Memories {
             size: about.size,
             devices: about.devices,
             disk_minor,
-            limits: host.config.rate_limits.into(),
+            limits: host.config().rate_limits.into(),
             kernel: &kernel.kernel,
             initramfs: kernel.initramfs.as_deref(),
         };
@@ -84,7 +84,7 @@ impl Memories {
         }
         Ok(Start::Restore {
             attempt: generation,
-            memory: mode(host.config.restore_memory, about.restore),
+            memory: mode(host.config().restore_memory, about.restore),
             initramfs: kernel
                 .initramfs
                 .as_ref()

@@ -65,6 +65,7 @@ impl Agent {
             dir: dir.path().into(),
             vm_run_dir: below("run"),
             pki_dir: below("pki"),
+            client_names: vec![CALLER.into(), "roost-cli".into()],
             ..Config::default()
         };
         let standing = Standing::load(&config).expect("usable");
@@ -85,12 +86,7 @@ impl Agent {
         service.recovered();
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
         let address = listener.local_addr().expect("an address");
-        let access = Access {
-            tls: standing.identities().clone(),
-            client_names: vec![CALLER.into(), "roost-cli".into()],
-            viewer_names: Vec::new(),
-            throttle: None,
-        };
+        let access = Access::new(standing.identities().clone(), &host.config());
         tokio::spawn(serve(listener, access, service));
         Self {
             address,

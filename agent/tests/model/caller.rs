@@ -125,7 +125,7 @@ impl Caller {
         let images = host.layout.images();
         let plan = Plan::check(
             wish,
-            &host.config,
+            &host.config(),
             |which| templates::size(&images, which),
             || unreachable!("it has an id"),
         );

@@ -125,7 +125,7 @@ impl Agent {
             memory_mb: i32::try_from(MEMORY >> 20).expect("MiB"),
             ..Wish::default()
         };
-        let config = &self.registry.host().config;
+        let config = &self.registry.host().config();
         let mut plan = Plan::check(wish, config, |_| None, || unreachable!("it has an id")).expect("checked");
         plan.timeout_sec = timeout_sec;
         let (handle, outcome) = self.registry.create(plan).expect("accepted");

@@ -27,6 +27,7 @@ const PROGRAMS: &[&str] = &[
 
 /// Folder below `packaging/` and where its files go.
 const PACKAGING: &[(&str, &str)] = &[
+    ("etc", "etc/roost"),
     ("systemd", "usr/lib/systemd/system"),
     ("sysusers.d", "usr/lib/sysusers.d"),
     ("tmpfiles.d", "usr/lib/tmpfiles.d"),

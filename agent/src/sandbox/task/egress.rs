@@ -33,7 +33,7 @@ impl Driver {
                     .map_err(|_| EgressFailure::Slow(RECORD_LIMIT))?
                     .expect("file work does not panic")?;
                 vm.record = record;
-                let policy = egress.policy(&self.host.resolvers);
+                let policy = egress.policy(&self.host.resolvers());
                 self.egress.send_replace(Arc::new(egress));
                 // Only then: no network is ever narrower or wider for good than what is written down.
                 Ok(counters::set_policy(&self.host, &id, policy).await?)
@@ -66,7 +66,7 @@ impl Driver {
             return;
         }
         let id = &self.handle.plan.id;
-        let policy = self.handle.egress().policy(&self.host.resolvers);
+        let policy = self.handle.egress().policy(&self.host.resolvers());
         if let Err(error) = counters::set_policy(&self.host, id, policy).await {
             tracing::error!(sandbox_id = %id, error = %Chain(&error), "its network may not keep to its policy: say that again (UpdateSandboxPolicy)");
         }

@@ -1,62 +1,27 @@
-//! The agent's configuration: `/etc/roost/agent.toml`. Every key has a default; an unknown key or a bad value is an error that
-//! names file and line, and nothing is started.
+//! The agent's configuration: `/etc/roost/agent.toml`, what is beside it in `agent.toml.d`, and the environment. Every key has a default; an
+//! unknown key or a bad value is an error that names file, line and key, and nothing is started.
+//!
+//! What is where: the values are here, what each key means and may be is in [`keys`], where they come from in [`sources`].
+
+pub mod keys;
+pub mod sources;
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::num::{NonZeroU32, NonZeroU64};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::str::FromStr;
 
-use roost_common::shim::{self, MEMORY_RANGE, VCPUS_RANGE};
-use roost_common::units::{MAX_DISK, Mebibytes, Vcpus};
+use roost_common::shim;
 use serde::{Deserialize, Deserializer, de};
 
 use crate::control::url::Url;
 use crate::guest::GuestNet;
 use crate::trace::LogFormat;
 
-/// Where the configuration is looked for when nothing else is said.
-pub const DEFAULT_FILE: &str = "/etc/roost/agent.toml";
-/// Highest floor of a busy guest's network and disk, in bytes a second: above it, none would ever count as busy.
-const MAX_BUSY_RATE: u64 = 1 << 30;
-/// Most that may be kept free, in MiB: a TiB, above which a typo is likelier than a disk.
-const MAX_RESERVE_MB: u32 = 1 << 20;
+pub use sources::{DEFAULT_FILE, Loaded, Problems, Sources};
 
-/// Why there is no configuration.
-#[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
-    /// The file cannot be read.
-    #[error("cannot read {}", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: std::io::Error,
-    },
-    /// Not TOML, an unknown key, or a value of the wrong type.
-    #[error("{} is not a configuration of this agent", path.display())]
-    Parse {
-        /// The file.
-        path: PathBuf,
-        /// Names line, column and key.
-        #[source]
-        source: Box<toml::de::Error>,
-    },
-    /// A value that is out of range.
-    #[error("{key} = {value} is out of range: {range}")]
-    OutOfRange {
-        /// The key.
-        key: &'static str,
-        /// What it was set to.
-        value: String,
-        /// What it may be.
-        range: &'static str,
-    },
-}
-
-/// The configuration, with every default filled in.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+/// The configuration, with every default filled in. What a value may be is in [`keys::KEYS`].
+#[derive(Debug, Clone)]
 pub struct Config {
     /// Address and port of the HTTPS API.
     pub listen: SocketAddr,
@@ -75,8 +40,10 @@ pub struct Config {
     /// API calls that each client certificate may make in a second, at least 1; unset: as many as it likes. Two seconds' worth may come at
     /// once. What goes through the proxy is not counted.
     pub max_calls_per_sec: Option<NonZeroU32>,
-    /// How log lines look: `text` or `json`. Which ones there are is `RUST_LOG`'s to say, in the environment.
+    /// How log lines look.
     pub log_format: LogFormat,
+    /// Which ones there are, where `RUST_LOG` does not say so: directives of tracing's `EnvFilter`.
+    pub log_filter: String,
     /// The control plane of this host, if it has one.
     pub control_plane: ControlPlane,
     /// privd's socket.
@@ -123,14 +90,12 @@ pub struct Config {
     pub busy_disk_bytes: u64,
     /// Where guests are reached. Not a key of the file: privd makes the network plan, and there is no other. A test that has no guests of
     /// privd's has its own.
-    #[serde(skip)]
     pub guests: GuestNet,
 }
 
 /// How fast the devices of each sandbox may be: table `[rate_limits]`. What is left out has no limit. For VMs that are started from then on,
 /// by a create or a resume.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct RateLimits {
     /// MiB a second that are read from its disk and written to it, together; at least 1.
     pub disk_mb_per_sec: Option<NonZeroU32>,
@@ -152,8 +117,7 @@ impl From<RateLimits> for shim::RateLimits {
 }
 
 /// The control plane of a host: table `[control_plane]`.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ControlPlane {
     /// Where it is: `https://…`, or `http://…` on the same host or a network that nobody else is on. Unset: where this host was registered.
     pub url: Option<Url>,
@@ -237,6 +201,7 @@ impl Default for Config {
             viewer_names: Vec::new(),
             max_calls_per_sec: None,
             log_format: LogFormat::default(),
+            log_filter: "info".into(),
             control_plane: ControlPlane::default(),
             privd_socket: roost_common::privd::SOCKET.into(),
             shim: Shim::Systemd,
@@ -263,89 +228,6 @@ impl Default for Config {
 }
 
 impl Config {
-    /// Reads `file`, or [`DEFAULT_FILE`], which may be missing: then all is default.
-    ///
-    /// # Errors
-    /// Any [`ConfigError`].
-    pub fn load(file: Option<&Path>) -> Result<Self, ConfigError> {
-        let path = file.unwrap_or(Path::new(DEFAULT_FILE));
-        let text = match std::fs::read_to_string(path) {
-            Ok(text) => text,
-            Err(error) if file.is_none() && error.kind() == std::io::ErrorKind::NotFound => String::new(),
-            Err(source) => {
-                return Err(ConfigError::Read {
-                    path: path.into(),
-                    source,
-                });
-            }
-        };
-        let mut config = Self::parse(&text, path)?;
-        if let Some(dir) = std::env::var_os("ROOST_DIR") {
-            config.dir = dir.into();
-        }
-        Ok(config)
-    }
-
-    fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
-        let config: Self = toml::from_str(text).map_err(|source| ConfigError::Parse {
-            path: path.into(),
-            source: Box::new(source),
-        })?;
-        let out_of_range = |key, value: String, range| Err(ConfigError::OutOfRange { key, value, range });
-        if !(1..=4096).contains(&config.max_sandboxes) {
-            return out_of_range("max_sandboxes", config.max_sandboxes.to_string(), "1 to 4096");
-        }
-        if !VCPUS_RANGE.contains(&Vcpus(config.max_vcpus)) {
-            return out_of_range("max_vcpus", config.max_vcpus.to_string(), "1 to 64");
-        }
-        if !MEMORY_RANGE.contains(&Mebibytes(config.max_memory_mb)) {
-            return out_of_range("max_memory_mb", config.max_memory_mb.to_string(), "64 to 1048576");
-        }
-        for (key, disk) in [
-            ("max_disk_mb", Some(config.max_disk_mb)),
-            ("default_disk_mb", config.default_disk_mb),
-        ] {
-            if disk.is_some_and(|disk| disk == 0 || Mebibytes(disk).sectors() > MAX_DISK) {
-                return out_of_range(key, disk.unwrap_or_default().to_string(), "1 to 2097152");
-            }
-        }
-        if config.disk_reserve_mb > MAX_RESERVE_MB {
-            return out_of_range("disk_reserve_mb", config.disk_reserve_mb.to_string(), "0 to 1048576");
-        }
-        if !(10..=3600).contains(&config.boot_timeout_sec) {
-            return out_of_range("boot_timeout_sec", config.boot_timeout_sec.to_string(), "10 to 3600");
-        }
-        if !(1..=100).contains(&config.busy_cpu_percent) {
-            return out_of_range("busy_cpu_percent", config.busy_cpu_percent.to_string(), "1 to 100");
-        }
-        for (key, rate) in [
-            ("busy_network_bytes", config.busy_network_bytes),
-            ("busy_disk_bytes", config.busy_disk_bytes),
-        ] {
-            if !(1..=MAX_BUSY_RATE).contains(&rate) {
-                return out_of_range(key, rate.to_string(), "1 to 1073741824");
-            }
-        }
-        if config
-            .dns
-            .as_ref()
-            .is_some_and(|dns| dns.len() > roost_common::privd::MAX_RESOLVERS)
-        {
-            return out_of_range("dns", format!("{:?}", config.dns), "at most 8 addresses");
-        }
-        if !config.status_listen.ip().is_loopback() {
-            return out_of_range(
-                "status_listen",
-                config.status_listen.to_string(),
-                "a loopback address: whoever can reach it is not asked who they are",
-            );
-        }
-        if config.client_names.is_empty() {
-            return out_of_range("client_names", "[]".into(), "at least one name, else nobody may call");
-        }
-        Ok(config)
-    }
-
     /// Resolvers for guests: the configured ones, else those that the host itself uses.
     pub fn resolvers(&self) -> Vec<Ipv4Addr> {
         match &self.dns {
@@ -372,8 +254,8 @@ mod tests {
 
     use super::*;
 
-    fn parse(text: &str) -> Result<Config, ConfigError> {
-        Config::parse(text, Path::new("agent.toml"))
+    fn parse(text: &str) -> Result<Config, Problems> {
+        sources::of_text(text).map(|loaded| loaded.config)
     }
 
     #[test]
@@ -394,51 +276,11 @@ mod tests {
         );
         let text =
             "[rate_limits]\ndisk_mb_per_sec = 5\ndisk_operations_per_sec = 300\nnetwork_mb_per_sec = 4294967295\n";
-        let config = Config::parse(text, Path::new("agent.toml")).expect("a configuration");
+        let config = parse(text).expect("a configuration");
         let limits = shim::RateLimits::from(config.rate_limits);
         assert_eq!(limits.disk_bytes, NonZeroU64::new(5 << 20));
         assert_eq!(limits.disk_operations, NonZeroU64::new(300));
         assert_eq!(limits.network_bytes, NonZeroU64::new(4_294_967_295 << 20));
-    }
-
-    #[test]
-    fn unknown_keys_and_bad_values_are_errors_that_name_them() {
-        for (text, named) in [
-            ("listne = \"0.0.0.0:1\"", "listne"),
-            ("listen = \"nowhere\"", "listen"),
-            ("status_listen = \"0.0.0.0:50052\"", "status_listen"),
-            ("max_sandboxes = 0", "max_sandboxes"),
-            ("max_sandboxes = 5000", "max_sandboxes"),
-            ("shim = \"docker\"", "shim"),
-            ("client_names = []", "client_names"),
-            ("[rate_limits]\ndisk_mb_per_sec = 0", "disk_mb_per_sec"),
-            ("[rate_limits]\nnetwork_mb = 1", "network_mb"),
-            ("max_vcpus = 65", "max_vcpus"),
-            ("max_memory_mb = 63", "max_memory_mb"),
-            ("max_disk_mb = 2097153", "max_disk_mb"),
-            ("default_disk_mb = 0", "default_disk_mb"),
-            ("disk_reserve_mb = 1048577", "disk_reserve_mb"),
-            ("boot_timeout_sec = 9", "boot_timeout_sec"),
-            ("boot_timeout_sec = 3601", "boot_timeout_sec"),
-            ("restore_memory = \"lazy\"", "restore_memory"),
-            ("busy_cpu_percent = 0", "busy_cpu_percent"),
-            ("busy_cpu_percent = 101", "busy_cpu_percent"),
-            ("busy_network_bytes = 0", "busy_network_bytes"),
-            ("busy_network_bytes = 1073741825", "busy_network_bytes"),
-            ("busy_disk_bytes = 0", "busy_disk_bytes"),
-            ("busy_disk_bytes = 1073741825", "busy_disk_bytes"),
-            ("[control_plane]\nulr = \"https://x\"", "ulr"),
-            ("[control_plane]\nurl = \"x\"", "url"),
-            ("[control_plane]\nurl = \"ftp://x\"", "url"),
-            ("[control_plane]\naddress = \"192.0.2.1\"", "address"),
-            ("[control_plane]\naddress = \"0.0.0.0:50051\"", "address"),
-            ("[control_plane]\naddress = \"192.0.2.1:0\"", "address"),
-            ("[control_plane]\naddress = \"a b:1\"", "address"),
-            ("[control_plane]\nca_file = 1", "ca_file"),
-        ] {
-            let error = anyhow::Error::new(parse(text).expect_err(text));
-            assert!(format!("{error:#}").contains(named), "{text}: {error:#}");
-        }
     }
 
     #[test]
