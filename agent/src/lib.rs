@@ -18,6 +18,7 @@ pub mod cli;
 pub mod config;
 pub mod confine;
 pub mod control;
+pub mod doctor;
 pub mod drain;
 pub mod egress;
 pub mod errors;

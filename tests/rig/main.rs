@@ -6,6 +6,7 @@
 mod api;
 mod bad_input;
 mod concurrency;
+mod doctor;
 mod egress;
 mod faults;
 mod full_disk;

@@ -1,10 +1,11 @@
 //! The command line, `roost`: sandboxes of one host, by hand, over the same API that a control plane uses.
 //!
-//! Exit status: 0, 1 when something failed, 2 for a wrong command line. `roost exec` has the command's own, and 125 when it could
+//! Exit status: 0, 1 when something failed, 2 for a wrong command line. `roost doctor` has 1 for warnings and 2 for problems. `roost exec` has the command's own, and 125 when it could
 //! not be run at all.
 
 mod client;
 mod copy;
+mod doctor;
 mod egress;
 mod exec;
 mod forward;
@@ -25,6 +26,7 @@ use crate::pki;
 use crate::sandbox::unix_now;
 use client::{Client, ClientError, Operator};
 use copy::{Copy, CopyError};
+use doctor::Doctor;
 use egress::{Egress, Policy};
 use exec::{Exec, ExecError};
 use forward::Forward;
@@ -135,6 +137,9 @@ enum Command {
         #[arg(required = true)]
         ids: Vec<String>,
     },
+    /// Look for what is wrong with this machine, and say what to do about it. Exit status: 0 where all is well, 1 for warnings, 2 for
+    /// problems, as monitoring has it. Root sees more than others; what was not seen counts for nothing
+    Doctor(Doctor),
     /// Certificates of a standalone host
     Pki {
         #[command(subcommand)]
@@ -390,6 +395,7 @@ async fn run(arguments: Arguments) -> Result<ExitCode, CliError> {
         Command::Rm { ids } => return remove(&client()?, ids).await,
         Command::Why { id } => why(&client::connect_operator(&host, &pki)?, id, json).await?,
         Command::Drain => return drain(&client::connect_operator(&host, &pki)?, json).await,
+        Command::Doctor(wish) => return doctor::doctor(client(), wish, json).await,
         Command::Pki {
             command: Pki::Init { dir, names },
         } => init(&dir, &names)?,

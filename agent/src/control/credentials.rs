@@ -111,9 +111,11 @@ pub enum CredentialsError {
 
 /// From when until when something holds, in seconds since 1970.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Life {
-    from: i64,
-    until: i64,
+pub struct Life {
+    /// Its first second.
+    pub from: i64,
+    /// Its last.
+    pub until: i64,
 }
 
 #[derive(Debug, Deserialize)]
@@ -198,8 +200,12 @@ fn token_life(jwt: &Secret) -> Option<Life> {
 }
 
 fn certificate_life(pem: &str) -> Option<Life> {
-    let certificate = CertificateDer::from_pem_slice(pem.as_bytes()).ok()?;
-    let (_, certificate) = X509Certificate::from_der(&certificate).ok()?;
+    life_of(&CertificateDer::from_pem_slice(pem.as_bytes()).ok()?)
+}
+
+/// How long a certificate holds; `None` for one that cannot be read.
+pub fn life_of(certificate: &CertificateDer<'_>) -> Option<Life> {
+    let (_, certificate) = X509Certificate::from_der(certificate).ok()?;
     let validity = certificate.validity();
     Some(Life {
         from: validity.not_before.timestamp(),
