@@ -259,6 +259,38 @@ mod tests {
         assert!(page.ends_with("# EOF\n"));
     }
 
+    #[tokio::test]
+    async fn the_dashboard_and_the_alerts_ask_for_metrics_that_there_are() {
+        let registry = Registry::new(Arc::new(Host::new(Config::default())));
+        let host = registry.host();
+        host.operations
+            .of("create", async { Ok::<_, ()>(()) })
+            .await
+            .expect("done");
+        let calls = host.privd.timings();
+        calls.of("open_disk", async { Ok::<_, ()>(()) }).await.expect("done");
+        let page = page(&metrics(&registry));
+        let there = |name: &str| {
+            let mut lines = page.lines();
+            lines.any(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' '])))
+        };
+        for file in ["grafana.json", "alerts.yml"] {
+            let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/monitoring/");
+            let text = std::fs::read_to_string(format!("{path}{file}")).expect(file);
+            let is_of_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+            let names = text.split(|c| !is_of_name(c)).filter(|word| word.starts_with("roost_"));
+            let names: std::collections::BTreeSet<_> = names.collect();
+            assert!(names.len() > 5, "{file} asks for hardly anything: {names:?}");
+            for name in names {
+                assert!(there(name), "{file} asks for {name}, which is not in\n{page}");
+            }
+        }
+        let dashboard = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/monitoring/grafana.json");
+        let dashboard = std::fs::read(dashboard).expect("read");
+        let dashboard: serde_json::Value = serde_json::from_slice(&dashboard).expect("JSON");
+        assert!(dashboard["panels"].as_array().is_some_and(|panels| panels.len() > 8));
+    }
+
     #[test]
     fn there_are_two_pages_to_be_read_and_nothing_else() {
         let metrics = Metrics::default();

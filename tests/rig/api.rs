@@ -14,12 +14,12 @@ const ANYTHING: &str = "…";
 
 /// A script of the page, and the answers that it must have; none where the page shows none.
 #[derive(Debug, PartialEq)]
-struct Example<'a> {
-    script: &'a str,
+pub(crate) struct Example<'a> {
+    pub(crate) script: &'a str,
     answers: Option<&'a str>,
 }
 
-fn examples(page: &str) -> Vec<Example<'_>> {
+pub(crate) fn examples(page: &str) -> Vec<Example<'_>> {
     let mut examples = Vec::new();
     let mut rest = page;
     while let Some((_, block)) = rest.split_once("```sh\n") {

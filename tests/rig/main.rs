@@ -11,6 +11,7 @@ mod egress;
 mod faults;
 mod full_disk;
 mod guest_calls;
+mod guide;
 mod isolation;
 mod lifecycle;
 mod limits;

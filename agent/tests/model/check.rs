@@ -104,7 +104,7 @@ fn record(registry: &Registry, handle: &Handle) -> Option<String> {
 /// Says which sandboxes that run are let through to something else than they may reach, where nothing has failed.
 pub(crate) fn policies(world: &World, registry: &Registry) {
     for handle in registry.list() {
-        let may = handle.egress().policy(&registry.host().resolvers);
+        let may = handle.egress().policy(&registry.host().resolvers());
         let is = world.lock().policy_in(handle.slot.slot()).cloned();
         if matches!(handle.view(), View::Running(..)) && is.as_ref() != Some(&may) {
             let id = &handle.plan.id;
