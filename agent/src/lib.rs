@@ -29,6 +29,7 @@ pub mod guest;
 pub mod host;
 pub mod metrics;
 pub mod outbox;
+pub mod page;
 pub mod pki;
 pub mod proxy;
 pub mod recover;

@@ -1,13 +1,15 @@
 //! What the agent knows of itself, for those who watch it: Prometheus metrics and health on a listener of this machine alone.
 //!
-//! Holds: nothing here names a sandbox, a team or a template, so that the number of time series does not grow with them and whoever may
-//! look learns of none. The listener speaks plain HTTP to anybody on this machine; it changes nothing.
+//! Holds: no metric names a sandbox, a team or a template, so that the number of time series does not grow with them and whoever may
+//! look learns of none; the status page ([`page`]) does, where it is switched on. The listener speaks plain HTTP to anybody on this machine; it
+//! changes nothing.
 
 use std::convert::Infallible;
 use std::fmt::Error;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use arc_swap::ArcSwap;
 use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode, header};
 use http_body_util::Full;
@@ -24,6 +26,10 @@ use prometheus_client::registry::Registry as Metrics;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
+use crate::config::Sources;
+use crate::doctor::{self, Finding};
+use crate::host::files::blocking;
+use crate::page::{self, Status};
 use crate::registry::Registry;
 use crate::sandbox::task::View;
 
@@ -31,6 +37,8 @@ use crate::sandbox::task::View;
 const MAX_CONNECTIONS: usize = 16;
 /// Time for the headers of a request, and so how long a connection may be idle.
 const IDLE_LIMIT: Duration = Duration::from_secs(75);
+/// Between two looks at the host.
+const LOOK_PAUSE: Duration = Duration::from_secs(60);
 /// The format of the metrics.
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 /// Bounds of the histograms, in seconds: from a call of privd to a large memory that is written.
@@ -153,13 +161,46 @@ fn metrics(registry: &Arc<Registry>) -> Metrics {
     metrics
 }
 
-/// Serves until the process ends. `is_ready` says whether recovery is complete.
+/// What is answered from.
+struct Pages {
+    metrics: Metrics,
+    registry: Arc<Registry>,
+    /// What was wrong with the host at the last look, for the status page.
+    findings: ArcSwap<Vec<Finding>>,
+}
+
+impl Pages {
+    fn new(registry: Arc<Registry>) -> Self {
+        Self {
+            metrics: metrics(&registry),
+            registry,
+            findings: ArcSwap::default(),
+        }
+    }
+
+    /// Looks at the host now and then for as long as there is a page to show it.
+    async fn look(&self, sources: Sources) -> Infallible {
+        loop {
+            if self.registry.host().config().status_page {
+                let sources = sources.clone();
+                let look = move || doctor::examine_own(&doctor::Host::of_agent(&sources));
+                self.findings.store(Arc::new(blocking(look).await));
+            }
+            tokio::time::sleep(LOOK_PAUSE).await;
+        }
+    }
+}
+
+/// Serves until the process ends. `sources` are those of the configuration, `is_ready` says whether recovery is complete.
 pub async fn serve(
     listener: TcpListener,
     registry: Arc<Registry>,
+    sources: Sources,
     is_ready: impl Fn() -> bool + Clone + Send + 'static,
 ) -> Infallible {
-    let metrics = Arc::new(metrics(&registry));
+    let pages = Arc::new(Pages::new(registry));
+    let looking = pages.clone();
+    tokio::spawn(async move { looking.look(sources).await });
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         let place = places.clone().acquire_owned().await.expect("never closed");
@@ -172,10 +213,10 @@ pub async fn serve(
                 continue;
             }
         };
-        let (metrics, is_ready) = (metrics.clone(), is_ready.clone());
+        let (pages, is_ready) = (pages.clone(), is_ready.clone());
         tokio::spawn(async move {
             let service = hyper::service::service_fn(move |request: Request<Incoming>| {
-                let answer = answer(&request, &metrics, is_ready());
+                let answer = answer(&request, &pages, is_ready());
                 async move { Ok::<_, Infallible>(answer) }
             });
             let mut server = hyper::server::conn::http1::Builder::new();
@@ -188,22 +229,31 @@ pub async fn serve(
     }
 }
 
-fn answer<B>(request: &Request<B>, metrics: &Metrics, is_ready: bool) -> Response<Full<Bytes>> {
+fn answer<B>(request: &Request<B>, pages: &Pages, is_ready: bool) -> Response<Full<Bytes>> {
     let text = |status, text: &'static str| reply(status, "text/plain; charset=utf-8", text.into());
     if !matches!(*request.method(), Method::GET | Method::HEAD) {
         return text(StatusCode::METHOD_NOT_ALLOWED, "GET only\n");
     }
-    match request.uri().path() {
+    let path = request.uri().path();
+    match path {
         "/health" if is_ready => text(StatusCode::OK, "serving\n"),
         "/health" => text(StatusCode::SERVICE_UNAVAILABLE, "recovering\n"),
         "/metrics" => {
             let mut page = String::new();
-            match encode(&mut page, metrics) {
+            match encode(&mut page, &pages.metrics) {
                 Ok(()) => reply(StatusCode::OK, OPEN_METRICS, page.into()),
                 Err(Error) => text(StatusCode::INTERNAL_SERVER_ERROR, "the metrics could not be written\n"),
             }
         }
-        _ => text(StatusCode::NOT_FOUND, "there are /metrics and /health\n"),
+        _ if pages.registry.host().config().status_page => {
+            let status = || Status::look(&pages.registry, is_ready, pages.findings.load().to_vec());
+            page::answer(path, request.headers(), status)
+                .unwrap_or_else(|| text(StatusCode::NOT_FOUND, "there are /, /metrics and /health\n"))
+        }
+        _ => text(
+            StatusCode::NOT_FOUND,
+            "there are /metrics and /health, and a page for browsers with status_page = true in agent.toml\n",
+        ),
     }
 }
 
@@ -291,9 +341,10 @@ mod tests {
         assert!(dashboard["panels"].as_array().is_some_and(|panels| panels.len() > 8));
     }
 
-    #[test]
-    fn there_are_two_pages_to_be_read_and_nothing_else() {
-        let metrics = Metrics::default();
+    #[tokio::test]
+    async fn there_are_two_pages_to_be_read_and_a_third_where_it_is_switched_on() {
+        let registry = Registry::new(Arc::new(Host::new(Config::default())));
+        let pages = Pages::new(registry.clone());
         for (method, path, is_ready, status) in [
             (Method::GET, "/health", true, 200),
             (Method::GET, "/health", false, 503),
@@ -303,7 +354,24 @@ mod tests {
             (Method::GET, "/", true, 404),
             (Method::GET, "/metrics/", true, 404),
         ] {
-            let answer = answer(&asked(method.clone(), path), &metrics, is_ready);
+            let answer = answer(&asked(method.clone(), path), &pages, is_ready);
+            assert_eq!(answer.status().as_u16(), status, "{method} {path}");
+        }
+        registry.host().reconfigure(Config {
+            status_page: true,
+            ..Config::default()
+        });
+        for (method, path, status) in [
+            (Method::GET, "/", 200),
+            (Method::HEAD, "/status.json", 200),
+            (Method::POST, "/status.json", 405),
+            (Method::GET, "/metrics", 200),
+            (Method::GET, "/page.html", 404),
+        ] {
+            let mut request = asked(method.clone(), path);
+            let host = "localhost:50052".parse().expect("a header");
+            request.headers_mut().insert(header::HOST, host);
+            let answer = answer(&request, &pages, true);
             assert_eq!(answer.status().as_u16(), status, "{method} {path}");
         }
     }

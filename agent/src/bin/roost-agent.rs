@@ -233,7 +233,7 @@ async fn run(config: Config, sources: Sources, lines: trace::Lines, standing: St
         None => host,
     });
     let reload = Reload {
-        sources,
+        sources: sources.clone(),
         host: host.clone(),
         access: access.clone(),
         lines,
@@ -268,7 +268,7 @@ async fn run(config: Config, sources: Sources, lines: trace::Lines, standing: St
     tokio::select! {
         outcome = recovery => outcome,
         never = serve(listener, access, service.clone()) => match never {},
-        never = status::serve(status_listener, registry_of_status, move || serving.is_recovered()) => match never {},
+        never = status::serve(status_listener, registry_of_status, sources, move || serving.is_recovered()) => match never {},
         never = reload.run(hangup) => match never {},
         () = service.terminated() => Ok(End::Terminated),
         () = control => Ok(End::Deleted),

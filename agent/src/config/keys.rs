@@ -206,6 +206,14 @@ pub const KEYS: &[Key] = &[
         }),
     },
     Key {
+        name: "status_page",
+        default: Default::Is("false"),
+        range: "true or false",
+        about: "Whether a page for browsers is there as well. It shows every user of this machine the ids, states and use of sandboxes.",
+        applies: Applies::AtReload,
+        field: field!(status_page),
+    },
+    Key {
         name: "dir",
         default: Default::Is("\"/var/lib/roost\""),
         range: ABSOLUTE,

@@ -27,6 +27,8 @@ pub struct Config {
     pub listen: SocketAddr,
     /// Loopback address and port of Prometheus metrics and health, as plain HTTP for anybody on this machine.
     pub status_listen: SocketAddr,
+    /// Whether the status page is there as well, which names sandboxes.
+    pub status_page: bool,
     /// Kernels, images, sandboxes; `ROOST_DIR` in the environment overrides it.
     pub dir: PathBuf,
     /// Run directories of VMs, one below it for each.
@@ -194,6 +196,7 @@ impl Default for Config {
         Self {
             listen: SocketAddr::from(([0, 0, 0, 0], 50051)),
             status_listen: SocketAddr::from(([127, 0, 0, 1], 50052)),
+            status_page: false,
             dir: "/var/lib/roost".into(),
             vm_run_dir: "/run/roost/vm".into(),
             pki_dir: "/etc/roost/pki".into(),

@@ -417,6 +417,7 @@ mod tests {
             ("[control_plane]\nca_file = \"x\"", "ca_file"),
             ("[rate_limits]\ndisk_mb_per_sec = 0", "disk_mb_per_sec"),
             ("[rate_limits]\nnetwork_mb = 1", "network_mb"),
+            ("status_page = \"yes\"", "status_page"),
             ("max_vcpus = 65", "max_vcpus"),
             ("max_memory_mb = 63", "max_memory_mb"),
             ("max_disk_mb = 2097153", "max_disk_mb"),

@@ -89,6 +89,22 @@ impl Host {
         }
     }
 
+    /// This machine as its agent sees it: without what only programs and calls tell.
+    pub fn of_agent(sources: &Sources) -> Self {
+        let loaded = sources.load();
+        Self {
+            root: "/".into(),
+            now: unix_now(),
+            landlock: 0,
+            vmm_version: |_| Err(io::ErrorKind::Unsupported.into()),
+            health: Err("it is asked by itself".into()),
+            config: loaded
+                .as_ref()
+                .map_or_else(|_| Config::default(), |loaded| loaded.config.clone()),
+            loaded,
+        }
+    }
+
     /// Where a path of the host is.
     pub(super) fn at(&self, path: impl AsRef<Path>) -> PathBuf {
         let path = path.as_ref();

@@ -108,6 +108,21 @@ pub fn examine(host: &Host) -> Vec<Finding> {
     checks.iter().flat_map(|check| check(host)).collect()
 }
 
+/// Those of the checks that an agent can make of its own host: its unit and its own confinement hide the others' objects from it.
+pub fn examine_own(host: &Host) -> Vec<Finding> {
+    let checks: &[fn(&Host) -> Vec<Finding>] = &[
+        install::configuration,
+        kernel::version,
+        install::space,
+        certificates::own,
+        certificates::control_plane,
+        hardening::swap,
+        hardening::switches,
+        hardening::vulnerabilities,
+    ];
+    checks.iter().flat_map(|check| check(host)).collect()
+}
+
 /// The worst state among findings. What was not checked is no worse than what is well.
 pub fn worst(findings: &[Finding]) -> State {
     let states = findings.iter().map(|finding| finding.state);

@@ -23,6 +23,7 @@ use crate::control::listing::Listing;
 use crate::errors::Chain;
 use crate::guest::{Guest, Token};
 use crate::outbox::{Event, Outbox};
+use crate::page::Changes;
 use crate::status::Timings;
 use files::Layout;
 use privd::PrivdClientHandle;
@@ -46,6 +47,8 @@ pub struct Host {
     pub listing: Listing,
     /// How long what callers ask of sandboxes takes.
     pub operations: Timings,
+    /// Which sandboxes have changed of late.
+    pub changes: Changes,
     outbox: Option<Outbox>,
 }
 
@@ -60,6 +63,7 @@ impl Host {
             resolvers: ArcSwap::from_pointee(config.resolvers()),
             listing: Listing::standalone(),
             operations: Timings::default(),
+            changes: Changes::default(),
             outbox: None,
             config: ArcSwap::from_pointee(config),
         }

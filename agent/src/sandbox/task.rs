@@ -505,6 +505,7 @@ impl Driver {
             if from != sandbox.name() {
                 let id = &self.handle.plan.id;
                 tracing::info!(parent: &self.cause, sandbox_id = %id, from, to = sandbox.name(), "sandbox changed");
+                self.host.changes.add(id, from, sandbox.name());
             }
             // Out of the registry before anyone is told, so that the id can be used again by who has been told.
             if matches!(sandbox, Sandbox::Gone) {

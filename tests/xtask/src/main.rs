@@ -7,6 +7,7 @@
 //! test    what CI checks, the end-to-end tests in the rig included
 //! deny    licences, sources and banned crates, by cargo-deny
 //! fuzz    what the agent reads of others, by libFuzzer
+//! page    the status page, in a headless Chromium
 //! sdk     client libraries of others against envd
 //! reference  docs/api.md, from the .proto files
 //! demo    one sandbox from create to destroy, and what it left behind
@@ -26,6 +27,7 @@ mod fuzz;
 mod guest;
 mod host;
 mod kernel;
+mod page;
 mod qemu;
 mod reference;
 mod rig;
@@ -70,6 +72,8 @@ enum Task {
     Sdk,
     /// Write docs/api.md anew, from the .proto files
     Reference,
+    /// The status page in a headless Chromium, which must be there
+    Page,
     /// Show one sandbox from create to destroy, and that nothing is left of it
     Demo(demo::Options),
 }
@@ -89,6 +93,7 @@ fn main() -> ExitCode {
         Task::Deny => deny::run().map(|()| 0),
         Task::Sdk => sdk::run().map(|()| 0),
         Task::Reference => reference::run().map(|()| 0),
+        Task::Page => page::run().map(|()| 0),
         Task::Demo(options) => demo::run(&options),
     };
     finish(outcome)

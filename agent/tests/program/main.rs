@@ -1,5 +1,7 @@
 //! The agent as a program: what it says of its configuration, and that it takes up another one while it serves.
 
+mod page;
+
 use std::fs::{self, File};
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -184,7 +186,7 @@ fn check_config_names_everything_that_is_wrong_and_what_was_read() {
     let all = host.say(&["--print-config"]);
     assert!(all.status.success() && text(&all.stdout).contains("50-test.toml:1\nmax_vcpus = 3\n"));
     let usual = host.say(&["--default-config"]);
-    assert_eq!(text(&usual.stdout), include_str!("../../packaging/etc/agent.toml"));
+    assert_eq!(text(&usual.stdout), include_str!("../../../packaging/etc/agent.toml"));
 }
 
 #[test]
