@@ -26,6 +26,7 @@ const EXCUSED: [&str; 11] = [
 const IMAGES: &str = "/var/lib/roost/images";
 const CERTIFICATE: &str = "/etc/roost/pki/server.pem";
 const ADDITION: &str = "/etc/roost/agent.toml.d/99-test.toml";
+const PAGE: &str = "http://127.0.0.1:50052/status.json";
 const LEFT: &str = "/var/lib/roost/left-over";
 
 /// Exit status and findings.
@@ -161,13 +162,20 @@ fn a_host_is_well_and_each_thing_that_is_broken_is_named_and_keeps_a_reload_from
         let (_, findings) = doctor();
         assert_eq!(said(&findings, "problem"), []);
         fs::create_dir_all("/etc/roost/agent.toml.d").expect("made");
-        fs::write(ADDITION, "max_vcpus = 1\n").expect("written");
+        fs::write(ADDITION, "max_vcpus = 1\nstatus_page = true\n").expect("written");
         assert!(reload().status.success());
         // Refused in any case: at first for its memory.
         let asked = || roost_tests::roost::roost(&["create", "--vcpus", "2", "--memory", "1"]);
         let refused = roost_tests::eventually("the agent to take up its configuration", || {
             Some(asked()).filter(|output| String::from_utf8_lossy(&output.stderr).contains("vcpus"))
         });
+        // The page has been switched on with it: what it shows is this host's.
+        let status: Value = serde_json::from_str(&run("curl", &["--silent", "--fail", PAGE])).expect("JSON");
+        let shown = status["sandboxes"].as_array().expect("a list");
+        assert!(shown.iter().any(|one| one["id"] == *sandbox.id && one["state"] == "running"), "{status}");
+        assert!(status["changes"].as_array().expect("a list").iter().any(|one| one["id"] == *sandbox.id), "{status}");
+        let elsewhere = Command::new("curl").args(["--silent", "--fail", "--header", "Host: evil.example", PAGE]).status();
+        assert!(!elsewhere.expect("curl runs").success(), "by another name it is refused");
         fs::remove_dir_all("/etc/roost/agent.toml.d").expect("removed");
         assert!(reload().status.success() && !refused.status.success());
         // Nothing of it has touched what runs.
