@@ -172,10 +172,27 @@ fn a_host_is_well_and_each_thing_that_is_broken_is_named_and_keeps_a_reload_from
         // The page has been switched on with it: what it shows is this host's.
         let status: Value = serde_json::from_str(&run("curl", &["--silent", "--fail", PAGE])).expect("JSON");
         let shown = status["sandboxes"].as_array().expect("a list");
-        assert!(shown.iter().any(|one| one["id"] == *sandbox.id && one["state"] == "running"), "{status}");
-        assert!(status["changes"].as_array().expect("a list").iter().any(|one| one["id"] == *sandbox.id), "{status}");
-        let elsewhere = Command::new("curl").args(["--silent", "--fail", "--header", "Host: evil.example", PAGE]).status();
-        assert!(!elsewhere.expect("curl runs").success(), "by another name it is refused");
+        assert!(
+            shown
+                .iter()
+                .any(|one| one["id"] == *sandbox.id && one["state"] == "running"),
+            "{status}"
+        );
+        assert!(
+            status["changes"]
+                .as_array()
+                .expect("a list")
+                .iter()
+                .any(|one| one["id"] == *sandbox.id),
+            "{status}"
+        );
+        let elsewhere = Command::new("curl")
+            .args(["--silent", "--fail", "--header", "Host: evil.example", PAGE])
+            .status();
+        assert!(
+            !elsewhere.expect("curl runs").success(),
+            "by another name it is refused"
+        );
         fs::remove_dir_all("/etc/roost/agent.toml.d").expect("removed");
         assert!(reload().status.success() && !refused.status.success());
         // Nothing of it has touched what runs.

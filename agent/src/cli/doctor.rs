@@ -12,8 +12,8 @@ use super::{CliError, print, words};
 use crate::doctor::{self, Host, Listed, State, Text};
 use crate::errors::Chain;
 
-/// Time between two looks for what is left over: removals take less.
-const PAUSE: Duration = Duration::from_secs(6);
+/// Time between two looks for what is left over: what is being made or removed is on the agent's list, but for moments.
+const PAUSE: Duration = Duration::from_secs(2);
 /// Time for the agent's list.
 const LIST_LIMIT: Duration = Duration::from_secs(10);
 

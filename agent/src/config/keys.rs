@@ -31,14 +31,14 @@ pub enum Applies {
 
 /// What a key is by default.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Default {
+pub enum ByDefault {
     /// This, as TOML.
     Is(&'static str),
     /// Not set; this would be a value, as TOML.
     Unset(&'static str),
 }
 
-impl Default {
+impl ByDefault {
     /// Its value, or a possible one.
     fn text(self) -> &'static str {
         match self {
@@ -53,7 +53,7 @@ pub struct Key {
     /// Its name, one in a table with a dot, as in `control_plane.url`.
     pub name: &'static str,
     /// What it is when nobody sets it.
-    pub default: Default,
+    pub default: ByDefault,
     /// What it may be, with its unit.
     pub range: &'static str,
     /// What it means. May have several lines.
@@ -136,8 +136,8 @@ pub fn default_file() -> String {
             writeln!(text, "# {line}").expect("a String takes everything");
         }
         let default = match key.default {
-            Default::Is(_) => "",
-            Default::Unset(_) => " Not set by default.",
+            ByDefault::Is(_) => "",
+            ByDefault::Unset(_) => " Not set by default.",
         };
         let applies = match key.applies {
             Applies::AtReload => "",
@@ -188,7 +188,7 @@ fn is_absolute(path: &Path) -> bool {
 pub const KEYS: &[Key] = &[
     Key {
         name: "listen",
-        default: Default::Is("\"0.0.0.0:50051\""),
+        default: ByDefault::Is("\"0.0.0.0:50051\""),
         range: "an IP address and a port",
         about: "Where the HTTPS API is served.",
         applies: Applies::AtStart,
@@ -196,7 +196,7 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         name: "status_listen",
-        default: Default::Is("\"127.0.0.1:50052\""),
+        default: ByDefault::Is("\"127.0.0.1:50052\""),
         range: "a loopback address and a port: whoever can reach it is not asked who they are",
         about: "Where Prometheus metrics and health are served, as plain HTTP, for anybody on this machine.",
         applies: Applies::AtStart,
@@ -207,7 +207,7 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         name: "status_page",
-        default: Default::Is("false"),
+        default: ByDefault::Is("false"),
         range: "true or false",
         about: "Whether a page for browsers is there as well. It shows every user of this machine the ids, states and use of sandboxes.",
         applies: Applies::AtReload,
@@ -215,7 +215,7 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         name: "dir",
-        default: Default::Is("\"/var/lib/roost\""),
+        default: ByDefault::Is("\"/var/lib/roost\""),
         range: ABSOLUTE,
         about: "Kernels, images, sandboxes. ROOST_DIR in the environment says it too.",
         applies: Applies::AtStart,
@@ -223,7 +223,7 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         name: "vm_run_dir",
-        default: Default::Is("\"/run/roost/vm\""),
+        default: ByDefault::Is("\"/run/roost/vm\""),
         range: ABSOLUTE,
         about: "Run directories of VMs, one below it for each.",
         applies: Applies::AtStart,
@@ -231,7 +231,7 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         name: "pki_dir",
-        default: Default::Is("\"/etc/roost/pki\""),
+        default: ByDefault::Is("\"/etc/roost/pki\""),
         range: ABSOLUTE,
         about: "Certificates and keys: ca.pem, server.pem, server-key.pem. A reload reads the files anew.",
         applies: Applies::AtStart,
@@ -239,7 +239,7 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         name: "client_names",
-        default: Default::Is("[\"wrenn-cp\", \"roost-cli\"]"),
+        default: ByDefault::Is("[\"wrenn-cp\", \"roost-cli\"]"),
         range: "at least one name, else nobody may call",
         about: "Common names or DNS names of client certificates that may call the API.",
         applies: Applies::AtReload,
@@ -248,7 +248,7 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         name: "viewer_names",
-        default: Default::Is("[]"),
+        default: ByDefault::Is("[]"),
         range: "names",
         about: "Common names or DNS names of client certificates that may only look: lists of sandboxes, their metrics, why one\n\
                 ended, health.",
@@ -257,7 +257,7 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         name: "max_calls_per_sec",
-        default: Default::Unset("50"),
+        default: ByDefault::Unset("50"),
         range: "1 to 4294967295 calls a second",
         about: "API calls that each client certificate may make; not set: as many as it likes. Two seconds' worth may come at once.\n\
                 What goes through the proxy is not counted.",
@@ -266,7 +266,7 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         name: "log_format",
-        default: Default::Is("\"text\""),
+        default: ByDefault::Is("\"text\""),
         range: "\"text\" or \"json\"",
         about: "How log lines look.",
         applies: Applies::AtStart,
@@ -274,7 +274,7 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         name: "log_filter",
-        default: Default::Is("\"info\""),
+        default: ByDefault::Is("\"info\""),
         range: "a level (error, warn, info, debug, trace, off), or several with parts of the agent, as in \"info,roost_agent::egress=debug\"",
         about: "Which log lines there are. RUST_LOG in the environment goes first.",
         applies: Applies::AtReload,
@@ -282,7 +282,7 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         name: "privd_socket",
-        default: Default::Is("\"/run/roost/privd.sock\""),
+        default: ByDefault::Is("\"/run/roost/privd.sock\""),
         range: ABSOLUTE,
         about: "privd's socket.",
         applies: Applies::AtStart,
@@ -290,7 +290,7 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         name: "shim",
-        default: Default::Is("\"systemd\""),
+        default: ByDefault::Is("\"systemd\""),
         range: "\"systemd\" or \"child\"",
         about: "How shims are started: by systemd, each with a uid and a cgroup of its own; or by the agent, as its children and with\n\
                 its uid, for development on hosts without systemd, and weaker for it.",
@@ -299,7 +299,7 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         name: "shim_socket",
-        default: Default::Is("\"/run/roost/vmmshim.sock\""),
+        default: ByDefault::Is("\"/run/roost/vmmshim.sock\""),
         range: ABSOLUTE,
         about: "The socket on which systemd starts a shim for each connection; with shim = \"systemd\".",
         applies: Applies::AtStart,
@@ -307,7 +307,7 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         name: "shim_program",
-        default: Default::Is("\"/usr/bin/roost-vmmshim\""),
+        default: ByDefault::Is("\"/usr/bin/roost-vmmshim\""),
         range: ABSOLUTE,
         about: "The shim's program; with shim = \"child\".",
         applies: Applies::AtStart,
@@ -315,7 +315,7 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         name: "shim_args",
-        default: Default::Is("[]"),
+        default: ByDefault::Is("[]"),
         range: "texts",
         about: "Further arguments for the shim's program; with shim = \"child\".",
         applies: Applies::AtStart,
@@ -323,7 +323,7 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         name: "dns",
-        default: Default::Unset("[\"192.0.2.53\"]"),
+        default: ByDefault::Unset("[\"192.0.2.53\"]"),
         range: "at most 8 IPv4 addresses",
         about: "Resolvers for guests; not set: those of the host's /etc/resolv.conf that are not loopback. A reload is for VMs that are\n\
                 started from then on, and for policies that are changed.",
@@ -334,7 +334,7 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         name: "max_sandboxes",
-        default: Default::Is("4096"),
+        default: ByDefault::Is("4096"),
         range: "1 to 4096 sandboxes",
         about: "Most sandboxes at a time, paused ones too.",
         applies: Applies::AtReload,
@@ -343,7 +343,7 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         name: "default_disk_mb",
-        default: Default::Unset("4096"),
+        default: ByDefault::Unset("4096"),
         range: "1 to 2097152 MiB",
         about: "Disk of a sandbox that asks for none; not set: the image's size.",
         applies: Applies::AtReload,
@@ -351,7 +351,7 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         name: "max_disk_mb",
-        default: Default::Is("1048576"),
+        default: ByDefault::Is("1048576"),
         range: "1 to 2097152 MiB",
         about: "Largest disk that a caller may ask for.",
         applies: Applies::AtReload,
@@ -359,7 +359,7 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         name: "disk_reserve_mb",
-        default: Default::Is("256"),
+        default: ByDefault::Is("256"),
         range: "0 to 1048576 MiB",
         about: "What stays free on the data directory's file system besides what is kept for the memory of running sandboxes: below both\n\
                 together creates and resumes are refused, below half of it guests that write are held.",
@@ -368,7 +368,7 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         name: "max_memory_mb",
-        default: Default::Is("1048576"),
+        default: ByDefault::Is("1048576"),
         range: "64 to 1048576 MiB",
         about: "Largest memory that a caller may ask for.",
         applies: Applies::AtReload,
@@ -376,7 +376,7 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         name: "max_vcpus",
-        default: Default::Is("32"),
+        default: ByDefault::Is("32"),
         range: "1 to 64 vCPUs",
         about: "Most vCPUs that a caller may ask for.",
         applies: Applies::AtReload,
@@ -384,7 +384,7 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         name: "max_exec_output",
-        default: Default::Is("16777216"),
+        default: ByDefault::Is("16777216"),
         range: "1 to 1073741824 bytes",
         about: "Most output that one Exec call may return, both streams together; more ends the command with an error.",
         applies: Applies::AtReload,
@@ -392,7 +392,7 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         name: "boot_timeout_sec",
-        default: Default::Is("120"),
+        default: ByDefault::Is("120"),
         range: "10 to 3600 seconds",
         about: "How long a guest may take to come up when it boots; one of more than 15 GiB has 8 s for each of them. More is for hosts\n\
                 that emulate.",
@@ -401,7 +401,7 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         name: "restore_memory",
-        default: Default::Is("\"copy\""),
+        default: ByDefault::Is("\"copy\""),
         range: "\"copy\" or \"on_demand\"",
         about: "How memory comes back to a resumed guest: before it runs, or while it does, where the host has /dev/userfaultfd. On\n\
                 demand it is there sooner, but every page is loaded in the end, unused ones too, and it cannot be paused before that.",
@@ -410,7 +410,7 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         name: "busy_cpu_percent",
-        default: Default::Is("5"),
+        default: ByDefault::Is("5"),
         range: "1 to 100 percent of one vCPU",
         about: "Above which a guest counts as used although nobody calls. An idle guest's timers, and the agent that asks it for\n\
                 metrics, stay below.",
@@ -419,7 +419,7 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         name: "busy_network_bytes",
-        default: Default::Is("16384"),
+        default: ByDefault::Is("16384"),
         range: "1 to 1073741824 bytes a second",
         about: "To and from its network, above which a guest counts as used. An idle guest's metrics, ARP and DNS stay below.",
         applies: Applies::AtReload,
@@ -427,7 +427,7 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         name: "busy_disk_bytes",
-        default: Default::Is("65536"),
+        default: ByDefault::Is("65536"),
         range: "1 to 1073741824 bytes a second",
         about: "To and from its disk, above which a guest counts as used. An idle guest's journal and logs may be above, but not for\n\
                 three seconds in five.",
@@ -436,7 +436,7 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         name: "control_plane.url",
-        default: Default::Unset("\"https://control.example\""),
+        default: ByDefault::Unset("\"https://control.example\""),
         range: "an https:// URL, or http:// on the same host or a network that nobody else is on",
         about: "Where the control plane is; not set: where this host was registered.",
         applies: Applies::AtStart,
@@ -444,7 +444,7 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         name: "control_plane.address",
-        default: Default::Unset("\"192.0.2.1:50051\""),
+        default: ByDefault::Unset("\"192.0.2.1:50051\""),
         range: "an address or a name, and a port",
         about: "Under which the control plane calls this host, for the registration.",
         applies: Applies::AtStart,
@@ -452,7 +452,7 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         name: "control_plane.ca_file",
-        default: Default::Unset("\"/etc/roost/control-plane-ca.pem\""),
+        default: ByDefault::Unset("\"/etc/roost/control-plane-ca.pem\""),
         range: ABSOLUTE,
         about: "CAs of its HTTPS, in PEM; not set: those that the system trusts.",
         applies: Applies::AtStart,
@@ -460,7 +460,7 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         name: "rate_limits.disk_mb_per_sec",
-        default: Default::Unset("200"),
+        default: ByDefault::Unset("200"),
         range: "1 to 4294967295 MiB a second",
         about: "How fast the disk of each sandbox may be, reads and writes together; not set: no limit. For VMs that are started from\n\
                 then on, by a create or a resume, as those below.",
@@ -469,7 +469,7 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         name: "rate_limits.disk_operations_per_sec",
-        default: Default::Unset("5000"),
+        default: ByDefault::Unset("5000"),
         range: "1 to 4294967295 requests a second",
         about: "How many requests the disk of each sandbox may take; not set: no limit.",
         applies: Applies::AtReload,
@@ -477,7 +477,7 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         name: "rate_limits.network_mb_per_sec",
-        default: Default::Unset("100"),
+        default: ByDefault::Unset("100"),
         range: "1 to 4294967295 MiB a second",
         about: "How fast the network of each sandbox may be, each way; not set: no limit.",
         applies: Applies::AtReload,
@@ -517,10 +517,10 @@ mod tests {
         assert_eq!(uncommented(|_| true).lines().count(), KEYS.len());
         for key in KEYS {
             let is_default = key.is_same(&all.config, &Config::default());
-            assert_eq!(is_default, matches!(key.default, Default::Is(_)), "{}", key.name);
+            assert_eq!(is_default, matches!(key.default, ByDefault::Is(_)), "{}", key.name);
         }
         let packaged = sources::of_text(PACKAGED).expect("comments");
-        let defaults = sources::of_text(&uncommented(|key| matches!(key.default, Default::Is(_)))).expect("defaults");
+        let defaults = sources::of_text(&uncommented(|key| matches!(key.default, ByDefault::Is(_)))).expect("defaults");
         for config in [packaged.config, defaults.config] {
             assert_eq!(format!("{config:?}"), format!("{:?}", Config::default()));
         }

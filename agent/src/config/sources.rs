@@ -12,7 +12,7 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue, ValueDeserializer};
 
 use super::Config;
-use super::keys::{Default, KEYS, Key, Refused, find, is_table};
+use super::keys::{ByDefault, KEYS, Key, Refused, find, is_table};
 
 /// Where the configuration is looked for when nothing else is said.
 pub const DEFAULT_FILE: &str = "/etc/roost/agent.toml";
@@ -114,7 +114,7 @@ impl fmt::Display for Problems {
 impl std::error::Error for Problems {}
 
 /// Where to read the configuration from.
-#[derive(Debug, Clone, std::default::Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Sources {
     /// The file; without one [`DEFAULT_FILE`], which may be missing. `<file>.d/*.toml` come after it.
     pub file: Option<PathBuf>,
@@ -191,8 +191,8 @@ impl Loaded {
             let (name, origin) = (key.name, self.origin(key));
             match (self.set.get(name), key.default) {
                 (Some((_, value)), _) => format!("# {origin}\n{name} = {value}\n"),
-                (None, Default::Is(value)) => format!("# {origin}\n{name} = {value}\n"),
-                (None, Default::Unset(_)) => format!("# {name} is not set\n"),
+                (None, ByDefault::Is(value)) => format!("# {origin}\n{name} = {value}\n"),
+                (None, ByDefault::Unset(_)) => format!("# {name} is not set\n"),
             }
         };
         KEYS.iter().map(line).collect()
@@ -200,7 +200,7 @@ impl Loaded {
 }
 
 /// What has been read so far.
-#[derive(Debug, std::default::Default)]
+#[derive(Debug, Default)]
 struct Reader {
     config: Config,
     files: Vec<PathBuf>,

@@ -214,7 +214,7 @@ pub(super) fn sockets(host: &Host) -> Vec<Finding> {
             &host.config.shim_socket,
             "roost-vmmshim.socket",
             0o600,
-            ["roost", "root"],
+            ["roost", "roost"],
         ));
     }
     // Whoever has bound a socket, by path.
@@ -439,7 +439,7 @@ mod tests {
                 sockets,
                 |fake| fake.mode("run/roost/vmmshim.sock", 0o666),
                 State::Problem,
-                "0666 in place of roost:root 0600",
+                "0666 in place of roost:roost 0600",
             ),
             (
                 sockets,

@@ -156,7 +156,7 @@ impl fmt::Display for Text<'_> {
         }
         writeln!(
             f,
-            "{} problems, {} warnings, {} ok, {} not seen",
+            "problems: {}, warnings: {}, ok: {}, not seen: {}",
             count(State::Problem),
             count(State::Warning),
             count(State::Ok),
@@ -211,8 +211,8 @@ mod tests {
             .lines()
             .map(|line| line.split_whitespace().next().unwrap_or_default())
             .collect();
-        assert_eq!(first, ["PROBLEM", "->", "warning", "->", "not", "ok", "1"]);
-        assert!(text.contains("odd?[2J") && text.ends_with("1 problems, 1 warnings, 1 ok, 1 not seen\n"));
+        assert_eq!(first, ["PROBLEM", "->", "warning", "->", "not", "ok", "problems:"]);
+        assert!(text.contains("odd?[2J") && text.ends_with("problems: 1, warnings: 1, ok: 1, not seen: 1\n"));
         let json = serde_json::to_value(&findings).expect("JSON");
         assert_eq!(
             json[1],
