@@ -1,11 +1,13 @@
 //! `roost cp`: files and directories into a sandbox and out of it.
 //!
 //! Holds: a file passes through in pieces; one that cannot be copied whole is not left half-written under its name at this end, and at the
-//! other as far as the guest's envd keeps to that. Names that come from a guest are single names: none leads out of the target.
+//! other as far as the guest's envd keeps to that. What a guest names stays in the target (`fetch`).
+
+mod fetch;
 
 use std::fs;
-use std::io::{self, Write as _};
-use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::io;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -66,7 +68,8 @@ impl FromStr for Place {
 pub(super) enum CopyError {
     #[error("one of the two must be in a sandbox, as in SANDBOX:PATH, and the other here")]
     Direction,
-    #[error("{}", path.display())]
+    // A part of it may be a guest's.
+    #[error("{path:?}")]
     File {
         path: PathBuf,
         #[source]
@@ -76,6 +79,8 @@ pub(super) enum CopyError {
     Kind(PathBuf),
     #[error("the sandbox has a file of a name that is none here: {0:?}")]
     Name(String),
+    #[error("{0:?} is a symbolic link here and a directory in the sandbox: remove it, or copy to another place")]
+    Link(PathBuf),
     #[error("in the sandbox, {0:?} failed: {1}")]
     Command(String, String),
 }
@@ -111,7 +116,7 @@ pub(super) async fn copy(client: &Client, wish: Copy) -> Result<(), CliError> {
                 sandbox,
                 bar: &bar,
             };
-            there.fetch(&path, to).await
+            fetch::fetch(&there, &path, &to).await
         }
         _ => Err(CopyError::Direction.into()),
     };
@@ -243,92 +248,6 @@ impl There<'_> {
         Ok(())
     }
 
-    /// Copies a file or a tree out of the sandbox.
-    async fn fetch(&self, path: &str, to: PathBuf) -> Result<(), CliError> {
-        // What is no directory is a file, or is not there; reading says which.
-        let is_directory = self.list(path, 1).await.is_ok();
-        let name = path.trim_end_matches('/').rsplit('/').next().unwrap_or_default();
-        let to = if to.is_dir() && !matches!(name, "" | "." | "..") {
-            to.join(name)
-        } else {
-            to
-        };
-        if is_directory {
-            Box::pin(self.fetch_tree(path, &to)).await
-        } else {
-            self.fetch_file(path, &to, USUAL_MODE).await
-        }
-    }
-
-    async fn fetch_tree(&self, path: &str, to: &Path) -> Result<(), CliError> {
-        match fs::create_dir(to) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(at(to)(error)),
-            _ => {}
-        }
-        for entry in self.list(path, 1).await? {
-            let is_name =
-                !entry.name.is_empty() && !entry.name.contains('/') && !matches!(entry.name.as_str(), "." | "..");
-            if !is_name {
-                return Err(CopyError::Name(entry.name).into());
-            }
-            let below = to.join(&entry.name);
-            match entry.r#type.as_str() {
-                "directory" => Box::pin(self.fetch_tree(&entry.path, &below)).await?,
-                "symlink" => {
-                    // The listing says where it leads to in the end; what it says itself is to be copied.
-                    let target = self.run(&["readlink", "-n", "--", &entry.path]).await?;
-                    drop(fs::remove_file(&below));
-                    symlink(target, &below).map_err(at(&below))?;
-                }
-                _ => {
-                    self.bar.inc_length(entry.size.max(0).unsigned_abs());
-                    self.fetch_file(&entry.path, &below, entry.mode & 0o777).await?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    async fn fetch_file(&self, path: &str, to: &Path, mode: u32) -> Result<(), CliError> {
-        self.bar.set_message(path.replace(char::is_control, "?"));
-        let request = ReadFileStreamRequest {
-            sandbox_id: self.sandbox.clone(),
-            path: path.to_owned(),
-            ..ReadFileStreamRequest::default()
-        };
-        let mut stream = self.client.read_file_stream(request).await?;
-        // Beside it, so that what was there stays until the new one is whole.
-        let mut unfinished = to.as_os_str().to_owned();
-        unfinished.push(".part");
-        let unfinished = PathBuf::from(unfinished);
-        let mut file = None;
-        let copied = async {
-            while let Some(message) = stream.message::<ReadFileStreamResponse>().await? {
-                if file.is_none() {
-                    file = Some(fs::File::create(&unfinished).map_err(at(&unfinished))?);
-                }
-                let chunk = message.to_owned_message().chunk;
-                if let Some(file) = &mut file {
-                    file.write_all(&chunk).map_err(at(&unfinished))?;
-                }
-                self.bar.inc(chunk.len() as u64);
-            }
-            let file = match file.take() {
-                Some(file) => file,
-                // An empty one.
-                None => fs::File::create(&unfinished).map_err(at(&unfinished))?,
-            };
-            file.set_permissions(fs::Permissions::from_mode(mode))
-                .map_err(at(&unfinished))?;
-            fs::rename(&unfinished, to).map_err(at(to))
-        };
-        let copied: Result<(), CliError> = copied.await;
-        if copied.is_err() {
-            drop(fs::remove_file(&unfinished));
-        }
-        copied
-    }
-
     async fn list(&self, path: &str, depth: u32) -> Result<Vec<FileEntry>, CliError> {
         let request = ListDirRequest {
             sandbox_id: self.sandbox.clone(),
@@ -354,6 +273,36 @@ impl There<'_> {
         }
         let said = String::from_utf8_lossy(&answer.stderr).replace(char::is_control, " ");
         Err(CopyError::Command(command.join(" "), said.trim().to_owned()).into())
+    }
+}
+
+impl fetch::Source for There<'_> {
+    async fn list(&self, path: &str) -> Result<Vec<FileEntry>, CliError> {
+        self.list(path, 1).await
+    }
+
+    async fn read_link(&self, path: &str) -> Result<String, CliError> {
+        self.run(&["readlink", "-n", "--", path]).await
+    }
+
+    async fn read(&self, path: &str, into: &mut fetch::Unfinished<'_>) -> Result<(), CliError> {
+        self.bar.set_message(path.replace(char::is_control, "?"));
+        let request = ReadFileStreamRequest {
+            sandbox_id: self.sandbox.clone(),
+            path: path.to_owned(),
+            ..ReadFileStreamRequest::default()
+        };
+        let mut stream = self.client.read_file_stream(request).await?;
+        while let Some(message) = stream.message::<ReadFileStreamResponse>().await? {
+            let chunk = message.to_owned_message().chunk;
+            into.write(&chunk)?;
+            self.bar.inc(chunk.len() as u64);
+        }
+        Ok(())
+    }
+
+    fn expect(&self, bytes: u64) {
+        self.bar.inc_length(bytes);
     }
 }
 
