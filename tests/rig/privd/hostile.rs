@@ -195,6 +195,68 @@ fn attach(tun: &PassedFd, name: &str) {
 }
 
 #[test]
+fn objects_of_others_with_our_names_are_neither_used_nor_removed() {
+    in_rig(|| {
+        let rig = Rig::start();
+        let before = Census::take();
+        let size = Mebibytes(8).sectors();
+        let image = rig.image("theirs.img", 4 << 20, 7);
+        let cow = rig.cow("theirs.cow", size);
+        let about = fs::metadata(&image).expect("the image");
+        let origin = names::origin(about.dev(), about.ino(), size);
+        let shell = |script: &str| {
+            let output = Command::new("sh").args(["-c", script]).output().expect("sh runs");
+            assert!(output.status.success(), "{script}: {output:?}");
+            String::from_utf8(output.stdout).expect("text")
+        };
+        let request = || rig.request("theirs", &image, &cow, size);
+        let is_theirs = |name: &str| shell(&format!("dmsetup info -c --noheadings -o uuid {name}")).trim() == "theirs";
+        let busy = |what| PrivdError::Busy { what };
+
+        // An origin as ours is, but for its uuid, and one without a table, as a privd leaves it that was killed.
+        let length = (4 << 20) / 512;
+        let table = format!("0 {length} linear $(cat /sys/block/$(basename $loop)/dev) 0\\n{length} {length} zero");
+        shell(&format!(
+            "loop=$(losetup --find --show --read-only {}) && printf \"{table}\\n\" |
+             dmsetup create {origin} --uuid theirs --readonly && losetup --detach $loop",
+            image.display()
+        ));
+        for next in ["--notable", ""] {
+            let refused = rig.open_disk(request()).expect_err("shared with a stranger");
+            assert_eq!(refused, busy(ResourceKind::Disk));
+            assert!(is_theirs(&origin));
+            shell(&format!("dmsetup remove --retry {origin}"));
+            if !next.is_empty() {
+                shell(&format!("dmsetup create {origin} --uuid theirs {next}"));
+            }
+        }
+
+        shell("dmsetup create roost-s-theirs --uuid theirs --notable && ip link add roost-v9 type dummy");
+        let (runtime, client) = rig.runtime();
+        let slot = Slot::try_from(9).expect("a slot");
+        let policy = open_policy();
+        // At once: either waits for its name to become free.
+        let (disk, network) = runtime.block_on(async {
+            let disk = client.open_disk(patient(), request());
+            let network = client.open_network(patient(), OpenNetwork { slot, policy });
+            tokio::join!(disk, network)
+        });
+        assert_eq!(disk.expect("answered").expect_err("taken"), busy(ResourceKind::Disk));
+        assert_eq!(
+            network.expect("answered").expect_err("taken"),
+            busy(ResourceKind::Network)
+        );
+        assert!(is_theirs("roost-s-theirs"));
+        assert!(shell("ip -details link show roost-v9").contains("dummy"));
+        shell("dmsetup remove --retry roost-s-theirs && ip link delete roost-v9");
+
+        drop(rig.open_disk(request()).expect("the names are free"));
+        eventually("what was ours to be gone", || rig.inventory().is_empty().then_some(()));
+        assert_eq!(Census::take().differences(&before), [""; 0]);
+    });
+}
+
+#[test]
 fn a_peer_of_another_uid_is_refused_unheard() {
     in_rig(|| {
         let rig = Rig::start_for(12345);

@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, send, socket};
 use roost_common::ids::Slot;
 use roost_common::ipc::PassedFd;
+use roost_common::names;
 use roost_common::net::{Cidr, GATEWAY, GATEWAY_MAC, GUEST, GUEST_MAC, MAX_CONNECTIONS, SlotAddresses};
 use roost_common::privd::{
     DescriptorRole, Disk, EgressPolicy, Internet, InventoryCursor, InventoryRow, Network, NetworkCounters, OpenDisk,

@@ -55,6 +55,7 @@ struct Device {
     loaded: Option<Vec<Target>>,
     active: Option<Vec<Target>>,
     deferred: bool,
+    is_foreign: bool,
     opens: Opens,
 }
 
@@ -182,6 +183,14 @@ impl FakeKernel {
         *self.at_next_wait.borrow_mut() = Some(Box::new(event));
     }
 
+    /// A device that somebody else has made.
+    pub(super) fn create_foreign(&self, name: &str, table: Option<Vec<Target>>) {
+        self.create(name).expect("created");
+        let mut state = self.state.borrow_mut();
+        let device = state.device(name).expect("created");
+        (device.is_foreign, device.active) = (true, table);
+    }
+
     /// All devices and loops there are.
     pub(super) fn inventory(&self) -> Vec<String> {
         let mut state = self.state.borrow_mut();
@@ -213,6 +222,7 @@ impl DiskKernel for FakeKernel {
         state.settle();
         Ok(state.devices.get(name).map(|device| Found {
             node: DiskNode { minor: device.minor },
+            is_ours: !device.is_foreign,
             table: match &device.active {
                 None => Table::None,
                 Some(table) => Table::Active(

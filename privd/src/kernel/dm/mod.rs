@@ -79,6 +79,8 @@ pub(crate) enum Map {
 pub(crate) struct Found {
     /// Its node.
     pub(crate) node: DiskNode,
+    /// Whether its uuid is the one that we give to a device of its name.
+    pub(crate) is_ours: bool,
     /// Whether it has a table, that is, whether its maker got that far.
     pub(crate) table: Table,
 }
@@ -200,6 +202,12 @@ fn open_origin(kernel: &impl DiskKernel, spec: &DiskSpec, deadline: Instant) -> 
                 }
                 outcome => return outcome,
             },
+            // Somebody else's that has the name: not shared, and not removed.
+            Some(Found { is_ours: false, .. }) => {
+                return Err(PrivdError::Busy {
+                    what: ResourceKind::Disk,
+                });
+            }
             // Made by a privd that was killed before it went on; nobody else works on origins while we hold the lock.
             Some(Found { table: Table::None, .. }) => kernel.remove_when_unused(&name).map_err(at(Step::OpenOrigin))?,
             Some(Found {
@@ -425,6 +433,24 @@ mod tests {
         let disk = open_snapshot(&kernel, &spec).expect("opened");
         drop(disk);
         assert!(kernel.inventory().is_empty());
+    }
+
+    #[test]
+    fn a_device_of_somebody_elses_is_neither_shared_nor_removed() {
+        let spec = DiskSpec::sample("a", 64);
+        let origin = names::origin(spec.image.device, spec.image.inode, spec.size);
+        for (name, table) in [
+            (&origin, None),
+            (&origin, Some(origin_table(&spec, 0))),
+            (&names::disk(&spec.sandbox), None),
+        ] {
+            let kernel = FakeKernel::default();
+            kernel.create_foreign(name, table);
+            let refused = open_snapshot(&kernel, &spec).expect_err("took it for ours");
+            let what = ResourceKind::Disk;
+            assert_eq!(refused, PrivdError::Busy { what });
+            assert_eq!(kernel.inventory(), [name.as_str()]);
+        }
     }
 
     #[test]

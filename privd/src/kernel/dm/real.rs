@@ -66,6 +66,7 @@ impl DiskKernel for RealKernel {
                 node: DiskNode {
                     minor: info.device().minor,
                 },
+                is_ours: info.uuid().is_some_and(|uuid| uuid.to_string() == name),
                 table: if info.flags().contains(DmFlags::DM_ACTIVE_PRESENT) {
                     Table::Active(
                         lines
@@ -196,12 +197,12 @@ pub(crate) struct Listed {
 const MAX_STATUS: usize = 64;
 
 impl RealKernel {
-    /// The devices whose name and uuid start with `prefix`. One that goes while they are listed is left out.
+    /// The devices whose name starts with `prefix` and whose uuid is the same. One that goes while they are listed is left out.
     pub(crate) fn list(&self, prefix: &str) -> io::Result<Vec<Listed>> {
         let mut listed = Vec::new();
         for (name, _, _) in self.dm.list_devices().map_err(errno)? {
             if let Some(name) = name.to_string().strip_prefix(prefix) {
-                listed.extend(self.describe(format!("{prefix}{name}"), prefix)?);
+                listed.extend(self.describe(format!("{prefix}{name}"))?);
             }
         }
         Ok(listed)
@@ -222,7 +223,7 @@ impl RealKernel {
         self.remove_when_unused(name)
     }
 
-    fn describe(&self, name: String, prefix: &str) -> io::Result<Option<Listed>> {
+    fn describe(&self, name: String) -> io::Result<Option<Listed>> {
         let id = DevId::Name(dm_name(&name)?);
         let gone = |error: &io::Error| error.raw_os_error() == Some(libc::ENXIO);
         let options = DmOptions::default().set_flags(DmFlags::DM_NOFLUSH);
@@ -230,7 +231,7 @@ impl RealKernel {
             Err(error) if gone(&error) => return Ok(None),
             outcome => outcome?,
         };
-        if !info.uuid().is_some_and(|uuid| uuid.to_string().starts_with(prefix)) {
+        if info.uuid().is_none_or(|uuid| uuid.to_string() != name) {
             return Ok(None);
         }
         let deps = match self.dm.table_deps(&id, DmOptions::default()).map_err(errno) {
