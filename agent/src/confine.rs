@@ -145,16 +145,17 @@ macro_rules! calls {
     ($($call:ident)*) => { &[$((stringify!($call), libc::$call)),*] };
 }
 
-/// What an agent never does, whoever tells it to: it is killed. Programs, other processes' insides, the kernel's and the host's settings,
-/// mounts and namespaces, what reaches around file permissions, io_uring.
+/// What an agent never does, whoever tells it to: it is killed. Programs, other processes' insides and their ends (VMMs and shims are ended by
+/// their shim; `tgkill` stays, for an abort of its own), the kernel's and the host's settings, mounts and namespaces, what reaches around
+/// file permissions, io_uring.
 const FATAL: &[(&str, i64)] = calls![
     SYS_acct SYS_add_key SYS_bpf SYS_chroot SYS_clock_adjtime SYS_clock_settime SYS_delete_module SYS_execve SYS_execveat
     SYS_finit_module SYS_fsconfig SYS_fsmount SYS_fsopen SYS_fspick SYS_init_module SYS_io_uring_enter SYS_io_uring_register
-    SYS_io_uring_setup SYS_kcmp SYS_kexec_load SYS_keyctl SYS_mknodat SYS_mount SYS_mount_setattr SYS_move_mount
-    SYS_open_by_handle_at SYS_open_tree SYS_perf_event_open SYS_personality SYS_pidfd_getfd SYS_pivot_root
-    SYS_process_madvise SYS_process_vm_readv SYS_process_vm_writev SYS_ptrace SYS_quotactl SYS_reboot SYS_request_key
-    SYS_setdomainname SYS_setgid SYS_setgroups SYS_sethostname SYS_setns SYS_setregid SYS_setresgid SYS_setresuid
-    SYS_setreuid SYS_settimeofday SYS_setuid SYS_swapoff SYS_swapon SYS_syslog SYS_umount2 SYS_unshare SYS_userfaultfd
+    SYS_io_uring_setup SYS_kcmp SYS_kexec_load SYS_keyctl SYS_kill SYS_mknodat SYS_mount SYS_mount_setattr SYS_move_mount
+    SYS_open_by_handle_at SYS_open_tree SYS_perf_event_open SYS_personality SYS_pidfd_getfd SYS_pidfd_send_signal
+    SYS_pivot_root SYS_process_madvise SYS_process_vm_readv SYS_process_vm_writev SYS_ptrace SYS_quotactl SYS_reboot
+    SYS_request_key SYS_rt_sigqueueinfo SYS_setdomainname SYS_setgid SYS_setgroups SYS_sethostname SYS_setns SYS_setregid SYS_setresgid SYS_setresuid
+    SYS_setreuid SYS_settimeofday SYS_setuid SYS_swapoff SYS_swapon SYS_syslog SYS_tkill SYS_umount2 SYS_unshare SYS_userfaultfd
     SYS_vhangup
 ];
 
@@ -299,6 +300,9 @@ mod tests {
             }
             "another uid" => drop(nix::unistd::setuid(nix::unistd::Uid::from_raw(1))),
             "a root directory" => drop(nix::unistd::chroot("/")),
+            "a namespace" => drop(nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWUSER)),
+            // To itself, and none: nothing else is in its way.
+            "a signal" => drop(nix::sys::signal::kill(nix::unistd::getpid(), None)),
             other => panic!("{other}"),
         }
     }
@@ -326,7 +330,7 @@ mod tests {
 
     #[test]
     fn an_agent_that_runs_a_program_or_becomes_somebody_else_is_killed() {
-        for what in ["a program", "another uid", "a root directory"] {
+        for what in ["a program", "another uid", "a root directory", "a namespace", "a signal"] {
             let (status, said) = attempted(what);
             assert_eq!(status.signal(), Some(libc::SIGSYS), "{what}: {said}");
         }

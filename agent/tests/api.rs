@@ -5,9 +5,11 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Command, Output};
 use std::sync::Arc;
+use std::time::Duration;
 
 use http_body_util::{BodyExt as _, Full};
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
 use roost_agent::api::service::Service;
 use roost_agent::config::Config;
 use roost_agent::guest::Token;
@@ -261,6 +263,92 @@ async fn a_certificate_of_another_ca_is_refused_and_the_person_told() {
         String::from_utf8_lossy(&output.stderr).contains("certificate"),
         "{output:?}"
     );
+}
+
+#[tokio::test]
+async fn only_certificates_that_our_ca_has_signed_and_that_hold_now_are_let_in() {
+    let agent = Agent::start().await;
+    let read = |name: &str| std::fs::read_to_string(agent.pki().join(name)).expect("read");
+    let of_ca = KeyPair::from_pem(&read("ca-key.pem")).expect("a key");
+    let ours = Issuer::from_ca_cert_pem(&read("ca.pem"), of_ca).expect("a CA");
+    let others_key = KeyPair::generate().expect("a key");
+    let mut others = CertificateParams::default();
+    others.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let root = others.self_signed(&others_key).expect("signed").pem();
+    let others = Issuer::new(others, others_key);
+
+    let key = KeyPair::generate().expect("a key");
+    let now = time::OffsetDateTime::now_utc();
+    let client = |from: i64, until: i64| {
+        let mut params = CertificateParams::default();
+        params.distinguished_name.push(DnType::CommonName, pki::CLIENT_NAME);
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+        params.not_before = now + time::Duration::days(from);
+        params.not_after = now + time::Duration::days(until);
+        params
+    };
+    let mut of_a_server = client(-1, 1);
+    of_a_server.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+    let signed = |params: &CertificateParams, by| params.signed_by(&key, by).expect("signed").pem();
+    let dir = agent.dir.path().join("caller");
+    std::fs::create_dir(&dir).expect("made");
+    std::fs::copy(agent.pki().join("ca.pem"), dir.join("ca.pem")).expect("copied");
+    std::fs::write(dir.join("client-key.pem"), key.serialize_pem()).expect("written");
+    for (what, chain, is_let_in) in [
+        ("ours", signed(&client(-1, 1), &ours), true),
+        ("expired", signed(&client(-2, -1), &ours), false),
+        ("not yet", signed(&client(1, 2), &ours), false),
+        ("a server's", signed(&of_a_server, &ours), false),
+        ("its own", client(-1, 1).self_signed(&key).expect("signed").pem(), false),
+        // What a verifier believes that takes its roots from whom it verifies.
+        ("with a root of its own", signed(&client(-1, 1), &others) + &root, false),
+    ] {
+        std::fs::write(dir.join("client.pem"), chain).expect("written");
+        let output = agent.roost_with(&dir, &["ls"]).await;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.success(), is_let_in, "{what}: {said}");
+        assert!(is_let_in || said.contains("certificate"), "{what}: {said}");
+    }
+}
+
+#[tokio::test]
+async fn who_never_ends_a_handshake_a_head_or_a_nesting_is_given_up_and_holds_up_nobody() {
+    let agent = Agent::start().await;
+    let mut silent = Vec::new();
+    for _ in 0..200 {
+        let mut stream = TcpStream::connect(agent.address).await.expect("connected");
+        // A handshake's first bytes.
+        stream.write_all(&[0x16, 3, 1, 2]).await.expect("sent");
+        silent.push(stream);
+    }
+    assert!(agent.roost(&["ls"]).await.status.success());
+    let path = "/hostagent.v1.HostAgentService/CreateSandbox";
+    let deep = [&b"{\"defaultEnv\":"[..], &[b'['; 100_000]].concat();
+    let (status, said) = agent.post(path, "application/json", deep).await;
+    assert_eq!(status, http::StatusCode::BAD_REQUEST, "{said:?}");
+
+    let mut config = (*tls::client(&agent.pki()).expect("usable")).clone();
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    let stream = TcpStream::connect(agent.address).await.expect("connected");
+    let stream = tokio_rustls::TlsConnector::from(Arc::new(config)).connect(agent.address.ip().into(), stream);
+    let mut stream = stream.await.expect("trusted");
+    let head = format!("GET / HTTP/1.1\r\nX: {}", "x".repeat(80 << 10));
+    // It may be closed before all of it is sent.
+    drop(stream.write_all(head.as_bytes()).await);
+    let mut answer = Vec::new();
+    drop(stream.read_to_end(&mut answer).await);
+    let answer = String::from_utf8_lossy(&answer);
+    assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 431"), "{answer}");
+
+    // Longer than a handshake may take.
+    tokio::time::pause();
+    tokio::time::advance(Duration::from_secs(11)).await;
+    tokio::time::resume();
+    for mut stream in silent {
+        let read = tokio::time::timeout(Duration::from_secs(30), stream.read(&mut [0; 1])).await;
+        assert!(matches!(read, Ok(Ok(0) | Err(_))), "{read:?}");
+    }
+    assert!(agent.roost(&["ls"]).await.status.success());
 }
 
 #[tokio::test]

@@ -74,6 +74,25 @@ pub fn excuse_a_lost_guest(said: &str) {
     assert_eq!(earlier, 0, "a second guest was lost: {said}");
 }
 
+/// Files of roost's data, run and key directories that a user of the host with no group of ours can read.
+///
+/// # Panics
+/// When that cannot be found out.
+pub fn readable_by_anybody() -> Vec<String> {
+    let output = Command::new("setpriv")
+        .args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "find"])
+        // The first is the control.
+        .args(["/etc/hostname", "/var/lib/roost", "/run/roost/vm", "/etc/roost/pki"])
+        .args(["-type", "f", "-readable"])
+        .output()
+        .expect("it runs");
+    let found = String::from_utf8(output.stdout).expect("UTF-8");
+    let mut found: Vec<String> = found.lines().map(str::to_owned).collect();
+    assert_eq!(found.first().map(String::as_str), Some("/etc/hostname"), "{found:?}");
+    found.remove(0);
+    found
+}
+
 /// Whether the agent took no new work because of the host's disk.
 pub fn is_refused_for_room(said: &str) -> bool {
     said.contains("this host's disk has no room")

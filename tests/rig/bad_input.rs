@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::os::unix::fs::MetadataExt as _;
 use std::process::Command;
 
 use roost_tests::in_rig;
@@ -235,6 +236,14 @@ fn the_sockets_of_privd_and_shim_are_closed_to_other_users() {
                 assert!(said.contains("Permission denied"), "{socket}: {said}");
             }
         }
+        // Who may put another socket in their place, or ask privd at all.
+        let about = |path: &str| {
+            let about = std::fs::metadata(path).expect(path);
+            (about.uid(), about.gid(), about.mode() & 0o7777)
+        };
+        let agent = nix::unistd::Group::from_name("roost").expect("read").expect("a group");
+        assert_eq!(about("/run/roost"), (0, 0, 0o755));
+        assert_eq!(about("/run/roost/privd.sock"), (0, agent.gid.as_raw(), 0o660));
         drop(Sandbox::create(&["--memory", "256"]));
     });
 }

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeSet;
 use std::net::TcpStream;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
+use std::process::Command;
 
 use roost_tests::disk;
 use roost_tests::internet::{HOST, HostAddresses, Internet, SERVER, Server, UPLINK, UnguardedLink, Watch, ask, run};
@@ -61,7 +63,40 @@ fn two_sandboxes_share_an_address_and_nothing_else() {
             .collect();
         // The server is the control.
         assert_eq!(reached(&a, &neighbours, "ping -c1 -W5 $a"), [SERVER]);
+
+        // Whoever has taken over one's VMM, and its cage with it, is still only the uid of that VM.
+        let node = |sandbox: &Sandbox| format!("/dev/{}", roost::disk_of(&sandbox.id).expect("it has a disk"));
+        let uid = |sandbox: &Sandbox| std::fs::metadata(node(sandbox)).expect("the node").uid();
+        let in_run = |sandbox: &Sandbox, name| format!("/run/roost/vm/{}/{name}", sandbox.id);
+        let theirs = [
+            node(&b),
+            format!("/var/lib/roost/sandboxes/{}/rootfs.cow", b.id),
+            in_run(&b, "api.sock"),
+            in_run(&b, "shim.sock"),
+            in_run(&b, "console.log"),
+        ];
+        for path in &theirs {
+            assert!(Path::new(path).exists(), "{path}");
+            let said = read_as(uid(&a), path).expect_err("another VM's uid read it");
+            assert!(said.contains("Permission denied"), "{path}: {said}");
+        }
+        // The controls: its own disk, and its own socket, which is there and no file.
+        read_as(uid(&b), &node(&b)).expect("its own disk");
+        let said = read_as(uid(&b), &in_run(&b, "api.sock")).expect_err("a socket was read");
+        assert!(said.contains("No such device or address"), "{said}");
     });
+}
+
+/// Reads the beginning of a file as a VM's uid, with the groups that its unit has; why that failed.
+fn read_as(uid: u32, path: &str) -> Result<(), String> {
+    let uid = uid.to_string();
+    let output = Command::new("setpriv")
+        .args(["--reuid", &uid, "--regid", &uid, "--groups", "kvm,roost-vm"])
+        .args(["dd", "of=/dev/null", "count=1", "status=none", &format!("if={path}")])
+        .output()
+        .expect("it runs");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    output.status.success().then_some(()).ok_or(said)
 }
 
 #[test]

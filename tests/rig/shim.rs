@@ -167,10 +167,12 @@ fn foreign() -> String {
 fn status(pid: u32, field: &str) -> String {
     let text = fs::read_to_string(format!("/proc/{pid}/status")).expect("status");
     let line = text.lines().find_map(|line| line.strip_prefix(&format!("{field}:")));
-    line.unwrap_or_else(|| panic!("no {field}"))
-        .split_whitespace()
-        .collect::<Vec<_>>()
-        .join(" ")
+    words(line.unwrap_or_else(|| panic!("no {field}")))
+}
+
+/// The words of a line, however far apart they are.
+fn words(line: &str) -> String {
+    line.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 fn command(program: &str, arguments: &[&str]) -> String {
@@ -208,6 +210,11 @@ fn each_vm_has_a_uid_and_a_cgroup_of_its_own_no_capability_and_six_descriptors()
                 (status(pid, "NoNewPrivs"), status(pid, "Seccomp")),
                 ("1".into(), "2".into())
             );
+            let limits = fs::read_to_string(format!("/proc/{pid}/limits")).expect("limits");
+            let limits: Vec<String> = limits.lines().map(|line| words(line)).collect();
+            for limit in ["Max core file size 0 0 bytes", "Max open files 4096 4096 files"] {
+                assert!(limits.iter().any(|line| line == limit), "{limit}: {limits:#?}");
+            }
             let mut groups: Vec<String> = status(pid, "Groups").split(' ').map(Into::into).collect();
             groups.retain(|gid| *gid != uid);
             let mut wanted = vec![group("kvm"), group("roost-vm")];
@@ -266,6 +273,9 @@ fn the_cage_holds_on_this_kernel() {
             "read /var/lib/roost/images/minimal/rootfs.ext4".into(),
             "write /dev/net/tun".into(),
             "write /dev/kvm".into(),
+            "read /dev/vda".into(),
+            "read /dev/mapper/control".into(),
+            "create /var/lib/roost/images/x".into(),
             "list /var/lib/roost/sandboxes".into(),
             "create /tmp/x".into(),
             format!("create {run_dir}/x"),

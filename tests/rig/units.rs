@@ -1,9 +1,9 @@
 //! What the units leave to each daemon, by systemd's own count and by what the kernel says of the processes.
 
 use std::os::unix::fs::MetadataExt as _;
-use std::process::Command;
+use std::process::{Command, Output};
 
-use roost_tests::roost::{Sandbox, ok, pids, vmm_command, wait_for_agent};
+use roost_tests::roost::{Sandbox, ok, pids, readable_by_anybody, vmm_command, wait_for_agent};
 use roost_tests::{in_rig, show};
 
 /// Capabilities of privd, as `/proc/PID/status` has them: CHOWN, NET_ADMIN, SYS_ADMIN.
@@ -130,6 +130,89 @@ fn every_thread_of_every_daemon_is_confined() {
                 assert_eq!(field(&status, "NoNewPrivs"), "1", "{name}");
                 assert_eq!(field(&status, "Seccomp"), "2", "{name}");
             }
+            let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).expect("it runs");
+            let core = limits.lines().find_map(|line| line.strip_prefix("Max core file size"));
+            let core: Vec<&str> = core.expect("a limit").split_whitespace().collect();
+            assert_eq!(core, ["0", "0", "bytes"], "{name}");
         }
+
+        // What is not dumpable is root's in /proc: no peer of its uid, so no VMM, attaches to it.
+        let owner = |name: &str| {
+            let maps = format!("/proc/{}/maps", pids(name)[0]);
+            std::fs::metadata(maps).expect("it runs").uid()
+        };
+        assert_eq!(owner("roost-vmmshim"), 0);
+        assert_ne!(owner(vmm_command()), 0, "the control");
     });
+}
+
+fn run(program: &str, arguments: &[&str]) -> Output {
+    Command::new(program).args(arguments).output().expect("it runs")
+}
+
+#[test]
+fn what_a_daemon_has_no_use_for_is_not_there_for_it() {
+    in_rig(|| {
+        ok(&["ls"]);
+        let agent = pids("roost-agent")[0].to_string();
+        for (path, is_there) in [
+            ("/dev/null", true),
+            ("/dev/kvm", false),
+            ("/dev/mapper", false),
+            ("/dev/vda", false),
+        ] {
+            assert!(std::path::Path::new(path).exists(), "{path}: not even on the host");
+            let found = run("nsenter", &["--mount", "--target", &agent, "test", "-e", path]);
+            assert_eq!(found.status.success(), is_there, "{path} for the agent");
+        }
+
+        // privd sees the host's devices, and its cgroup opens few of them.
+        let read = |cgroup: &str| {
+            let script =
+                format!("echo $$ > /sys/fs/cgroup/{cgroup}/cgroup.procs && exec dd if=/dev/vda of=/dev/null count=1");
+            run("sh", &["-c", &script])
+        };
+        assert!(read("").status.success(), "the control");
+        let refused = read("system.slice/roost-privd.service");
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(
+            !refused.status.success() && said.contains("Operation not permitted"),
+            "{said}"
+        );
+    });
+}
+
+#[test]
+fn nothing_that_is_installed_makes_anybody_more_than_they_are() {
+    in_rig(|| {
+        let mut programs = 0;
+        for entry in std::fs::read_dir("/usr/bin").expect("listed").flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if !name.starts_with("roost") && !name.starts_with(vmm_command()) {
+                continue;
+            }
+            programs += 1;
+            let about = std::fs::metadata(entry.path()).expect("there");
+            assert_eq!((about.uid(), about.mode() & 0o7022), (0, 0), "{name}");
+        }
+        assert!(programs >= 4, "{programs} programs");
+        for directory in ["/etc/sudoers.d", "/etc/polkit-1/rules.d"] {
+            for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
+                let name = entry.file_name();
+                assert!(!name.to_string_lossy().contains("roost"), "{directory}: {name:?}");
+            }
+        }
+        // Nor is anything of a sandbox, or a key, there for anybody to read.
+        let sandbox = Sandbox::create(&["--memory", "256"]);
+        only_certificates(&readable_by_anybody());
+        sandbox.pause();
+        only_certificates(&readable_by_anybody());
+    });
+}
+
+fn only_certificates(readable: &[String]) {
+    for path in readable {
+        let is_certificate = path.starts_with("/etc/roost/pki/") && path.ends_with(".pem") && !path.contains("key");
+        assert!(is_certificate, "anybody can read {path}");
+    }
 }

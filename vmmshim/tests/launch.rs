@@ -388,7 +388,8 @@ fn the_vmm_makes_no_system_call_that_it_has_no_use_for() {
         let arguments = arguments.iter().map(|argument| format!(" {argument}"));
         format!("call {number}{}", arguments.collect::<String>())
     };
-    let own = "thread\ncall 1000000".to_owned();
+    let unix = format!("call {} 1 1 0", libc::SYS_socket);
+    let own = format!("thread\n{unix}\ncall 1000000");
     let program: Vec<String> = FORBIDDEN.iter().map(command).collect();
     let mut shim = filtered(&place, "refused");
     let missing = [libc::SYS_clone3, libc::SYS_io_uring_setup].map(|number| format!("call {number} 0 0"));
@@ -418,6 +419,8 @@ fn the_vmm_makes_no_system_call_that_it_has_no_use_for() {
     let refused = |errno: i32| Some(format!("error {errno}"));
     // What it has use for works, so that the others are not refused for want of anything.
     assert_eq!(outcome("thread").as_deref(), Some("done"), "{console}");
+    let unix = outcome(&unix).expect("tried");
+    assert!(unix.parse::<u32>().is_ok(), "a socket of AF_UNIX: {unix}");
     for attempt in FORBIDDEN {
         assert_eq!(outcome(&command(attempt)), refused(libc::EPERM), "{}", attempt.0);
     }

@@ -431,6 +431,36 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_guest_that_neither_gives_nor_takes_more_of_a_file_is_given_up() {
+        let stays = |head: &'static [u8]| {
+            move |mut stream: TcpStream| async move {
+                stream.write_all(head).await.expect("sent");
+                std::future::pending::<()>().await;
+                drop(stream);
+            }
+        };
+        let head = b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf";
+        let (giving, _) = guest(has_head, stays(head)).await;
+        let mut reading = giving.read_file("/a").await.expect("begun");
+        assert_eq!(reading.next().await.expect("read").expect("a piece"), "half");
+        let (taking, _) = guest(has_head, stays(b"")).await;
+        let mut writing = taking.write_file("/a").await.expect("begun");
+        // From here on nothing happens but that time passes.
+        tokio::time::pause();
+        let error = reading.next().await.expect_err("read on");
+        assert!(matches!(error, GuestError::BadStream("fell silent")), "{error:?}");
+        let error = loop {
+            if let Err(error) = writing.send(Bytes::from_static(&[b'x'; 65536])).await {
+                break error;
+            }
+        };
+        assert!(
+            matches!(error, GuestError::BadStream("did not come: it took nothing more")),
+            "{error:?}"
+        );
+    }
+
+    #[tokio::test]
     async fn a_refusal_has_its_code_and_words_that_can_be_shown() {
         let named = answers(b"HTTP/1.1 404 Not Found\r\n\r\n{\"message\": \"no /a \\u001b[31m here\"}");
         let error = read(&named.await).await.expect_err("refused");

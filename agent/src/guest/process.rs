@@ -562,13 +562,24 @@ fn code_of_signal(status: &str) -> i32 {
 #[cfg(test)]
 mod tests {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-    use tokio::net::TcpListener;
+    use tokio::net::{TcpListener, TcpStream};
 
     use super::super::Token;
     use super::*;
 
     /// A guest whose stream begins with the first message and goes on with the second without end.
     async fn streams(first: &'static [u8], again: &'static [u8]) -> Guest {
+        begins(first, move |mut stream| async move {
+            while !again.is_empty() && stream.write_all(again).await.is_ok() {}
+        })
+        .await
+    }
+
+    /// A guest whose stream begins with this message, and then does as it likes.
+    async fn begins<F>(first: &'static [u8], then: impl FnOnce(TcpStream) -> F + Send + 'static) -> Guest
+    where
+        F: Future<Output = ()> + Send,
+    {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
         let address = listener.local_addr().expect("an address");
         tokio::spawn(async move {
@@ -577,7 +588,7 @@ mod tests {
             drop(stream.read(&mut request).await);
             let head = b"HTTP/1.1 200 OK\r\nContent-Type: application/connect+proto\r\n\r\n";
             drop(stream.write_all(&[head, first].concat()).await);
-            while !again.is_empty() && stream.write_all(again).await.is_ok() {}
+            then(stream).await;
         });
         Guest::new(address, Token::random())
     }
@@ -613,6 +624,25 @@ mod tests {
         let events = all(&streams(STARTED, ONE_BYTE).await).await.expect("events");
         assert_eq!(events[0], What::Started { pid: 7 });
         assert_eq!(events[999], What::Output(Channel::Stdout, b"x".to_vec()));
+    }
+
+    #[tokio::test]
+    async fn a_stream_that_falls_silent_is_given_up() {
+        let then = |stream| async move {
+            std::future::pending::<()>().await;
+            drop(stream);
+        };
+        let guest = begins(STARTED, then).await;
+        let mut events = guest.start(Command::default()).await.expect("begun");
+        let first = events.next().await.expect("said").expect("an event");
+        assert_eq!(first.what, What::Started { pid: 7 });
+        // From here on nothing happens but that time passes.
+        tokio::time::pause();
+        let outcome = events.next().await;
+        assert!(
+            matches!(outcome, Err(GuestError::BadStream("fell silent"))),
+            "{outcome:?}"
+        );
     }
 
     #[tokio::test]

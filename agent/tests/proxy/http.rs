@@ -425,6 +425,13 @@ async fn what_cannot_be_reached_says_why() {
     }
     let (status, ..) = agent.get("/proxy").await;
     assert_eq!(status, StatusCode::NOT_FOUND, "what is not the proxy's");
+    for target in ["/proxy/x/80", "x:80", "127.0.0.1:22"] {
+        let mut stream = agent.connect("http/1.1").await;
+        let request = format!("CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.expect("sent");
+        let head = soon(read_head(&mut stream)).await;
+        assert!(head.starts_with("HTTP/1.1 4"), "CONNECT {target}: {head}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

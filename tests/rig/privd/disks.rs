@@ -95,6 +95,20 @@ fn an_existing_store_goes_on_where_it_was() {
                 .expect("written");
             file.sync_all().expect("synced");
         }
+        // A guest that writes every block of its disk, twice: its store has room for each.
+        let disk = rig.open_disk(rig.request("again", &image, &cow, size)).expect("opened");
+        let length = usize::try_from(size.bytes().0).expect("small");
+        for fill in [4, 5] {
+            device(&disk).write_all_at(&vec![fill; length], 0).expect("written");
+            device(&disk).sync_all().expect("synced");
+        }
+        assert!(device(&disk).write_at(&[6], size.bytes().0).is_err(), "behind its end");
+        let status = Command::new("dmsetup").args(["status", "roost-s-again"]).output();
+        let status = String::from_utf8(status.expect("it runs").stdout).expect("text");
+        assert!(status.contains(" snapshot ") && !status.contains("Invalid"), "{status}");
+        drop(disk);
+        let disk = rig.open_disk(rig.request("again", &image, &cow, size)).expect("opened");
+        assert_eq!(read_at(&device(&disk), 0, length), vec![5; length]);
     });
 }
 

@@ -272,7 +272,13 @@ fn an_open_policy_lets_the_guest_reach_the_internet_and_nothing_else() {
         assert_eq!(rig.count(&two.tap, Rule::FromElsewhere), 0);
 
         // Martians never get as far as the policy.
-        for destination in [Ipv4Addr::LOCALHOST, Ipv4Addr::BROADCAST, Ipv4Addr::UNSPECIFIED] {
+        let multicast = Ipv4Addr::new(224, 0, 0, 251);
+        for destination in [
+            Ipv4Addr::LOCALHOST,
+            Ipv4Addr::BROADCAST,
+            Ipv4Addr::UNSPECIFIED,
+            multicast,
+        ] {
             guest.send(to(destination, 7001));
         }
         assert!(received(&host).is_err(), "the host was reached");
@@ -290,6 +296,74 @@ fn an_open_policy_lets_the_guest_reach_the_internet_and_nothing_else() {
         guest.send_frame(GUEST_MAC, 0x86DD, &ipv6);
         assert_eq!(rig.count(&one.tap, Rule::Ipv6), 1);
         assert!(received(&world).is_err(), "a spoofed packet got out");
+
+        // A packet behind the tag of a VLAN, one that names its own way to the other sandbox, and a gateway at the guest's address.
+        let to_world = ip_to(server(), &[], 7000);
+        for tag in [0x8100, 0x88A8] {
+            guest.send_frame(GUEST_MAC, tag, &[&[0, 7, 8, 0][..], &to_world].concat());
+        }
+        let [a, b, c, d] = others.host.octets();
+        guest.send_frame(GUEST_MAC, 0x0800, &ip_to(GATEWAY, &[131, 7, 4, a, b, c, d, 0], 7001));
+        let request = [0, 1, 8, 0, 6, 4, 0, 2];
+        let arp = [
+            &request[..],
+            &GUEST_MAC,
+            &GATEWAY.octets(),
+            &GATEWAY_MAC,
+            &GATEWAY.octets(),
+        ]
+        .concat();
+        guest.send_frame(GUEST_MAC, 0x0806, &arp);
+        assert!(received(&world).is_err(), "a tagged packet got out");
+        assert!(received(&host).is_err(), "the host was reached");
+        assert_eq!(other.next(), None, "the other sandbox was reached");
+        guest.send(to(server(), 7000));
+        assert_eq!(
+            received(&world).expect("it arrived").0,
+            b'x',
+            "the gateway is where it was"
+        );
+        let caller = udp("0.0.0.0:0");
+        caller.send_to(b"h", (mine.host, 49983)).expect("sent");
+        assert_eq!(guest.receive(|packet| packet.first == b'h').destination, GUEST);
+    });
+}
+
+/// An IP packet of the guest with options, and a datagram in it.
+fn ip_to(destination: Ipv4Addr, options: &[u8], port: u16) -> Vec<u8> {
+    let udp = [5000_u16.to_be_bytes(), port.to_be_bytes(), 9u16.to_be_bytes(), [0; 2]].concat();
+    let head = u8::try_from(20 + options.len()).expect("short");
+    let mut ip = vec![0x40 | (head / 4), 0, 0, head + 9, 0, 1, 0x40, 0, 64, 17, 0, 0];
+    ip.extend(GUEST.octets());
+    ip.extend(destination.octets());
+    ip.extend(options);
+    let sum = checksum(&ip).to_be_bytes();
+    ip[10..12].copy_from_slice(&sum);
+    [&ip[..], &udp, b"x"].concat()
+}
+
+#[test]
+fn who_gets_a_slot_after_another_hears_nothing_of_what_that_had_open() {
+    in_rig(|| {
+        let rig = Rig::start();
+        let _internet = internet::Internet::connect();
+        let world = udp_in_the_internet(7000);
+        let first = rig.open_network(20, open_policy()).expect("opened");
+        Guest::on(&first).send(to(server(), 7000));
+        let (_, from, port) = received(&world).expect("it arrived");
+        drop(first);
+        let second = rig.open_network(20, open_policy()).expect("opened again");
+        let mut guest = Guest::on(&second);
+        world.send_to(b"w", (from, port)).expect("sent");
+        // By the time the host gets through, the other would have.
+        eventually("the answer to come as far as the sandbox", || {
+            (rig.count(&second.tap, Rule::FromElsewhere) > 0).then_some(())
+        });
+        let caller = udp("0.0.0.0:0");
+        caller.send_to(b"h", (second.addresses.host, 49983)).expect("sent");
+        let packet = guest.receive(|packet| packet.ports.is_some());
+        assert_eq!(packet.first, b'h', "an answer to somebody else: {packet:?}");
+        assert_eq!(guest.next(), None);
     });
 }
 

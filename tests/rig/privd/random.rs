@@ -11,6 +11,8 @@ use super::*;
 /// Requests of an ordinary run, and of one at full size.
 const FEW: usize = 400;
 const MANY: usize = 10_000;
+/// What privd's memory stays below, in KiB, whatever it is asked.
+const MOST_MEMORY: u64 = 32 << 10;
 /// Most disks and networks that are held at a time.
 const HELD: usize = 6;
 
@@ -79,6 +81,14 @@ fn policy(random: &mut Random) -> EgressPolicy {
     }
 }
 
+/// Most memory that a process has had at a time, in KiB.
+fn most_memory(child: &Child) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{}/status", child.id())).expect("it runs");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let number = line.and_then(|line| line.split_whitespace().next()?.parse().ok());
+    number.expect("a number")
+}
+
 /// Descriptors that a process has open.
 fn descriptors(child: &Child) -> usize {
     let all = fs::read_dir(format!("/proc/{}/fd", child.id())).expect("it runs");
@@ -114,6 +124,9 @@ fn random_requests_leave_privd_as_it_was_and_nothing_behind() {
             "{outcomes:?}"
         );
         assert!(rig.child.try_wait().expect("asked").is_none(), "privd has ended");
+        let most = most_memory(&rig.child);
+        show(&format!("NOTE: privd had at most {most} KiB"));
+        assert!(most < MOST_MEMORY, "{most} KiB");
         eventually("privd to have closed what it was shown", || {
             (descriptors(&rig.child) <= before.1).then_some(())
         });

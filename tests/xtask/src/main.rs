@@ -32,6 +32,8 @@ mod qemu;
 mod reference;
 mod rig;
 mod sdk;
+#[cfg(test)]
+mod security;
 mod series;
 mod setup;
 mod step;

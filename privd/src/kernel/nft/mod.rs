@@ -573,15 +573,16 @@ mod tests {
             Ipv4Addr::new(239, 255, 255, 250),
             Ipv4Addr::BROADCAST,
         ]) {
-            let packet = Packet {
-                destination: closed,
-                ..OUTGOING
-            };
-            assert_eq!(
-                forwarded(&chains, &packet),
-                (Verdict::Drop, Some(Rule::ClosedRange)),
-                "{closed}"
-            );
+            // GRE and SCTP among them.
+            for protocol in [ICMP, TCP, UDP, 47, 132] {
+                let packet = Packet {
+                    destination: closed,
+                    protocol,
+                    ..OUTGOING
+                };
+                let dropped = (Verdict::Drop, Some(Rule::ClosedRange));
+                assert_eq!(forwarded(&chains, &packet), dropped, "{closed}, protocol {protocol}");
+            }
         }
         for open in [
             [1, 1, 1, 1],
