@@ -330,7 +330,13 @@ mod tests {
 
     #[test]
     fn an_agent_that_runs_a_program_or_becomes_somebody_else_is_killed() {
-        for what in ["a program", "another uid", "a root directory", "a namespace", "a signal"] {
+        for what in [
+            "a program",
+            "another uid",
+            "a root directory",
+            "a namespace",
+            "a signal",
+        ] {
             let (status, said) = attempted(what);
             assert_eq!(status.signal(), Some(libc::SIGSYS), "{what}: {said}");
         }
