@@ -17,6 +17,7 @@ use serde::de::DeserializeOwned;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
+use crate::cli::template;
 use crate::egress::{Name, by_name, name};
 use crate::guest::process::Command;
 use crate::guest::{Guest, Token};
@@ -29,9 +30,11 @@ use roost_common::net::Cidr;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 9] = [
+pub const TARGETS: [Target; 11] = [
+    ("archive", archive),
     ("client_hello", client_hello),
     ("guest_answer", guest_answer),
+    ("image", image),
     ("location", location),
     ("manifest", manifest),
     ("packet", packet),
@@ -208,6 +211,14 @@ async fn call(guest: &Guest, which: u8) -> bool {
 fn in_runtime<T>(work: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.expect("a runtime").block_on(work)
+/// A layer of somebody's image.
+pub fn archive(bytes: &[u8]) {
+    template::judge_archive(bytes);
+}
+
+/// What `docker save` wrote, or an OCI image layout in an archive.
+pub fn image(bytes: &[u8]) {
+    template::judge_image(bytes);
 }
 
 #[cfg(test)]
@@ -291,6 +302,14 @@ mod tests {
         serde_json::from_slice::<Record>(&read("record", "whole")).expect("a record");
         assert!(by_name::judge_hello(&read("client_hello", "whole")));
         assert!(snapshot::judge_state(&read("vmm_state", "whole")));
+        assert!(template::judge_archive(&read("archive", "whole")));
+        for whole in ["saved", "layout"] {
+            // They are for one kind of machine.
+            assert_eq!(
+                template::judge_image(&read("image", whole)),
+                cfg!(target_arch = "x86_64")
+            );
+        }
         assert!(proxy::judge_path(&Uri::from_static("/proxy/cl-a/80/b?c")));
         for packet in [
             "launch",

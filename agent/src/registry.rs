@@ -157,6 +157,14 @@ impl Registry {
         }
     }
 
+    /// Whether there was room for new work at the last look, for what takes a while.
+    ///
+    /// # Errors
+    /// [`Refusal::NoRoom`].
+    pub(crate) fn has_room(&self) -> Result<(), Refusal> {
+        self.take_room(0)
+    }
+
     /// What was seen of the disk at the last look.
     pub(crate) fn space(&self) -> Option<Space> {
         match *self.room() {

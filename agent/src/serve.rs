@@ -148,10 +148,12 @@ impl Callers {
 }
 
 /// Calls that change nothing, are no use of a sandbox, and show nothing of what is in one.
-const VIEWS: [&str; 7] = [
+const VIEWS: [&str; 9] = [
     "/hostagent.v1.HostAgentService/ListSandboxes",
     "/hostagent.v1.HostAgentService/GetSandboxMetrics",
     "/roost.v1.RoostService/Why",
+    "/roost.v1.RoostService/ListTemplates",
+    "/roost.v1.RoostService/InspectTemplate",
     "/grpc.health.v1.Health/Check",
     "/grpc.health.v1.Health/Watch",
     "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",

@@ -19,6 +19,8 @@ use crate::sandbox::{
     ResumeFailure, TeardownError,
 };
 use crate::templates::TemplateError;
+use crate::templates::digest::BadDigest;
+use crate::templates::import::ImportError;
 
 /// Why a call has no result.
 #[derive(Debug, thiserror::Error)]
@@ -62,7 +64,13 @@ pub enum ApiError {
         #[source]
         source: NetworkError,
     },
-    /// A template that was not deleted.
+    /// A checksum that is none.
+    #[error("digest is no checksum")]
+    Digest(#[from] BadDigest),
+    /// A sender of whom nothing has been heard.
+    #[error("nothing has come for {} s", .0.as_secs())]
+    Silent(std::time::Duration),
+    /// A template that was not imported, read or deleted.
     #[error(transparent)]
     Template(#[from] TemplateError),
     /// There is no such sandbox; why, where that is known.
@@ -123,7 +131,10 @@ impl ApiError {
     fn code(&self) -> ErrorCode {
         match self {
             Self::Recovering | Self::Unreachable { .. } | Self::Held { .. } => ErrorCode::Unavailable,
-            Self::BadId(_) | Self::Wish(_) | Self::BadCommand(_) | Self::BadRange => ErrorCode::InvalidArgument,
+            Self::Silent(_) => ErrorCode::DeadlineExceeded,
+            Self::BadId(_) | Self::Digest(_) | Self::Wish(_) | Self::BadCommand(_) | Self::BadRange => {
+                ErrorCode::InvalidArgument
+            }
             Self::Refusal(Refusal::Exists(_)) => ErrorCode::AlreadyExists,
             Self::Refusal(Refusal::Full(_) | Refusal::Draining | Refusal::NoRoom { .. }) => ErrorCode::Unavailable,
             Self::Create(CreateFailure::Destroyed) => ErrorCode::Aborted,
@@ -165,6 +176,7 @@ fn build_code(error: &BuildError) -> ErrorCode {
         BuildError::Image(ImageError::Unknown(..)) => ErrorCode::NotFound,
         BuildError::DiskTooSmall { .. } | BuildError::DiskTooLarge(_) => ErrorCode::InvalidArgument,
         BuildError::Part(error) => part_code(error),
+        BuildError::Template(error) => template_code(error),
         // What the guest says to its identity is about the caller's default_user and default_env.
         BuildError::Guest(GuestError::Refused { status, .. }) if status.as_u16() == 400 => ErrorCode::InvalidArgument,
         BuildError::Image(ImageError::File(_) | ImageError::NotAnImage { .. } | ImageError::Replaced { .. })
@@ -221,6 +233,16 @@ fn template_code(error: &TemplateError) -> ErrorCode {
     match error {
         TemplateError::Exists { .. } => ErrorCode::AlreadyExists,
         TemplateError::Own => ErrorCode::InvalidArgument,
+        TemplateError::Unknown { .. } => ErrorCode::NotFound,
+        TemplateError::Import(error) => match error {
+            ImportError::Length { .. } | ImportError::Piece { .. } | ImportError::TooMuch(_) => {
+                ErrorCode::InvalidArgument
+            }
+            ImportError::Differs { .. } => ErrorCode::DataLoss,
+            ImportError::BrokenOff => ErrorCode::Canceled,
+        },
+        TemplateError::Damaged { .. } => ErrorCode::DataLoss,
+        TemplateError::Stopped => ErrorCode::Canceled,
         TemplateError::File(_) | TemplateError::Format { .. } | TemplateError::Snapshot(_) => ErrorCode::Internal,
     }
 }

@@ -1,7 +1,7 @@
 //! The HTTPS API: `hostagent.v1` over Connect.
 //!
-//! [`service`] maps calls to the registry, [`process`] and [`files`] those that the guest answers; [`operator`] is our own `roost.v1`;
-//! [`errors`] maps every error to its Connect code in one place. Transport and
+//! [`service`] maps calls to the registry, [`process`] and [`files`] those that the guest answers; [`operator`] is our own `roost.v1`, with
+//! [`templates`]; [`errors`] maps every error to its Connect code in one place. Transport and
 //! certificates are in [`crate::serve`] and [`crate::tls`].
 
 pub mod errors;
@@ -10,3 +10,4 @@ pub mod operator;
 mod policy;
 mod process;
 pub mod service;
+mod templates;

@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
-use connectrpc::{Encodable, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream};
+use connectrpc::{Encodable, InboundStream, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream};
 use futures::stream::Stream;
 use roost_common::ring;
 use roost_common::shim::{CONSOLE_FILE, LOG_FILE};
@@ -283,6 +283,46 @@ impl RoostService for Operator {
         Response::ok(LogsResponse {
             content: self.log(request.sandbox_id, request.vmm).await?,
             ..LogsResponse::default()
+        })
+    }
+
+    async fn import_template<'a>(
+        &'a self,
+        _: RequestContext,
+        requests: InboundStream<ImportTemplateRequest>,
+    ) -> ServiceResult<impl Encodable<ImportTemplateResponse> + Send + use<'a>> {
+        Response::ok(self.0.import_template(requests).await?)
+    }
+
+    async fn list_templates<'a>(
+        &'a self,
+        _: RequestContext,
+        _: ServiceRequest<'_, ListTemplatesRequest>,
+    ) -> ServiceResult<impl Encodable<ListTemplatesResponse> + Send + use<'a>> {
+        Response::ok(ListTemplatesResponse {
+            templates: self.0.list_templates().await?,
+            ..ListTemplatesResponse::default()
+        })
+    }
+
+    async fn inspect_template<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, InspectTemplateRequest>,
+    ) -> ServiceResult<impl Encodable<InspectTemplateResponse> + Send + use<'a>> {
+        let found = self.0.inspect_template(request.team_id, request.template_id);
+        Response::ok(found.await?)
+    }
+
+    async fn verify_template<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, VerifyTemplateRequest>,
+    ) -> ServiceResult<impl Encodable<VerifyTemplateResponse> + Send + use<'a>> {
+        let files = self.0.verify_template(request.team_id, request.template_id);
+        Response::ok(VerifyTemplateResponse {
+            files: files.await?,
+            ..VerifyTemplateResponse::default()
         })
     }
 }

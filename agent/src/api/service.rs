@@ -10,6 +10,7 @@ use roost_common::ids::SandboxId;
 use roost_common::net::SlotAddresses;
 
 use super::errors::ApiError;
+use super::templates::Places;
 use super::{files, policy, process};
 use crate::control::clock::Moment;
 use crate::control::listing::{Connection, Shown};
@@ -42,6 +43,8 @@ pub struct Service {
     terminated: Arc<Notify>,
     /// Whole files that are held.
     whole_files: Semaphore,
+    /// Templates that are worked on.
+    templates: Places,
 }
 
 impl Service {
@@ -52,6 +55,7 @@ impl Service {
             recovered: watch::Sender::new(false),
             terminated: Arc::default(),
             whole_files: files::places(),
+            templates: Places::default(),
         })
     }
 
@@ -84,6 +88,11 @@ impl Service {
     /// Places for files that are held whole.
     pub(super) fn whole_files(&self) -> &Semaphore {
         &self.whole_files
+    }
+
+    /// Places for work on templates.
+    pub(super) fn places(&self) -> &Places {
+        &self.templates
     }
 
     /// The registry, once recovery is complete.

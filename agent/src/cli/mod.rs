@@ -9,6 +9,7 @@ mod doctor;
 mod egress;
 mod exec;
 mod forward;
+pub(crate) mod template;
 mod top;
 
 use std::collections::HashMap;
@@ -20,6 +21,7 @@ use std::process::ExitCode;
 use clap::{Args, CommandFactory as _, Parser, Subcommand};
 use connectrpc::{ConnectError, ErrorCode};
 use serde::Serialize;
+use uuid::Uuid;
 
 use crate::errors::Chain;
 use crate::pki;
@@ -35,6 +37,8 @@ use roost_hostagent::hostagent::v1::{
     ListSandboxesRequest, PauseSandboxRequest, PingSandboxRequest, ResumeSandboxRequest, SandboxInfo,
 };
 use roost_hostagent::roost::v1::{DrainRequest, LogsRequest, WhyRequest};
+use template::build::BuildError;
+use template::{ResolveError, Templates};
 
 /// The exit status of an exec that could not be run.
 const NOT_RUN: u8 = 125;
@@ -122,6 +126,8 @@ enum Command {
     Snapshot(Capture),
     /// Make a template of a sandbox's disk alone; prints what it takes on disk
     Flatten(Capture),
+    /// Make templates of images, list them, look at them, delete them
+    Template(Templates),
     /// Delete a template; sandboxes that were made of it keep what they need
     Rmi(Template),
     /// Say why a sandbox ended that nobody destroyed; known for a day
@@ -152,8 +158,8 @@ struct Create {
     /// Its id; the agent makes one otherwise
     #[arg(long)]
     id: Option<String>,
-    /// UUID of the template; the minimal image otherwise
-    #[arg(long, value_name = "UUID")]
+    /// UUID or name of the template; the minimal image otherwise
+    #[arg(long, value_name = "TEMPLATE")]
     template: Option<String>,
     /// UUID of the team that the template belongs to
     #[arg(long, value_name = "UUID")]
@@ -281,6 +287,10 @@ enum CliError {
     #[error("not copied")]
     Copy(#[from] CopyError),
     #[error(transparent)]
+    Build(#[from] BuildError),
+    #[error(transparent)]
+    Resolve(#[from] ResolveError),
+    #[error(transparent)]
     Pki(#[from] pki::PkiError),
     #[error("cannot write output")]
     Output(#[from] io::Error),
@@ -347,14 +357,18 @@ async fn run(arguments: Arguments) -> Result<ExitCode, CliError> {
     } = arguments;
     let client = || client::connect(&host, &pki);
     match command {
-        Command::Create(wish) => create(&client()?, wish, json).await?,
+        Command::Create(wish) => {
+            let wish = resolved(|| client::connect_operator(&host, &pki), wish).await?;
+            create(&client()?, wish, json).await?;
+        }
         Command::Ls => list(&client()?, json).await?,
         Command::Exec(InSandbox { exec, id, command }) => {
             let operator = client::connect_operator(&host, &pki)?;
             return exec::exec((&client()?, &operator), id, exec, command, json).await;
         }
-        Command::Run(wish) => {
+        Command::Run(mut wish) => {
             let operator = client::connect_operator(&host, &pki)?;
+            wish.create = resolved(|| Ok(operator.clone()), wish.create).await?;
             return self::run_once((&client()?, &operator), wish).await;
         }
         Command::Cp(wish) => copy::copy(&client()?, wish).await?,
@@ -392,6 +406,10 @@ async fn run(arguments: Arguments) -> Result<ExitCode, CliError> {
             };
             client()?.delete_snapshot(request).await?;
         }
+        Command::Template(wish) => {
+            let operator = client::connect_operator(&host, &pki)?;
+            return template::run(&client()?, &operator, wish, json).await;
+        }
         Command::Rm { ids } => return remove(&client()?, ids).await,
         Command::Why { id } => why(&client::connect_operator(&host, &pki)?, id, json).await?,
         Command::Drain => return drain(&client::connect_operator(&host, &pki)?, json).await,
@@ -411,6 +429,22 @@ async fn run(arguments: Arguments) -> Result<ExitCode, CliError> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// A wish whose template is a UUID. What looks like one is the agent's to judge; a name is looked up.
+async fn resolved(
+    operator: impl FnOnce() -> Result<Operator, ClientError>,
+    mut wish: Create,
+) -> Result<Create, CliError> {
+    let name = wish.template.take_if(|template| Uuid::try_parse(template).is_err());
+    if let Some(name) = name {
+        let team = wish.team.as_deref().map(Uuid::try_parse).transpose();
+        let team = team.map_err(|_| ResolveError::None(name.clone()))?;
+        let found = template::resolve(&operator()?, &name, team).await?;
+        wish.template = Some(found.template_id);
+        wish.team = Some(found.team_id);
+    }
+    Ok(wish)
 }
 
 async fn create(client: &Client, wish: Create, json: bool) -> Result<(), CliError> {
@@ -495,11 +529,14 @@ async fn list(client: &Client, json: bool) -> Result<(), CliError> {
         return print_json(&answer);
     }
     let header = ["ID", "STATUS", "VCPUS", "MEMORY", "ADDRESS", "AGE"].map(str::to_owned);
-    let rows: Vec<[String; 6]> = std::iter::once(header)
-        .chain(answer.sandboxes.iter().chain(&answer.paused_sandboxes).map(row))
-        .collect();
-    let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
-    let widths: Vec<usize> = (0..6).map(width).collect();
+    let rows = answer.sandboxes.iter().chain(&answer.paused_sandboxes).map(row);
+    table(std::iter::once(header).chain(rows).collect())
+}
+
+/// Prints rows in columns that are as wide as they must be.
+fn table<const N: usize>(rows: Vec<[String; N]>) -> Result<(), CliError> {
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..N).map(width).collect();
     for row in &rows {
         let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));
         print(format_args!("{}\n", cells.collect::<Vec<_>>().join("  ").trim_end()))?;

@@ -180,6 +180,19 @@ pub fn base36(mut number: u128) -> String {
     String::from_utf8(text).expect("digits are ASCII")
 }
 
+/// The number that [`base36`] writes as this, if there is one.
+pub(crate) fn from_base36(text: &str) -> Option<u128> {
+    let digits = text.bytes().map(|digit| match digit {
+        b'0'..=b'9' => Some(digit - b'0'),
+        b'a'..=b'z' => Some(digit - b'a' + 10),
+        _ => None,
+    });
+    let number = digits.into_iter().try_fold(0_u128, |number, digit| {
+        number.checked_mul(36)?.checked_add(u128::from(digit?))
+    })?;
+    (base36(number) == text).then_some(number)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -208,5 +221,20 @@ mod tests {
         assert_eq!(base36(35), "z");
         assert_eq!(base36(36), "10");
         assert_eq!(base36(u128::MAX), "f5lxx1zz5pnorynqglhzmsp33");
+        for number in [0, 7, 35, 36, u128::MAX] {
+            assert_eq!(from_base36(&base36(number)), Some(number));
+        }
+        for other in [
+            "",
+            "00",
+            "07",
+            "A",
+            "-",
+            ".making-7-0",
+            "f5lxx1zz5pnorynqglhzmsp34",
+            "\u{e4}",
+        ] {
+            assert_eq!(from_base36(other), None, "{other}");
+        }
     }
 }

@@ -43,6 +43,9 @@ pub enum BuildError {
     /// The template.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// The template is not what it was.
+    #[error(transparent)]
+    Template(#[from] templates::TemplateError),
     /// The image is larger than the disk that was asked for.
     #[error("a disk of {asked} MiB is smaller than its image of {image}")]
     DiskTooSmall {
@@ -326,6 +329,7 @@ pub(super) fn boot(kernel: &Kernel) -> Start {
 /// Finds image, kernel and memory, and what size the disk has. Changes nothing.
 fn find(host: &Host, plan: &Plan) -> Result<Found, BuildError> {
     let image = images::open(&host.layout.images(), plan.template)?;
+    templates::check(&image.dir, image.size.bytes())?;
     let size = plan.disk_over(image.size).ok_or(BuildError::DiskTooSmall {
         asked: plan.disk.map_or(0, |disk| disk.0),
         image: image.size,

@@ -258,7 +258,12 @@ async fn finish(
     if has_memory {
         reach("snapshot.copied").await?;
     }
-    let size = blocking(move || making.finish(&TemplateFile::new(wish.name, token))).await?;
+    // Once more through all of it, beside a guest that runs already: in the copying itself it would stand still for longer.
+    let finished = move || {
+        let sums = making.sums()?;
+        making.finish(&TemplateFile::new(wish.name, token, sums))
+    };
+    let size = blocking(finished).await?;
     pass(steps.finished).await;
     Ok(size)
 }

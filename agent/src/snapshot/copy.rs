@@ -163,7 +163,7 @@ impl<'a> Pace<'a> {
 }
 
 /// The next extent with data at or behind `at`. A filesystem without holes has one extent.
-fn next_data(file: &File, at: u64, length: u64) -> io::Result<Option<(u64, u64)>> {
+pub(crate) fn next_data(file: &File, at: u64, length: u64) -> io::Result<Option<(u64, u64)>> {
     if at >= length {
         return Ok(None);
     }
@@ -233,7 +233,7 @@ fn copy_some(way: &mut Way, pace: &Pace<'_>, at: u64, length: usize) -> Result<u
 }
 
 /// Runs of blocks that are not all zeros, as ranges of bytes.
-fn nonzero(chunk: &[u8]) -> Vec<(usize, usize)> {
+pub(crate) fn nonzero(chunk: &[u8]) -> Vec<(usize, usize)> {
     const ZEROS: [u8; BLOCK] = [0; BLOCK];
     let mut runs: Vec<(usize, usize)> = Vec::new();
     let mut start = 0;

@@ -1,4 +1,4 @@
-//! Templates that are made of sandboxes: how one comes to be, is read, and goes.
+//! Templates that are made of sandboxes or imported: how one comes to be, is read, and goes.
 //!
 //! ```text
 //! images/teams/<team>/<template>/          rootfs.ext4, template.json, and where it has memory: snapshot/ (a sealed generation)
@@ -8,15 +8,19 @@
 //!
 //! Holds: a template is whole and durable, or not there; two that are made at once under one name are one that is made and one error;
 //! a deleted one is found by the sandboxes that were made of it and by nobody else.
-//! Not here: how a sandbox is captured ([`crate::sandbox::capture`]), how one is made of a template ([`crate::sandbox::build`]).
+//! Not here: how a sandbox is captured ([`crate::sandbox::capture`]), how one is made of a template ([`crate::sandbox::build`]), how an image
+//! is made of other people's archives (`crate::cli`, on whatever machine and as whatever user: here an image is bytes).
 //!
 //! Functions here block; callers put them on a blocking thread.
 
+pub(crate) mod digest;
+pub mod import;
+pub mod look;
 #[cfg(test)]
 mod tests;
 
 use std::collections::BTreeSet;
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -31,7 +35,9 @@ use crate::guest::Token;
 use crate::host::files::{self, make_dir, names, read_small, sync_dir, write_durably};
 use crate::host::images::{ROOTFS, TemplateRef, base36};
 use crate::sandbox::build::random_hex;
-use crate::snapshot::{self, Manifest, Size, SnapshotError};
+use crate::snapshot::{self, MEMORY, Manifest, Size, SnapshotError};
+use digest::Digest;
+use import::ImportError;
 
 /// A template's memory, where it has some.
 const SNAPSHOT: &str = "snapshot";
@@ -88,6 +94,44 @@ pub enum TemplateError {
     /// Its memory.
     #[error("the template's memory cannot be used")]
     Snapshot(#[from] SnapshotError),
+    /// There is none.
+    #[error("no template {template} of team {team} on this host")]
+    Unknown {
+        /// The team.
+        team: Uuid,
+        /// The template.
+        template: Uuid,
+    },
+    /// Its root filesystem is not what it was when it was made.
+    #[error(
+        "{} has {found} bytes, and had {expected} when the template was made: it is damaged, and `roost template verify` says how much \
+         of it",
+        path.display()
+    )]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What it has.
+        found: u64,
+        /// What it had.
+        expected: u64,
+    },
+    /// What was sent to be one.
+    #[error(transparent)]
+    Import(#[from] ImportError),
+    /// Its reader has gone.
+    #[error("the template was not read to its end")]
+    Stopped,
+}
+
+impl TemplateError {
+    /// There is no such template.
+    pub fn unknown(which: TemplateRef) -> Self {
+        Self::Unknown {
+            team: which.team,
+            template: which.template,
+        }
+    }
 }
 
 /// What is known of a template. Nobody but the agent reads it, for it may hold a guest's token.
@@ -101,17 +145,83 @@ pub struct TemplateFile {
     made_at_unix: i64,
     /// What the envd in its memory asks of callers, where it has memory: who wakes it must know, and sets another.
     token: Option<Token>,
+    /// Its root filesystem. Not in templates of agents before this was looked at, which read this file all the same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    rootfs: Option<Sum>,
+    /// Its memory, where it has some.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    memory: Option<Sum>,
+}
+
+/// What a large file was when its template was made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sum {
+    /// Its length.
+    pub length: Bytes,
+    /// Its checksum.
+    pub digest: Digest,
+}
+
+/// What the large files of a template were when it was made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sums {
+    /// Its root filesystem.
+    pub rootfs: Sum,
+    /// Its memory, where it has some.
+    pub memory: Option<Sum>,
 }
 
 impl TemplateFile {
     /// A template that is made now.
-    pub fn new(name: String, token: Option<Token>) -> Self {
+    pub fn new(name: String, token: Option<Token>, sums: Sums) -> Self {
         Self {
             version: VERSION,
             name,
             made_at_unix: crate::sandbox::unix_now(),
             token,
+            rootfs: Some(sums.rootfs),
+            memory: sums.memory,
         }
+    }
+
+    /// What is known of the template in `dir`; `None` where an operator has put it there without saying anything.
+    ///
+    /// # Errors
+    /// [`TemplateError::File`], [`TemplateError::Format`].
+    fn read(dir: &Path) -> Result<Option<Self>, TemplateError> {
+        let path = dir.join(FILE);
+        let content = match read_small(&path) {
+            Err(error) if error.source.kind() == io::ErrorKind::NotFound => return Ok(None),
+            outcome => outcome?,
+        };
+        match serde_json::from_slice::<Self>(&content) {
+            Ok(file) if file.version == VERSION => Ok(Some(file)),
+            _ => Err(TemplateError::Format { path }),
+        }
+    }
+
+    /// Whether the root filesystem in `dir`, of `length` bytes, is as long as it was.
+    fn check(&self, dir: &Path, length: u64) -> Result<(), TemplateError> {
+        match &self.rootfs {
+            Some(known) if known.length.0 != length => Err(TemplateError::Damaged {
+                path: dir.join(ROOTFS),
+                found: length,
+                expected: known.length.0,
+            }),
+            Some(_) | None => Ok(()),
+        }
+    }
+}
+
+/// Whether a template's root filesystem is as long as it was: what can be told at each create. What is in it, [`look::verify`] tells.
+///
+/// # Errors
+/// [`TemplateError::Damaged`].
+pub fn check(dir: &Path, length: Bytes) -> Result<(), TemplateError> {
+    // One that cannot be read says nothing of the root filesystem; of the memory it is asked again.
+    match TemplateFile::read(dir) {
+        Ok(Some(file)) => file.check(dir, length.0),
+        Ok(None) | Err(_) => Ok(()),
     }
 }
 
@@ -168,6 +278,18 @@ impl Making {
         self.dir.join(SNAPSHOT)
     }
 
+    /// Reads the files that are there, for what is to be known of them later.
+    ///
+    /// # Errors
+    /// [`FileError`] naming the file.
+    pub fn sums(&self) -> Result<Sums, FileError> {
+        let memory = self.snapshot().join(MEMORY);
+        Ok(Sums {
+            rootfs: sum(&self.rootfs())?,
+            memory: memory.exists().then(|| sum(&memory)).transpose()?,
+        })
+    }
+
     /// Lets the template appear. What its files take on disk.
     ///
     /// # Errors
@@ -186,6 +308,15 @@ impl Making {
         sync_dir(team_of(&self.place))?;
         Ok(size)
     }
+}
+
+fn sum(path: &Path) -> Result<Sum, FileError> {
+    let read = File::open(path).and_then(|file| digest::read(&file, |_| true));
+    let read = read.map_err(|source| FileError::new("reading", path, source))?;
+    Ok(Sum {
+        length: Bytes(read.length),
+        digest: read.digest,
+    })
 }
 
 impl Drop for Making {
@@ -272,18 +403,13 @@ pub fn memory(dir: &Path) -> Result<Option<Memory>, TemplateError> {
     if !snapshot.exists() {
         return Ok(None);
     }
-    let path = dir.join(FILE);
-    let content = read_small(&path)?;
-    let Ok(file) = serde_json::from_slice::<TemplateFile>(&content) else {
-        return Err(TemplateError::Format { path });
-    };
-    match file.token {
-        Some(token) if file.version == VERSION => Ok(Some(Memory {
+    match TemplateFile::read(dir)?.and_then(|file| file.token) {
+        Some(token) => Ok(Some(Memory {
             manifest: Manifest::read(&snapshot)?,
             dir: snapshot,
             token,
         })),
-        _ => Err(TemplateError::Format { path }),
+        None => Err(TemplateError::Format { path: dir.join(FILE) }),
     }
 }
 

@@ -13,7 +13,7 @@ fn which(n: u128) -> TemplateRef {
 fn make(images: &Path, n: u128, content: &[u8]) -> Result<Bytes, TemplateError> {
     let making = Making::begin(images, which(n))?;
     fs::write(making.rootfs(), content).expect("written");
-    making.finish(&TemplateFile::new("x".into(), None))
+    making.finish(&TemplateFile::new("x".into(), None, Sums::sample()))
 }
 
 fn left(images: &Path) -> Vec<String> {
@@ -45,7 +45,7 @@ fn there_is_one_template_of_a_name() {
     for making in [&first, &second] {
         fs::write(making.rootfs(), [0; 4096]).expect("written");
     }
-    let file = TemplateFile::new("x".into(), None);
+    let file = TemplateFile::new("x".into(), None, Sums::sample());
     first.finish(&file).expect("made");
     assert!(matches!(second.finish(&file), Err(TemplateError::Exists { .. })));
     assert_eq!(left(images), ["1"], "the other one is gone");
@@ -124,7 +124,89 @@ fn memory_without_a_readable_file_beside_it_is_an_error() {
         fs::write(dir.path().join(FILE), torn).expect("written");
         assert!(failed().contains("no template of this version"), "{torn}");
     }
-    let file = TemplateFile::new("x".into(), Some(Token::random()));
+    let file = TemplateFile::new("x".into(), Some(Token::random()), Sums::sample());
     fs::write(dir.path().join(FILE), serde_json::to_vec(&file).expect("serialised")).expect("written");
     assert!(matches!(memory(dir.path()), Err(TemplateError::Snapshot(_))));
+}
+
+#[test]
+fn what_is_known_of_a_template_is_for_people_and_for_later_agents() {
+    let sums = Sums {
+        memory: Some(Sums::sample().rootfs),
+        ..Sums::sample()
+    };
+    let mut file = TemplateFile::new("web".into(), None, sums);
+    file.made_at_unix = 1_700_000_000;
+    let digest = format!("sha256-1m:{}", "0".repeat(64));
+    let golden = serde_json::json!({
+        "version": 1,
+        "name": "web",
+        "made_at_unix": 1_700_000_000,
+        "token": null,
+        "rootfs": { "length": 4096, "digest": digest },
+        "memory": { "length": 4096, "digest": digest },
+    });
+    assert_eq!(serde_json::to_value(&file).expect("serialised"), golden);
+    assert_eq!(serde_json::from_value::<TemplateFile>(golden).expect("read"), file);
+    // Of an agent that took no checksums.
+    let earlier = r#"{"version": 1, "name": "web", "made_at_unix": 1700000000, "token": null}"#;
+    let earlier: TemplateFile = serde_json::from_str(earlier).expect("read");
+    assert_eq!((earlier.rootfs, earlier.memory), (None, None));
+}
+
+#[test]
+fn a_file_that_is_no_template_of_this_version_is_told() {
+    let dir = tempfile::tempdir().expect("a directory");
+    assert!(TemplateFile::read(dir.path()).expect("none").is_none());
+    for bad in [
+        "",
+        "{}",
+        r#"{"version": 2, "name": "", "made_at_unix": 0, "token": null}"#,
+        r#"{"version": 1, "name": "", "made_at_unix": 0, "token": null, "rootfs": {"length": 1, "digest": "sha256:0"}}"#,
+    ] {
+        fs::write(dir.path().join(FILE), bad).expect("written");
+        assert!(
+            matches!(TemplateFile::read(dir.path()), Err(TemplateError::Format { .. })),
+            "{bad}"
+        );
+    }
+}
+
+#[test]
+fn a_template_of_an_operator_or_an_earlier_agent_is_listed_and_unchecked() {
+    use std::sync::atomic::AtomicBool;
+    let dir = tempfile::tempdir().expect("a directory");
+    let images = dir.path();
+    make(images, 1, &[1; 4096]).expect("made");
+    let place = which(1).dir(images);
+    let stop = AtomicBool::new(false);
+    fs::remove_file(place.join(FILE)).expect("removed");
+    fs::create_dir(images.join("minimal")).expect("made");
+    fs::write(images.join("minimal").join(ROOTFS), [0; 8192]).expect("written");
+    for stray in [
+        "teams/x-y",
+        "teams/7/.making-3-x",
+        "teams/7/.deleted-4-x",
+        "teams/7/UPPER",
+    ] {
+        fs::create_dir_all(images.join(stray)).expect("made");
+    }
+    let listed = look::list(images).expect("listed");
+    let names: Vec<_> = listed
+        .iter()
+        .map(|template| (template.which, template.name.as_str()))
+        .collect();
+    assert_eq!(names, [(TemplateRef::default(), "minimal"), (which(1), "")]);
+    assert!(
+        listed
+            .iter()
+            .all(|template| template.broken.is_none() && template.rootfs_digest.is_none())
+    );
+    let found = look::verify(&place, &stop).expect("read");
+    assert_eq!(
+        found.iter().map(|file| &file.outcome).collect::<Vec<_>>(),
+        [&look::Outcome::Unchecked]
+    );
+    check(&place, Bytes(4096)).expect("nobody knows better");
+    assert!(look::look(images, which(2)).is_none());
 }

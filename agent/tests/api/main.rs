@@ -1,6 +1,8 @@
 //! The API from outside, over real TLS, on a host that has no image, no privd and no shim: who may call, and what is refused before
 //! anything of the host is needed. What needs a host is tested in the rig.
 
+mod templates;
+
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Command, Output};
@@ -234,6 +236,7 @@ async fn an_agent_that_recovers_says_so() {
         &[&["rmi"], &template[..]].concat(),
         &["why", "x"],
         &["drain"],
+        &["template", "verify", "minimal"],
     ] {
         let said = agent.refusal(args).await;
         assert!(
@@ -380,6 +383,7 @@ async fn a_viewer_may_look_and_nothing_else() {
         &["logs", "nobody"],
         &["ping", "nobody"],
         &["drain"],
+        &["template", "verify", "minimal"],
     ] {
         let said = agent.refusal(call).await;
         assert!(
