@@ -8,9 +8,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use roost_initramfs::modules::Modules;
+use roost_initramfs::{GUEST_MODULES, guest};
 
 use crate::cache::{self, Key};
-use crate::cpio::Archive;
 use crate::debian::{Image, RELEASE, Recipe, Size};
 use crate::kernel::{self, Kernel};
 use crate::step::{quiet, step};
@@ -61,16 +62,6 @@ const MKE2FS: &[&str] = &[
     "lazy_itable_init=0,lazy_journal_init=0",
 ];
 
-/// virtio on PCI, what hangs off it, and the clock that KVM offers.
-const MODULES: &[&str] = &[
-    "virtio_pci",
-    "virtio_blk",
-    "virtio_net",
-    "virtio_rng",
-    "virtio_balloon",
-    "crc32c_intel",
-];
-
 /// Room in the rig's /var/lib/roost; the file is sparse.
 const STATE_MIB: u64 = 10 * 1024;
 
@@ -116,18 +107,12 @@ pub(crate) fn ensure(kernel: &Kernel, envd: &Path) -> Result<Guest> {
 fn initramfs(kernel: &Kernel, envd: &Path) -> Result<PathBuf> {
     let key = Key::default()
         .text(&kernel.version)
-        .text(&MODULES.join(" "))
+        .text(&format!("{GUEST_MODULES:?}"))
         .file(envd)?;
     cache::artefact("guest-initramfs", key, |path| {
-        let mut archive = Archive::default();
-        for directory in ["dev", "proc", "sys", "sysroot"] {
-            archive.directory(directory);
-        }
-        archive.character_device("dev/console", 5, 1);
-        archive.character_device("dev/null", 1, 3);
-        archive.file("init", 0o755, &fs::read(envd).context("cannot read envd")?);
-        kernel.add_modules(&mut archive, MODULES)?;
-        kernel::write_initramfs(path, archive)
+        let envd = fs::read(envd).context("cannot read envd")?;
+        let content = guest(&envd, &Modules::read(&kernel.modules())?)?;
+        fs::write(path, content).with_context(|| format!("cannot write {}", path.display()))
     })
 }
 

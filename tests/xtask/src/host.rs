@@ -6,9 +6,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use roost_initramfs::cpio::Archive;
+use roost_initramfs::modules::{Modules, Wanted};
 
 use crate::cache::{self, Key};
-use crate::cpio::Archive;
 use crate::debian::{Image, RELEASE, Recipe, Size};
 use crate::guest;
 use crate::kernel::{self, Kernel};
@@ -83,7 +84,12 @@ const MASKED: &[&str] = &[
 const SIZE_MIB: u64 = 6 * 1024;
 
 /// virtio on PCI for the disks, and the ports that carry the command's output.
-const MODULES: &[&str] = &["virtio_pci", "virtio_blk", "virtio_console", "virtio_rng"];
+const MODULES: &[Wanted<'_>] = &[
+    Wanted::Needed("virtio_pci"),
+    Wanted::Needed("virtio_blk"),
+    Wanted::Needed("virtio_console"),
+    Wanted::Needed("virtio_rng"),
+];
 
 /// The first program in the rig.
 const INIT: &str = include_str!("../rig/init.sh");
@@ -123,7 +129,7 @@ pub(crate) fn ensure(kernel: &Kernel) -> Result<Host> {
     let key = Key::default()
         .text(INIT)
         .text(&kernel.version)
-        .text(&MODULES.join(" "))
+        .text(&format!("{MODULES:?}"))
         .file(busybox)?;
     let initramfs = cache::artefact("host-initramfs", key, |path| {
         let mut archive = Archive::default();
@@ -133,8 +139,8 @@ pub(crate) fn ensure(kernel: &Kernel) -> Result<Host> {
         archive.character_device("dev/console", 5, 1);
         archive.file("bin/busybox", 0o755, &fs::read(busybox).context("cannot read busybox")?);
         archive.file("init", 0o755, INIT.as_bytes());
-        kernel.add_modules(&mut archive, MODULES)?;
-        kernel::write_initramfs(path, archive)
+        Modules::read(&kernel.modules())?.add_to(&mut archive, MODULES)?;
+        fs::write(path, archive.finish()).with_context(|| format!("cannot write {}", path.display()))
     })?;
     Ok(Host { root, initramfs })
 }

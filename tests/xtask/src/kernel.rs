@@ -7,7 +7,7 @@
 //! target/rig/kernel-<key>/usr/lib/modules/<version>/…
 //! ```
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -15,7 +15,6 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 
 use crate::cache;
-use crate::cpio::Archive;
 use crate::debian::{RELEASE, Recipe};
 use crate::step::quiet;
 
@@ -50,50 +49,6 @@ impl Kernel {
     pub(crate) fn modules(&self) -> PathBuf {
         self.dir.join("usr/lib/modules").join(&self.version)
     }
-
-    /// Adds these modules and all they need as `/modules/*.ko`, and `/modules/order` with one file name a line in the
-    /// order in which they can be loaded.
-    pub(crate) fn add_modules(&self, archive: &mut Archive, names: &[&str]) -> Result<()> {
-        let table = fs::read_to_string(self.modules().join("modules.dep")).context("cannot read modules.dep")?;
-        archive.directory("modules");
-        let mut order = String::new();
-        for path in load_order(&table, names)? {
-            let file = path.rsplit('/').next().expect("a path has a last part");
-            let data = fs::read(self.modules().join(path)).with_context(|| format!("cannot read {path}"))?;
-            archive.file(&format!("modules/{file}"), 0o644, &data);
-            order.push_str(file);
-            order.push('\n');
-        }
-        archive.file("modules/order", 0o644, order.as_bytes());
-        Ok(())
-    }
-}
-
-/// Paths from a `modules.dep`, dependencies before what needs them. A name may use `-` for `_`.
-fn load_order<'a>(table: &'a str, names: &[&str]) -> Result<Vec<&'a str>> {
-    let rows: Vec<(&str, Vec<&str>)> = table
-        .lines()
-        .filter_map(|line| line.split_once(':'))
-        .map(|(path, needs)| (path, needs.split_whitespace().collect()))
-        .collect();
-    let module_name = |path: &str| {
-        let file = path.rsplit('/').next().unwrap_or(path);
-        file.split('.').next().unwrap_or(file).replace('-', "_")
-    };
-    let mut order = Vec::new();
-    for name in names {
-        let (path, needs) = rows
-            .iter()
-            .find(|(path, _)| module_name(path) == name.replace('-', "_"))
-            .ok_or_else(|| anyhow!("the kernel has no module {name}"))?;
-        // depmod lists all of what a module needs, the last to be loaded first.
-        for needed in needs.iter().rev().chain([path]) {
-            if !order.contains(needed) {
-                order.push(*needed);
-            }
-        }
-    }
-    Ok(order)
 }
 
 fn make(dir: &Path) -> Result<()> {
@@ -180,33 +135,9 @@ fn has_pvh_entry(elf: &[u8]) -> bool {
     elf.windows(note.len()).any(|window| window == note || window == wide)
 }
 
-/// Writes an initramfs.
-pub(crate) fn write_initramfs(path: &Path, archive: Archive) -> Result<()> {
-    let mut file = File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
-    file.write_all(&archive.finish())?;
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const TABLE: &str = "\
-        kernel/drivers/virtio/virtio.ko: kernel/drivers/virtio/virtio_ring.ko\n\
-        kernel/drivers/virtio/virtio_ring.ko:\n\
-        kernel/drivers/char/hw_random/virtio-rng.ko: kernel/drivers/virtio/virtio.ko kernel/drivers/virtio/virtio_ring.ko\n";
-
-    #[test]
-    fn modules_are_loaded_after_what_they_need_and_once() {
-        let order = load_order(TABLE, &["virtio_rng", "virtio"]).unwrap();
-        let files: Vec<&str> = order.iter().map(|path| path.rsplit('/').next().unwrap()).collect();
-        assert_eq!(files, ["virtio_ring.ko", "virtio.ko", "virtio-rng.ko"]);
-    }
-
-    #[test]
-    fn an_unknown_module_is_an_error() {
-        assert!(load_order(TABLE, &["virtio_net"]).is_err());
-    }
 
     #[test]
     fn something_else_than_a_bzimage_is_refused() {

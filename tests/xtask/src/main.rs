@@ -13,12 +13,11 @@
 //! demo    one sandbox from create to destroy, and what it left behind
 //! ```
 //!
-//! Holds: this crate depends on no other crate of the workspace, so it builds before any of them can.
+//! Holds: this crate depends on no other crate of the workspace but `roost-initramfs`, which depends on none: it builds before any of them can.
 //! Not here: what runs inside the rig (`tests/harness`, `tests/rig`, `tests/demo`).
 
 mod binaries;
 mod cache;
-mod cpio;
 mod debian;
 mod demo;
 mod deny;

@@ -9,30 +9,30 @@ const CHARACTER_DEVICE: u32 = 0o020_600;
 const TRAILER: &str = "TRAILER!!!";
 
 /// An archive in the making. Parents must be added before what is in them.
-#[derive(Default)]
-pub(crate) struct Archive {
+#[derive(Debug, Default)]
+pub struct Archive {
     bytes: Vec<u8>,
     inode: u32,
 }
 
 impl Archive {
     /// Adds a directory.
-    pub(crate) fn directory(&mut self, name: &str) {
+    pub fn directory(&mut self, name: &str) {
         self.entry(name, DIRECTORY, (0, 0), &[]);
     }
 
     /// Adds a regular file with these permission bits.
-    pub(crate) fn file(&mut self, name: &str, permissions: u32, data: &[u8]) {
+    pub fn file(&mut self, name: &str, permissions: u32, data: &[u8]) {
         self.entry(name, FILE | permissions, (0, 0), data);
     }
 
     /// Adds a character device.
-    pub(crate) fn character_device(&mut self, name: &str, major: u32, minor: u32) {
+    pub fn character_device(&mut self, name: &str, major: u32, minor: u32) {
         self.entry(name, CHARACTER_DEVICE, (major, minor), &[]);
     }
 
     /// Ends the archive.
-    pub(crate) fn finish(mut self) -> Vec<u8> {
+    pub fn finish(mut self) -> Vec<u8> {
         self.entry(TRAILER, 0, (0, 0), &[]);
         self.bytes
     }
