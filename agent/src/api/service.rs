@@ -34,6 +34,9 @@ const DEFAULT_EXEC_LIMIT: Duration = Duration::from_secs(30);
 /// Longest time that an Exec may be given: control planes end a call after ten minutes.
 const MAX_EXEC_SECONDS: i32 = 24 * 60 * 60;
 
+/// How long an agent that is to end waits for its tunnels.
+const ENDING_LIMIT: Duration = Duration::from_secs(2);
+
 /// The service.
 #[derive(Debug)]
 pub struct Service {
@@ -41,6 +44,8 @@ pub struct Service {
     recovered: watch::Sender<bool>,
     /// Given once a Terminate has brought everything to rest.
     terminated: Arc<Notify>,
+    /// Whether the agent ends. Whatever has to come to an end of its own before that holds a receiver.
+    ending: watch::Sender<bool>,
     /// Whole files that are held.
     whole_files: Semaphore,
     /// Templates that are worked on.
@@ -54,6 +59,7 @@ impl Service {
             registry,
             recovered: watch::Sender::new(false),
             terminated: Arc::default(),
+            ending: watch::Sender::new(false),
             whole_files: files::places(),
             templates: Places::default(),
         })
@@ -62,6 +68,19 @@ impl Service {
     /// Waits until a Terminate has brought everything to rest: then the agent is to end.
     pub async fn terminated(&self) {
         self.terminated.notified().await;
+    }
+
+    /// Ends the tunnels of all callers in an orderly way; returns when they have ended, or after [`ENDING_LIMIT`]. The agent is to end then:
+    /// what is upgraded later ends at once.
+    pub async fn end_tunnels(&self) {
+        self.ending.send_replace(true);
+        // A caller that takes no more bytes has its connection reset.
+        drop(tokio::time::timeout(ENDING_LIMIT, self.ending.closed()).await);
+    }
+
+    /// Changes when the agent is about to end, which then waits until this is dropped.
+    pub(crate) fn ending(&self) -> watch::Receiver<bool> {
+        self.ending.subscribe()
     }
 
     /// Recovery is complete: calls are served from now on.

@@ -39,7 +39,7 @@ use hyper::body::{Body as _, Frame, Incoming, SizeHint};
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 pub use self::connections::Connections;
 use self::connections::{Call, Home, Socket};
@@ -186,7 +186,7 @@ impl Proxy {
         let body = if status == StatusCode::SWITCHING_PROTOCOLS {
             let upgrade = upgrade.ok_or(ProxyError::BadAnswer("it switches protocols unasked"))?;
             let guest = async { Ok(TokioIo::new(hyper::upgrade::on(answer).await?)) };
-            visit.tunnel(upgrade, guest, upstream.socket());
+            visit.tunnel(upgrade, guest, upstream.socket(), self.service.ending());
             nothing()
         } else {
             let answer = Answer {
@@ -212,7 +212,7 @@ impl Proxy {
         let socket = Arc::new(visit.call.opens_socket());
         let stream = visit.unless_over(dial(visit.address)).await?;
         let upgrade = hyper::upgrade::on(&mut request);
-        visit.tunnel(upgrade, std::future::ready(Ok(stream)), socket);
+        visit.tunnel(upgrade, std::future::ready(Ok(stream)), socket, self.service.ending());
         let mut response = Response::new(nothing());
         *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
         let headers = response.headers_mut();
@@ -352,6 +352,7 @@ impl Visit {
         caller: OnUpgrade,
         guest: impl Future<Output = hyper::Result<G>> + Send + 'static,
         socket: Arc<Socket>,
+        mut ending: watch::Receiver<bool>,
     ) {
         let over = self.over();
         let Self {
@@ -365,17 +366,20 @@ impl Visit {
         // Only what moves is use from here on.
         drop(in_use);
         tokio::spawn(async move {
+            let over = async {
+                tokio::select! {
+                    () = over => {}
+                    // A service that has gone is an end too.
+                    _ = ending.wait_for(|is| *is) => {}
+                }
+            };
             let relay = async {
                 let (caller, guest) = tokio::try_join!(caller, guest)?;
-                tunnel::relay(TokioIo::new(caller), guest, || handle.touch()).await?;
+                tunnel::relay(TokioIo::new(caller), guest, || handle.touch(), over).await?;
                 Ok::<_, BoxError>(())
             };
-            tokio::select! {
-                biased;
-                () = over => {}
-                outcome = relay => if let Err(error) = outcome {
-                    tracing::debug!(sandbox_id = %handle.plan.id, error = %Chain(error.as_ref()), "a tunnel broke");
-                },
+            if let Err(error) = relay.await {
+                tracing::debug!(sandbox_id = %handle.plan.id, error = %Chain(error.as_ref()), "a tunnel broke");
             }
             drop((socket, call, host_place));
         });

@@ -165,7 +165,7 @@ async fn tunnels_end_with_their_sandbox() {
                 soon(sandbox.destroy()).await.expect("destroyed");
             }
             let mut rest = Vec::new();
-            drop(soon(tunnel.read_to_end(&mut rest)).await);
+            soon(tunnel.read_to_end(&mut rest)).await.expect("an orderly end");
             until(async || upstream.ended() == 1).await;
             // Nothing of the proxy's keeps what the sandbox had.
             until(async || agent.registry.find(&sandbox.plan.id).is_none()).await;
@@ -175,6 +175,29 @@ async fn tunnels_end_with_their_sandbox() {
             assert!(agent.registry.find(&id).is_none());
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tunnels_end_in_an_orderly_way_before_the_agent_does() {
+    let agent = Agent::start().await;
+    let sandbox = agent.create("x", 0).await;
+    let upstream = Upstream::start(agent.address_of(&sandbox), move |mut stream| async move {
+        accept(&mut stream, Kind::WebSocket, "hello").await;
+        read_to_close(&mut stream).await;
+    })
+    .await;
+    let mut tunnel = open(&agent, Kind::WebSocket, "x", upstream.port).await;
+    let ending = tokio::spawn({
+        let service = agent.service.clone();
+        async move { service.end_tunnels().await }
+    });
+    let mut rest = String::new();
+    soon(tunnel.read_to_string(&mut rest)).await.expect("an orderly end");
+    assert!(rest.is_empty() || rest == "hello", "{rest:?}");
+    soon(ending).await.expect("it returns once they have ended");
+    until(async || upstream.ended() == 1).await;
+    // The sandbox is none the worse for it.
+    assert!(matches!(sandbox.view(), View::Running(..)), "{}", sandbox.view().name());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -139,7 +139,7 @@ async fn pass_on(
         tokio::spawn(async move {
             let relay = async {
                 let (guest, server) = tokio::try_join!(guest, server)?;
-                drop(tunnel::relay(TokioIo::new(guest), TokioIo::new(server), || ()).await);
+                drop(tunnel::relay(TokioIo::new(guest), TokioIo::new(server), || (), std::future::pending()).await);
                 Ok::<_, hyper::Error>(())
             };
             tokio::select! {

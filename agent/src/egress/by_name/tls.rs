@@ -31,7 +31,7 @@ pub(super) async fn serve(mut stream: TcpStream, way: Way) {
     let address = address_of(&server);
     let pass_on = async {
         server.write_all(&seen).await?;
-        tunnel::relay(stream, server, || ()).await
+        tunnel::relay(stream, server, || (), std::future::pending()).await
     };
     tokio::select! {
         biased;
