@@ -45,4 +45,5 @@ pub mod tls;
 pub mod tombstone;
 pub mod trace;
 pub mod vmm;
+pub mod watchdog;
 pub mod watermark;

@@ -22,7 +22,7 @@ use roost_agent::outbox::{self, Outbox};
 use roost_agent::registry::Registry;
 use roost_agent::reload::Reload;
 use roost_agent::serve::{Access, serve};
-use roost_agent::{recover, status, trace, watermark};
+use roost_agent::{recover, status, trace, watchdog, watermark};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -258,11 +258,22 @@ async fn run(config: Config, sources: Sources, lines: trace::Lines, standing: St
         async move {
             recover::recover(&registry).await.context("cannot recover")?;
             watermark::start(registry.clone()).await;
-            tokio::spawn(sampler::run(registry));
+            tokio::spawn(sampler::run(registry.clone()));
             service.recovered();
             notify_ready();
+            tokio::spawn(watchdog::run(registry));
             tracing::info!(%listen, "serving");
             std::future::pending::<anyhow::Result<End>>().await
+        }
+    };
+    let asked = {
+        let service = service.clone();
+        async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            service.end_tunnels().await;
         }
     };
     tokio::select! {
@@ -272,8 +283,7 @@ async fn run(config: Config, sources: Sources, lines: trace::Lines, standing: St
         never = reload.run(hangup) => match never {},
         () = service.terminated() => Ok(End::Terminated),
         () = control => Ok(End::Deleted),
-        _ = terminate.recv() => Ok(End::Asked),
-        _ = interrupt.recv() => Ok(End::Asked),
+        () = asked => Ok(End::Asked),
     }
 }
 
