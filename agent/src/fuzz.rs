@@ -211,6 +211,8 @@ async fn call(guest: &Guest, which: u8) -> bool {
 fn in_runtime<T>(work: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.expect("a runtime").block_on(work)
+}
+
 /// A layer of somebody's image.
 pub fn archive(bytes: &[u8]) {
     template::judge_archive(bytes);

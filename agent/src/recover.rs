@@ -202,8 +202,8 @@ pub(crate) async fn reach(host: Arc<Host>, record: Record, slot: Slot) -> ReachE
             }
             Err(error) => {
                 tracing::error!(sandbox_id = %id, attempt, error = %Chain(&error), "a running VM could not be taken over");
-                // It has had a minute.
-                if matches!(error, ShimFault::Timeout(_)) {
+                // It has had a minute; or it is somebody's VM that an agent of its own version knows how to talk to.
+                if matches!(error, ShimFault::Timeout(_) | ShimFault::Version(_)) {
                     break;
                 }
                 tokio::time::sleep(ADOPT_PAUSE).await;

@@ -242,14 +242,37 @@ pub fn bury_once(layout: &Layout, tombstone: &Tombstone) -> Result<(), FileError
     bury(layout, tombstone)
 }
 
-/// The tombstone of a sandbox, where there is one that is not a day old.
+/// The tombstone of a sandbox, where there is one that is not a day old. One of another version is left to whoever can read it.
 pub fn find(layout: &Layout, id: &SandboxId) -> Option<Tombstone> {
     let content = read_small(&path(layout, id)).ok()?;
-    let found: Tombstone = serde_json::from_slice(&content).ok()?;
+    let found = parse(&content)
+        .inspect_err(|error| tracing::warn!(sandbox_id = %id, error = %Chain(error), "its tombstone cannot be read"))
+        .ok()?;
     let age = crate::sandbox::unix_now().saturating_sub(found.ended_at_unix);
     u64::try_from(age)
         .is_ok_and(|age| age < KEPT.as_secs())
         .then_some(found)
+}
+
+/// Why a tombstone cannot be read.
+#[derive(Debug, thiserror::Error)]
+enum TombstoneError {
+    #[error("a tombstone does not parse")]
+    Format(#[source] serde_json::Error),
+    #[error("a tombstone is of version {0}, not {VERSION}")]
+    Version(u32),
+}
+
+fn parse(content: &[u8]) -> Result<Tombstone, TombstoneError> {
+    #[derive(Deserialize)]
+    struct Versioned {
+        version: u32,
+    }
+    let Versioned { version } = serde_json::from_slice(content).map_err(TombstoneError::Format)?;
+    if version != VERSION {
+        return Err(TombstoneError::Version(version));
+    }
+    serde_json::from_slice(content).map_err(TombstoneError::Format)
 }
 
 /// Removes the tombstone of an earlier sandbox of this id: a new one would be taken for it.
@@ -342,6 +365,25 @@ mod tests {
         let found = find(&layout, &id).expect("found");
         assert_eq!((found.signal, found.created_at_unix), (Some(9), 5));
         assert_eq!(found.console_tail, "one\n\\x1b[31mtwo");
+    }
+
+    #[test]
+    fn a_stored_tombstone_is_read_and_one_of_a_newer_version_is_left_alone() {
+        let first = parse(include_bytes!("samples/tombstone-1.json")).expect("read");
+        assert_eq!(
+            (first.reason, first.signal, first.exit_code),
+            (Reason::VmmKilled, Some(9), None)
+        );
+        assert_eq!(first.sandbox_id, "cl-0w4c6e1m9xk2u7q3d5h8t0bzn");
+        let newer = br#"{"version": 2, "sandbox_id": {"of": "x"}}"#;
+        assert!(matches!(parse(newer), Err(TombstoneError::Version(2))));
+        let dir = tempfile::tempdir().expect("a directory");
+        let layout = Layout::new(dir.path(), dir.path());
+        std::fs::create_dir(layout.tombstones()).expect("made");
+        let id: SandboxId = "x".parse().expect("an id");
+        std::fs::write(path(&layout, &id), newer).expect("written");
+        assert!(find(&layout, &id).is_none());
+        assert_eq!(std::fs::read(path(&layout, &id)).expect("there"), newer);
     }
 
     #[test]

@@ -25,7 +25,9 @@ use crate::ids::SandboxId;
 use crate::ipc::PassedFd;
 use crate::units::{Mebibytes, Vcpus};
 
-/// Version of these messages; a shim of another version is told to end and counted as such.
+/// Version of these messages. They reach beyond one version of roost: a shim stays what it was when an upgrade puts a new agent in front of it.
+/// So a change that an earlier side would not understand raises this, and an agent leaves the VM of a shim of another version alone. `Hello`
+/// with its `protocol`, and [`ToShim::Kill`], are the same in all versions.
 pub const PROTOCOL: u32 = 1;
 
 /// Where systemd listens for the agent and starts a shim for each connection.
@@ -501,6 +503,48 @@ mod tests {
         assert_eq!(
             Exit::from_json(&vec![b' '; MAX_EXIT_FILE + 1]),
             Err(BadExitRecord::TooLong)
+        );
+    }
+
+    /// What a shim and an agent of an earlier version of roost have said to each other, a message a line: its name, its bytes in hexadecimal.
+    const STORED: &str = include_str!("samples/shim-1.txt");
+
+    fn hex(text: &str) -> Vec<u8> {
+        let pair = |at| u8::from_str_radix(&text[at..at + 2], 16).expect("hexadecimal");
+        (0..text.len()).step_by(2).map(pair).collect()
+    }
+
+    /// A message that comes back as the bytes that it came from, and how it reads.
+    fn read<T: serde::de::DeserializeOwned + Serialize + fmt::Debug>(bytes: &[u8]) -> String {
+        let message: T = postcard::from_bytes(bytes).expect("a message");
+        assert_eq!(postcard::to_stdvec(&message).expect("encoded"), bytes, "{message:?}");
+        format!("{message:?}")
+    }
+
+    #[test]
+    fn stored_messages_are_understood_by_both_sides() {
+        let mut seen = 0;
+        for line in STORED.lines().filter(|line| !line.starts_with('#')) {
+            let [side, bytes, reads] = line.splitn(3, ' ').collect::<Vec<_>>()[..] else {
+                panic!("{line}")
+            };
+            let found = match side {
+                "agent" => read::<ToShim>(&hex(bytes)),
+                "shim" => read::<FromShim>(&hex(bytes)),
+                other => panic!("{other}"),
+            };
+            assert_eq!(found, reads);
+            seen += 1;
+        }
+        assert!(seen > 8, "{seen}");
+    }
+
+    #[test]
+    fn exit_records_that_are_stored_are_read() {
+        let stored = include_str!("samples/exit-1.json");
+        assert_eq!(
+            Exit::from_json(stored.as_bytes()),
+            Ok(exit(b"Linux\nlogin:", b"killed"))
         );
     }
 }

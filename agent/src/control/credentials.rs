@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! <dir>/credentials/                  0700
-//!     credentials.json                0600: host_id, jwt, refresh_token, cert_pem, key_pem, ca_cert_pem
+//!     credentials.json                0600: version, host_id, jwt, refresh_token, cert_pem, key_pem, ca_cert_pem
 //!     credentials.json.new            a draft: room for what is being asked for, made before it is asked for
 //!     credentials.json.deleted-<t>    set aside at second <t>, when the control plane had deleted this host
 //! ```
@@ -31,6 +31,8 @@ use zeroize::Zeroizing;
 use crate::errors::FileError;
 use crate::host::files::{read_small, sync_dir};
 
+/// Version of the file's format.
+const VERSION: u32 = 1;
 /// Room that a draft takes: more than any answer of a control plane (see [`super::client`]).
 const DRAFT: usize = 64 << 10;
 /// Longest id of a host.
@@ -72,6 +74,9 @@ pub(super) struct Granted {
 /// The credentials of a host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Credentials {
+    /// Version of this format, 1. At first it was not written.
+    #[serde(default = "first_version")]
+    version: u32,
     /// Its id at the control plane.
     pub host_id: String,
     /// Shown with each call.
@@ -89,6 +94,11 @@ pub struct Credentials {
     pub control_plane: Option<String>,
 }
 
+/// The version of files that do not say theirs.
+fn first_version() -> u32 {
+    1
+}
+
 /// Why credentials cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum CredentialsError {
@@ -103,6 +113,14 @@ pub enum CredentialsError {
         /// Names line and field, not what is in it.
         #[source]
         source: serde_json::Error,
+    },
+    /// Another version wrote it.
+    #[error("{} is of version {version}, not {VERSION}: a newer roost has written it", path.display())]
+    Version {
+        /// The file.
+        path: PathBuf,
+        /// Its version.
+        version: u32,
     },
     /// The token is none of a host.
     #[error("the control plane's token does not say which host it is of")]
@@ -150,6 +168,7 @@ impl Credentials {
             ca_cert_pem,
         } = granted;
         Self {
+            version: VERSION,
             host_id,
             jwt: token,
             refresh_token,
@@ -253,11 +272,21 @@ impl Store {
             Err(error) if error.source.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error.into()),
         };
-        let credentials = serde_json::from_slice(&content).map_err(|source| CredentialsError::Format {
+        #[derive(Deserialize)]
+        struct Versioned {
+            #[serde(default = "first_version")]
+            version: u32,
+        }
+        let format = |source| CredentialsError::Format {
             path: self.path.clone(),
             source,
-        })?;
-        Ok(Some(credentials))
+        };
+        let Versioned { version } = serde_json::from_slice(&content).map_err(format)?;
+        if version != VERSION {
+            let path = self.path.clone();
+            return Err(CredentialsError::Version { path, version });
+        }
+        serde_json::from_slice(&content).map(Some).map_err(format)
     }
 
     /// Makes sure that credentials can be kept: a file of their size is on disk, in the same directory, and belongs to the owner of
@@ -376,6 +405,7 @@ pub(crate) mod tests {
 
     pub(crate) fn sample(number: u32) -> Credentials {
         Credentials {
+            version: VERSION,
             host_id: "host-1".into(),
             jwt: token(&serde_json::json!({"host_id": "host-1", "iat": 1000, "exp": 4000})),
             refresh_token: Secret::new(format!("refresh-{number}")),
@@ -433,6 +463,25 @@ pub(crate) mod tests {
         fs::write(store.path(), r#"{"host_id": "h", "jwt": {"s3cret": 1}}"#).expect("written");
         let error = anyhow::Error::new(store.load().expect_err("not ours"));
         assert!(format!("{error:#}").contains("credentials.json") && !format!("{error:#}").contains("s3cret"));
+    }
+
+    #[test]
+    fn stored_files_are_read_and_one_of_a_newer_version_is_left_as_it_is() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let store = Store::new(dir.path());
+        for stored in [
+            // Before there was a version in it.
+            include_str!("samples/credentials-first.json"),
+            include_str!("samples/credentials-1.json"),
+        ] {
+            fs::write(store.path(), stored).expect("written");
+            assert_eq!(store.load().expect("read"), Some(sample(1)));
+        }
+        let newer = r#"{"version": 2, "host": "h"}"#;
+        fs::write(store.path(), newer).expect("written");
+        let error = store.load().expect_err("refused");
+        assert!(error.to_string().contains("is of version 2, not 1"), "{error}");
+        assert_eq!(fs::read_to_string(store.path()).expect("there"), newer);
     }
 
     #[test]

@@ -48,6 +48,12 @@ pub enum ShimFault {
     /// It said something that answers nothing we asked.
     #[error("the vmmshim broke the protocol: {0}")]
     Protocol(&'static str),
+    /// Another version of roost started it, and it holds a VM that this one cannot talk to.
+    #[error(
+        "a roost of another version started this vmmshim (its messages are of version {0}, ours of {PROTOCOL}); that version can pause the sandbox, \
+         and this one resume it"
+    )]
+    Version(u32),
     /// It took too long.
     #[error("the vmmshim did not {0} in time")]
     Timeout(&'static str),
@@ -353,7 +359,7 @@ impl ShimLink {
             return Err(ShimFault::Protocol("its first packet is no hello"));
         };
         if protocol != PROTOCOL {
-            return Err(ShimFault::Protocol("it speaks another version"));
+            return Err(ShimFault::Version(protocol));
         }
         let uid = sender
             .ok_or(ShimFault::Protocol("its first packet has no credentials"))?

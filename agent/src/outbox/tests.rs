@@ -502,6 +502,18 @@ async fn a_damaged_record_costs_no_other() {
     }
 }
 
+#[tokio::test]
+async fn a_stored_log_is_read() {
+    let stored = include_bytes!("samples/events-1.log");
+    let dir = with_log(stored);
+    let outbox = Outbox::open(&dir.path().join("outbox"), Limits::default()).expect("opened");
+    assert_eq!(
+        kept(&outbox),
+        pairs(&[("cl-2", 1_754_000_001), ("cl-3", 1_754_000_002)])
+    );
+    assert!(!log_of(&dir).with_extension("damaged").exists());
+}
+
 #[test]
 fn a_log_of_another_version_is_left_alone() {
     let json = r#"{"version":2}"#;

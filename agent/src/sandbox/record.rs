@@ -211,6 +211,8 @@ impl Record {
 mod tests {
     use super::*;
     use crate::config::Config;
+    use crate::egress::Egress;
+    use crate::guest::Nonces;
     use crate::sandbox::plan::Wish;
 
     #[test]
@@ -240,15 +242,50 @@ mod tests {
             record.write(&layout).expect("written");
             assert_eq!(Record::read(&layout, &id).expect("read"), record);
         }
-        // One of an agent that did not look for nonces yet.
-        let mut earlier = serde_json::to_value(&created).expect("serialised");
-        let versions = earlier["versions"].as_object_mut().expect("an object");
-        versions.remove("nonces").expect("written");
-        std::fs::write(layout.record(&id), earlier.to_string()).expect("written");
-        assert_eq!(Record::read(&layout, &id).expect("read"), created);
         std::fs::write(layout.record(&id), "{\"version\": 2, \"new\": {}}").expect("written");
         assert!(matches!(Record::read(&layout, &id), Err(RecordError::Version(_, 2))));
         std::fs::write(layout.record(&id), "{\"version\": 1").expect("written");
         assert!(matches!(Record::read(&layout, &id), Err(RecordError::Format(..))));
+    }
+    #[test]
+    fn stored_records_are_read_and_what_they_do_not_say_is_as_it_was() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let layout = Layout::new(dir.path(), dir.path());
+        let id: SandboxId = "cl-5pvvpzk2ad7m842gxhvqksz49".parse().expect("an id");
+        std::fs::create_dir_all(layout.sandbox(&id)).expect("made");
+        let read = |stored: &str| {
+            std::fs::write(layout.record(&id), stored).expect("written");
+            Record::read(&layout, &id).expect("read")
+        };
+        let now = read(include_str!("samples/record-1.json"));
+        assert!(matches!(
+            now.phase,
+            Phase::Paused(Kept {
+                generation: 2,
+                memory: Memory::Whole,
+                ..
+            })
+        ));
+        assert_eq!(
+            (now.slot, now.disk, now.plan.egress.names.len()),
+            (1, Sectors(497_664), 1)
+        );
+        assert_eq!(now.versions.nonces, Nonces::Repeated);
+        // Of an agent that knew of neither nonces, policies, origins nor events.
+        let first = read(include_str!("samples/record-1-first.json"));
+        assert_eq!((first.versions.nonces, first.origin), (Nonces::Unknown, None));
+        assert_eq!(first.plan.egress, Egress::default());
+        assert!(first.plan.egress.internet && first.plan.egress.dns);
+        let rest = Record {
+            phase: now.phase,
+            versions: now.versions.clone(),
+            origin: now.origin,
+            plan: Plan {
+                egress: now.plan.egress.clone(),
+                ..first.plan
+            },
+            ..first
+        };
+        assert_eq!(rest, now);
     }
 }

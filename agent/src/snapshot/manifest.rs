@@ -299,15 +299,24 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_manifest_of_an_earlier_agent_is_read() {
-        let files = Files::new(b"{}", Bytes(4096), Bytes(64 << 20), Bytes(8192));
-        let mut earlier = serde_json::to_value(Manifest::new(about(), files)).expect("serialised");
-        let of = earlier["about"].as_object_mut().expect("an object");
-        of.remove("nonces");
-        of.remove("held");
-        of.insert("frozen".into(), true.into());
-        let read: Manifest = serde_json::from_value(earlier).expect("read");
-        assert_eq!((read.about.nonces, read.about.held), (Nonces::Unknown, false));
+    fn stored_manifests_are_read() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let read = |stored: &str| {
+            fs::write(dir.path().join(MANIFEST), stored).expect("written");
+            Manifest::read(dir.path()).expect("read")
+        };
+        let now = read(include_str!("samples/manifest-1.json"));
+        assert_eq!((now.about.nonces, now.about.held), (Nonces::Repeated, true));
+        assert_eq!(now.about.size.memory, Mebibytes(256));
+        // Of an agent that wrote down whether the guest was frozen, and not what it repeats and whether all of it had stopped.
+        let first = read(include_str!("samples/manifest-1-first.json"));
+        assert_eq!((first.about.nonces, first.about.held), (Nonces::Unknown, false));
+        let about = About {
+            nonces: now.about.nonces,
+            held: now.about.held,
+            ..first.about
+        };
+        assert_eq!(Manifest { about, ..first }, now);
     }
 
     #[test]

@@ -210,3 +210,27 @@ fn a_template_of_an_operator_or_an_earlier_agent_is_listed_and_unchecked() {
     check(&place, Bytes(4096)).expect("nobody knows better");
     assert!(look::look(images, which(2)).is_none());
 }
+
+#[test]
+fn a_stored_template_is_read_and_one_of_a_newer_version_is_refused_and_left() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (place, memory_of) = (dir.path(), || memory(dir.path()));
+    let snapshot = place.join(SNAPSHOT);
+    fs::create_dir(&snapshot).expect("made");
+    let manifest = include_str!("../snapshot/samples/manifest-1.json");
+    fs::write(snapshot.join("manifest.json"), manifest).expect("written");
+    fs::write(place.join(FILE), include_str!("samples/template-1.json")).expect("written");
+    assert!(memory_of().expect("read").is_some(), "it has memory");
+    let newer = include_str!("samples/template-1.json").replace("\"version\": 1", "\"version\": 2");
+    for content in [newer.as_str(), "{\"version\": 2, \"new\": {}}"] {
+        fs::write(place.join(FILE), content).expect("written");
+        let error = memory_of().expect_err("refused");
+        assert!(
+            error
+                .to_string()
+                .contains("template.json is no template of this version"),
+            "{error}"
+        );
+        assert_eq!(fs::read_to_string(place.join(FILE)).expect("there"), content);
+    }
+}
