@@ -17,6 +17,7 @@ mod lifecycle;
 mod limits;
 mod matrix;
 mod misfit;
+mod package;
 mod pause;
 mod power;
 mod privd;

@@ -86,7 +86,12 @@ impl Options {
                     let file = path(&mut arguments, "--profile")?;
                     options.profile = Profile::from_file(&file).map_err(|e| format!("{}: {e}", file.display()))?;
                 }
-                _ => return Err(format!("unknown argument {}", argument.display())),
+                _ => {
+                    return Err(format!(
+                        "unknown argument {}; it takes --vmm PATH and --child",
+                        argument.display()
+                    ));
+                }
             }
         }
         Ok(options)

@@ -22,6 +22,7 @@ const PROGRAMS: &[&str] = &[
     "roost-cage-probe",
     "roost-agent",
     "roost",
+    "roost-mkinitramfs",
     "standin-vmm",
 ];
 
@@ -109,6 +110,13 @@ fn build_programs() -> Result<PathBuf> {
 /// The flags are for the program alone: what it depends on is the same code either way, and given to cargo they would have every
 /// crate compiled once more. So cargo has this program call the compiler, see [`compile`].
 pub(crate) fn build_envd() -> Result<PathBuf> {
+    // No examples are there: with them asked for, crates have the features that tests give them, as in the other builds.
+    let finished = build_static(&["--workspace", "--features", TEST_FEATURES, "--examples"])?;
+    Ok(finished.join("debug/envd"))
+}
+
+/// Builds envd alone, statically, with these arguments of `cargo build`; the folder in which cargo has its profiles' folders.
+pub(crate) fn build_static(arguments: &[&str]) -> Result<PathBuf> {
     let itself = env::current_exe().context("this program has no path")?;
     // The compiled crates are those of the other builds; the program has a folder of its own, or theirs would take its place.
     let target = cache::target();
@@ -116,23 +124,16 @@ pub(crate) fn build_envd() -> Result<PathBuf> {
     step("building envd", || {
         shown(
             cargo()
-                // No examples are there: with them asked for, crates have the features that tests give them, as in the other builds.
-                .args([
-                    "build",
-                    "--workspace",
-                    "--features",
-                    TEST_FEATURES,
-                    "--bin",
-                    "envd",
-                    "--examples",
-                ])
+                .arg("build")
+                .args(arguments)
+                .args(["--bin", "envd"])
                 .env("CARGO_TARGET_DIR", &finished)
                 .env("CARGO_BUILD_BUILD_DIR", &target)
                 .env("RUSTC_WORKSPACE_WRAPPER", itself)
                 .env(STATIC, "envd"),
         )
     })?;
-    Ok(finished.join("debug/envd"))
+    Ok(finished)
 }
 
 /// Where cargo has called this program in place of the compiler: calls that, and has it link [`STATIC`] statically. Only returns with
@@ -186,8 +187,7 @@ impl Binaries {
     /// Puts programs, units and configuration into the tree that is unpacked over the rig's root.
     pub(crate) fn install(&self, overlay: &Path) -> Result<()> {
         for program in PROGRAMS {
-            let data = fs::read(self.dir.join(program)).with_context(|| format!("cannot read {program}"))?;
-            install(overlay, &format!("usr/bin/{program}"), &data, 0o755)?;
+            install(overlay, &format!("usr/bin/{program}"), &self.read(program)?, 0o755)?;
         }
         let workspace = cache::workspace();
         for (folder, destination) in PACKAGING {
@@ -207,8 +207,28 @@ impl Binaries {
                 )?;
             }
         }
+        self.install_vmm(overlay, "etc/roost/vmmshim.env")
+    }
+
+    /// A program of this build.
+    pub(crate) fn program(&self, name: &str) -> PathBuf {
+        if name == "envd" {
+            self.envd.clone()
+        } else {
+            self.dir.join(name)
+        }
+    }
+
+    fn read(&self, program: &str) -> Result<Vec<u8>> {
+        fs::read(self.program(program)).with_context(|| format!("cannot read {program}"))
+    }
+
+    /// Puts what packages do not have into that tree: the VMM, and at `shim_env` what tells shims of it.
+    pub(crate) fn install_vmm(&self, overlay: &Path, shim_env: &str) -> Result<()> {
+        let workspace = cache::workspace();
         let shim = match &self.vmm {
             Vmm::StandIn => {
+                install(overlay, "usr/bin/standin-vmm", &self.read("standin-vmm")?, 0o755)?;
                 eprintln!(
                     "rig: VMM is the STAND-IN (QEMU behind cloud-hypervisor's interface, without the VMM's filter of system calls, which the cage \
                      probe alone runs under); CLOUD_HYPERVISOR=<path> uses the real one"
@@ -226,7 +246,7 @@ impl Binaries {
         };
         install(
             overlay,
-            "etc/roost/vmmshim.env",
+            shim_env,
             format!("ROOST_SHIM_ARGS=\"{shim}\"\n").as_bytes(),
             0o644,
         )?;

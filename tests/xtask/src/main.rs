@@ -3,6 +3,7 @@
 //! ```text
 //! setup   Debian packages that the rest needs
 //! guest   kernel, initramfs and the `minimal` template, under target/rig
+//! package the Debian packages, under target/package
 //! rig     a throw-away Debian host in QEMU with this build installed; runs one command in it
 //! test    what CI checks, the end-to-end tests in the rig included
 //! deny    licences, sources and banned crates, by cargo-deny
@@ -26,6 +27,7 @@ mod fuzz;
 mod guest;
 mod host;
 mod kernel;
+mod package;
 mod page;
 mod qemu;
 mod reference;
@@ -59,6 +61,8 @@ enum Task {
     /// Make the Debian images alone, which `test` does beside its first checks
     #[command(hide = true)]
     Images,
+    /// Make the Debian packages
+    Package(package::Options),
     /// Boot a throw-away Debian host with this build in it and run a command there as root
     Rig(rig::Options),
     /// Everything that CI checks
@@ -87,6 +91,7 @@ fn main() -> ExitCode {
         Task::Setup => setup::run().map(|()| 0),
         Task::Guest => guest::run().map(|()| 0),
         Task::Images => host::run().map(|()| 0),
+        Task::Package(options) => package::run(&options).map(|()| 0),
         Task::Rig(options) => rig::run(&options),
         Task::Test(options) => test::run(&options),
         Task::Faults => test::run(&test::Options::all_faults()),

@@ -27,7 +27,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use crate::binaries::{self, Binaries};
 use crate::qemu::{self, Qemu};
 use crate::step::quiet;
-use crate::{cache, guest, host, kernel, setup};
+use crate::{cache, guest, host, kernel, package, setup};
 
 /// Our exit status when the rig, not the command in it, failed.
 pub(crate) const STATUS_RIG_FAILED: u8 = 125;
@@ -84,6 +84,9 @@ pub(crate) struct Options {
     /// With --bare: install this build and the guest image all the same, but start nothing
     #[arg(long, requires = "bare")]
     pub(crate) installed: bool,
+    /// With --bare: put this build's packages into /root/packages, and what belongs to none of them in place; install nothing
+    #[arg(long, requires = "bare", conflicts_with = "installed")]
+    pub(crate) packages: bool,
     /// Whether what is written to /var/lib/roost outlives QEMU, and the command may ask for another boot (see [`crate::series`])
     #[arg(skip)]
     pub(crate) series: bool,
@@ -104,6 +107,7 @@ impl Options {
             direct: false,
             bare: false,
             installed: false,
+            packages: false,
             series: false,
             command: words.iter().map(|word| (*word).to_owned()).collect(),
         }
@@ -131,7 +135,7 @@ pub(crate) struct End {
 /// Builds what is missing, boots the rig, runs the command; the command's exit status.
 pub(crate) fn run(options: &Options) -> Result<u8> {
     setup::run()?;
-    let wanted = !options.bare || options.installed;
+    let wanted = !options.bare || options.installed || options.packages;
     let binaries = if wanted { Some(binaries::build()?) } else { None };
     run_with(options, binaries.as_ref()).map(|end| end.status)
 }
@@ -224,8 +228,20 @@ fn write_payload(dir: &Path, image: &Path, options: &Options, binaries: Option<&
     let wants = overlay.join("etc/systemd/system/multi-user.target.wants");
     fs::create_dir_all(&wants)?;
     std::os::unix::fs::symlink("../rig.service", wants.join("rig.service"))?;
-    if let Some(binaries) = binaries {
-        binaries.install(&overlay)?;
+    match binaries {
+        Some(binaries) if options.packages => {
+            binaries.install_vmm(&overlay, "usr/share/roost-tests/vmmshim.env")?;
+            let packages = overlay.join("root/packages");
+            fs::create_dir_all(packages.parent().expect("a path below the overlay has a parent"))?;
+            quiet(
+                Command::new("cp")
+                    .arg("-r")
+                    .arg(package::for_rig(binaries)?.dir())
+                    .arg(packages),
+            )?;
+        }
+        Some(binaries) => binaries.install(&overlay)?,
+        None => {}
     }
     for add in &options.add {
         let (from, to) = match add.rsplit_once(':') {

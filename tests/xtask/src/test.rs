@@ -49,6 +49,11 @@ const MOST_REPEATED: usize = 2;
 /// The module of the rig's tests that cuts the power.
 const POWER_TESTS: &str = "power::";
 
+/// The module of the rig's tests that installs the packages, in a rig that has nothing installed.
+const PACKAGE_TESTS: &str = "package::";
+/// Time for them.
+const PACKAGE_SECONDS: u64 = 1800;
+
 /// What is tested without systemd too.
 const DIRECT_TESTS: &[&str] = &[
     "lifecycle::a_sandbox_lives",
@@ -71,6 +76,9 @@ pub(crate) struct Options {
     /// Run the power cuts; with --rig the rig's tests before them, else nothing but them
     #[arg(long, conflicts_with = "no_rig")]
     power: bool,
+    /// Run the packages' tests, in a rig of their own; with --rig the rig's tests before them, else nothing but them
+    #[arg(long, conflicts_with_all = ["no_rig", "power"])]
+    packages: bool,
     /// Start the rig's daemons without systemd
     #[arg(long)]
     direct: bool,
@@ -93,6 +101,7 @@ impl Options {
             rig: true,
             no_rig: false,
             power: true,
+            packages: false,
             direct: false,
             memory: 4096,
             processors: None,
@@ -162,6 +171,7 @@ const CHECKS: &[Check] = &[
             &["clippy", "--package", "roost-vmmshim", "--", "-D", "warnings"],
             &["clippy", "--package", "roost-agent", "--", "-D", "warnings"],
             &["clippy", "--package", "roost-envd", "--", "-D", "warnings"],
+            &["clippy", "--package", "roost-initramfs", "--", "-D", "warnings"],
         ],
     },
 ];
@@ -177,7 +187,7 @@ struct Line {
 pub(crate) fn run(options: &Options) -> Result<u8> {
     setup::run()?;
     let mut summary = Vec::new();
-    let checks = !options.rig && !options.power;
+    let checks = !options.rig && !options.power && !options.packages;
     let mut images = if checks && !options.no_rig {
         Some(Beside::images()?)
     } else {
@@ -202,7 +212,7 @@ pub(crate) fn run(options: &Options) -> Result<u8> {
         record(&mut summary, "status page", page::run);
     }
     let mut closing = Vec::new();
-    let rig_tests = !options.no_rig && (options.rig || !options.power);
+    let rig_tests = !options.no_rig && (options.rig || !(options.power || options.packages));
     let whole = rig_tests && !options.direct && options.arguments.is_empty();
     if rig_tests {
         if let Some(images) = images.take() {
@@ -236,6 +246,15 @@ pub(crate) fn run(options: &Options) -> Result<u8> {
             };
             record(&mut summary, "rig tests, direct", || verdict(&run_in_rig(&direct)?));
         }
+        if whole || options.packages {
+            record(&mut summary, "packages", || {
+                let mut options = options.clone();
+                options.processors = options.processors.or(whole.then_some(PROCESSORS_BESIDE));
+                let end = install_packages(&options)?;
+                closing.extend(closing_lines(&end.tail));
+                verdict(&end)
+            });
+        }
         if let Some(first_half) = first_half {
             record(&mut summary, "rig tests, other half", || {
                 let (output, verdict) = first_half.finish()?;
@@ -243,6 +262,13 @@ pub(crate) fn run(options: &Options) -> Result<u8> {
                 verdict
             });
         }
+    }
+    if options.packages && !rig_tests {
+        record(&mut summary, "packages", || {
+            let end = install_packages(options)?;
+            closing.extend(closing_lines(&end.tail));
+            verdict(&end)
+        });
     }
     if options.power && !whole {
         record(&mut summary, "power cuts", || {
@@ -348,8 +374,10 @@ impl Drop for Beside {
 
 fn run_in_rig(options: &Options) -> Result<rig::End> {
     let (binaries, mut rig) = tests_in_rig(options, if options.all { RIG_SECONDS_ALL } else { RIG_SECONDS })?;
-    // They make sense in a series of boots alone.
-    rig.command.extend(["--skip".to_owned(), POWER_TESTS.to_owned()]);
+    // They make sense in a series of boots, and in a rig without this build.
+    for elsewhere in [POWER_TESTS, PACKAGE_TESTS] {
+        rig.command.extend(["--skip".to_owned(), elsewhere.to_owned()]);
+    }
     let program = rig.command.clone();
     rig.command.extend(options.arguments.iter().cloned());
     let tail = match rig::boot_once(&rig, Some(&binaries))? {
@@ -420,6 +448,22 @@ fn passed(output: &[u8]) -> Vec<String> {
 /// their own that end so.
 fn tells_of_failure(line: &str) -> bool {
     line == "FAILED" || (line.starts_with("test ") && line.ends_with(" ... FAILED"))
+}
+
+/// Has the packages installed in a rig that has nothing of ours; how that ended.
+fn install_packages(options: &Options) -> Result<rig::End> {
+    let (binaries, mut rig) = tests_in_rig(options, PACKAGE_SECONDS)?;
+    rig.bare = true;
+    rig.packages = true;
+    let program = rig.command.clone();
+    rig.command.push(PACKAGE_TESTS.to_owned());
+    let end = rig::run_with(&rig, Some(&binaries))?;
+    rig.command = program;
+    if options.all {
+        Ok(end)
+    } else {
+        once_more(end, rig, &binaries)
+    }
 }
 
 /// Runs the power cuts, in as many boots as it takes; how the last one ended.
