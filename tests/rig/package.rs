@@ -460,11 +460,7 @@ impl Inventory {
         for (what, program, args) in [
             ("user", "getent", &["passwd"][..]),
             ("group", "getent", &["group"]),
-            (
-                "unit file",
-                "systemctl",
-                &["list-unit-files", "--no-legend", "--plain", "roost*"],
-            ),
+            ("unit file", "systemctl", &["list-unit-files", "--no-legend", "--plain"]),
             (
                 "unit",
                 "systemctl",

@@ -597,6 +597,22 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_shim_of_another_version_is_known_by_it_and_told_nothing() {
+        let (socket, theirs) = pair();
+        let hello = FromShim::Hello {
+            protocol: PROTOCOL + 1,
+            vmm: None,
+        };
+        ipc::send(theirs.as_fd(), &hello).expect("sent");
+        let fault = ShimLink::greet(socket).await.expect_err("refused");
+        assert!(
+            matches!(fault, ShimFault::Version(version) if version == PROTOCOL + 1),
+            "{fault}"
+        );
+        assert!(asked(&theirs).is_none(), "a VM that may be somebody's was ended");
+    }
+
+    #[tokio::test]
     async fn a_vmm_that_has_ended_is_known_before_its_shims_connection_ends() {
         let exit = Exit {
             wait: WaitStatus::Signaled(9),
