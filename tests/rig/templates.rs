@@ -1,4 +1,4 @@
-//! Templates made of sandboxes, and sandboxes made of those.
+//! Templates made of sandboxes and of a container's image, and sandboxes made of those.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -233,4 +233,176 @@ fn no_template_is_made_of_what_is_not_there_nor_in_place_of_the_platforms_own() 
         roost::ok(&[&["rmi"], &template.arguments()[..]].concat());
         assert_eq!(on_disk(), [""; 0]);
     });
+}
+
+/// Makes an archive as `docker save` does, of two layers: programs with their libraries, and changes to them. As root, so that files have the
+/// owners and attributes that they are to have in the sandbox.
+const SAVE: &str = r#"set -eu; umask 022; cd "$1"; mkdir -p one/srv two
+for program in /usr/bin/bash /usr/bin/cat /usr/bin/stat /usr/bin/id /usr/bin/setpriv; do
+    for file in $program $(ldd $program | grep -o '/[^ ]*'); do mkdir -p one$(dirname $file); cp -L $file one$file; done
+done
+echo hidden > one/srv/hidden; echo first > one/srv/changed; echo linked > one/srv/name; ln one/srv/name one/srv/other
+ln -s usr/bin one/bin; echo secret > one/srv/secret; chmod 600 one/srv/secret
+cp one/usr/bin/id one/srv/suid; chown 1234:70000 one/srv/suid; chmod 4755 one/srv/suid
+# Whoever runs this reads everything.
+cp one/usr/bin/cat one/srv/reader
+setcap cap_dac_read_search+ep one/srv/reader
+mkdir two/srv two/bin; : > two/srv/.wh.hidden; echo second > two/srv/changed; echo by way of a link > two/bin/note
+for layer in one two; do tar --xattrs --xattrs-include='*' --numeric-owner --format=pax -C $layer -cf $layer.tar .; done
+id() { sha256sum < $1 | cut -c-64; }
+echo '{"architecture": "'$2'", "os": "linux", "rootfs": {"diff_ids": ["sha256:'$(id one.tar)'", "sha256:'$(id two.tar)'"]}}' > config
+config=$(id config).json; mv config $config
+echo '[{"Config": "'$config'", "RepoTags": ["web:1"], "Layers": ["one.tar", "two.tar"]}]' > manifest.json
+tar -cf web.tar $config one.tar two.tar manifest.json; rm -r one two one.tar two.tar
+cp -r /etc/roost/pki pki; debugfs -R "dump /usr/bin/envd envd" /var/lib/roost/images/minimal/rootfs.ext4 2>/dev/null
+mkdir work; chown -R nobody: .; chmod 755 ."#;
+
+#[test]
+fn a_containers_image_becomes_a_template_and_damage_to_it_is_noticed() {
+    in_rig(|| {
+        let dir = Dir::new();
+        let machine = if cfg!(target_arch = "x86_64") { "amd64" } else { "arm64" };
+        run(Command::new("bash").args(["-c", SAVE, "save", dir.path(), machine]));
+        // As a user who is nobody, and may call.
+        let build = "cd $0 && TMPDIR=work roost --pki pki template build --envd envd --name web --snapshot --memory 192 web.tar";
+        let built = once_it_boots(|| {
+            Command::new("setpriv")
+                .args([
+                    "--reuid=nobody",
+                    "--regid=nogroup",
+                    "--clear-groups",
+                    "--no-new-privs",
+                    "sh",
+                    "-c",
+                    build,
+                    dir.path(),
+                ])
+                .output()
+                .expect("setpriv runs")
+        });
+        let id = built.trim();
+        assert_eq!(
+            std::fs::read_dir(format!("{}/work", dir.path())).expect("read").count(),
+            0
+        );
+        let listed: Value = serde_json::from_str(&roost::ok(&["template", "ls", "--json"])).expect("JSON");
+        let listed = listed["templates"].as_array().expect("a list");
+        let listed: Vec<_> = listed.iter().filter(|template| template["name"] == "web").collect();
+        assert!(
+            listed.len() == 1 && listed[0]["templateId"] == id && listed[0]["hasMemory"] == true,
+            "{listed:?}"
+        );
+        fsck(&rootfs());
+
+        let made = roost::ok(&["create", "--json", "--template", "web", "--memory", "192"]);
+        let made: Value = serde_json::from_str(&made).expect("JSON");
+        let sandbox = Sandbox {
+            id: made["sandboxId"].as_str().expect("an id").to_owned(),
+        };
+        assert_eq!(made["metadata"]["restored"], "true", "{made}");
+        assert_eq!(sandbox.sh("stat -c '%u:%g %a' /srv/suid"), "1234:70000 4755");
+        assert_eq!(
+            sandbox.sh("echo $(</srv/changed) $(</bin/note); test -L /bin && test -e /srv/hidden || echo gone"),
+            "second by way of a link\ngone"
+        );
+        assert_eq!(
+            sandbox
+                .sh("stat -c '%h' /srv/name; stat -c '%i' /srv/name /srv/other | { read a; read b; echo $((a - b)); }"),
+            "2\n0"
+        );
+        let as_nobody = "setpriv --reuid=65534 --regid=65534 --clear-groups";
+        assert_eq!(
+            sandbox.sh(&format!(
+                "{as_nobody} /srv/reader /srv/secret; {as_nobody} cat /srv/secret 2>/dev/null || echo refused"
+            )),
+            "secret\nrefused"
+        );
+        assert_eq!(
+            sandbox.sh("echo $(</proc/1/comm); test -e /sbin/init || echo no init"),
+            "envd\nno init"
+        );
+
+        let verify = || roost::roost(&["template", "verify", "web"]);
+        let said = |output: &std::process::Output| String::from_utf8_lossy(&output.stdout).into_owned();
+        let good = verify();
+        assert!(
+            good.status.success()
+                && said(&good) == "rootfs.ext4  ok\nsnapshot/state.json  ok\nsnapshot/memory-ranges  ok\n",
+            "{good:?}"
+        );
+        let memory = rootfs().with_file_name("snapshot/memory-ranges");
+        for (file, at, name) in [
+            (rootfs(), 1024 + 120, "rootfs.ext4"),
+            (memory, 4096, "snapshot/memory-ranges"),
+        ] {
+            let flip = || flip_byte(&file, at);
+            flip();
+            let bad = verify();
+            assert!(
+                !bad.status.success() && said(&bad).contains(&format!("{name}  differs: ")),
+                "{bad:?}"
+            );
+            flip();
+        }
+        assert!(verify().status.success());
+        drop(sandbox);
+        roost::ok(&["template", "rm", "web"]);
+        eventually("its files to go", || on_disk().is_empty().then_some(()));
+    });
+}
+
+/// Standard output of a build with `--snapshot`, once more where an emulated guest was lost.
+fn once_it_boots(build: impl Fn() -> std::process::Output) -> String {
+    let mut output = build();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    if said.contains("the guest did not answer within") || said.contains("rebooting") {
+        roost::excuse_a_lost_guest(&said);
+        output = build();
+    }
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).expect("UTF-8")
+}
+
+fn flip_byte(path: &Path, at: u64) {
+    use std::os::unix::fs::FileExt as _;
+    let file = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open(path)
+        .expect("opened");
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at).expect("read");
+    file.write_all_at(&[byte[0] ^ 1], at).expect("written");
+    file.sync_all().expect("synced");
+}
+
+fn run(command: &mut Command) {
+    let output = command.output().expect("it runs");
+    assert!(
+        output.status.success(),
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+/// A directory that goes with this value.
+struct Dir(String);
+
+impl Dir {
+    fn new() -> Self {
+        let dir = "/var/tmp/roost-templates".to_owned();
+        std::fs::create_dir(&dir).expect("made");
+        Self(dir)
+    }
+
+    fn path(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Drop for Dir {
+    fn drop(&mut self) {
+        drop(std::fs::remove_dir_all(&self.0));
+    }
 }

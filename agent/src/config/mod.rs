@@ -37,7 +37,7 @@ pub struct Config {
     pub pki_dir: PathBuf,
     /// Common names or DNS names of client certificates that may call the API.
     pub client_names: Vec<String>,
-    /// Common names or DNS names of client certificates that may only look: lists of sandboxes, their metrics, why one ended, health.
+    /// Common names or DNS names of client certificates that may only look: lists of sandboxes and templates, metrics, why one ended, health.
     pub viewer_names: Vec<String>,
     /// API calls that each client certificate may make in a second, at least 1; unset: as many as it likes. Two seconds' worth may come at
     /// once. What goes through the proxy is not counted.

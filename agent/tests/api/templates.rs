@@ -395,14 +395,9 @@ async fn names_need_not_be_the_only_ones_and_uuids_are() {
     let (agent, root, work) = (Agent::start().await, root(), tempfile::tempdir().expect("a directory"));
     let source = root.path().to_str().expect("UTF-8");
     let mut ids = Vec::new();
-    for team in ["", TEAM] {
-        let built = agent
-            .build(
-                work.path(),
-                &["--no-envd", "--name", "web", "--team", team, source],
-                vec![],
-            )
-            .await;
+    for team in [&[][..], &["--team", TEAM]] {
+        let args = [&["--no-envd", "--name", "web", source][..], team].concat();
+        let built = agent.build(work.path(), &args, vec![]).await;
         assert!(built.status.success(), "{}", text(&built.stderr));
         ids.push(text(&built.stdout));
     }
@@ -456,6 +451,11 @@ async fn a_build_that_fails_says_why_and_leaves_nothing() {
              file or directory (os error 2)",
         ),
         (
+            &["--no-envd", "--name", "a\nb", source],
+            vec![],
+            "name is no name of a template: up to 128 printable characters",
+        ),
+        (
             &["--no-envd", "--size-mb", "2", source],
             vec![],
             "the image needs 25 MiB at least, and --size-mb is 2",
@@ -468,8 +468,16 @@ async fn a_build_that_fails_says_why_and_leaves_nothing() {
             "{args:?}"
         );
     }
-    let built = agent.build(work.path(), &[], vec![]).await;
-    assert_eq!(built.status.code(), Some(2), "{}", text(&built.stderr));
+    for bad in [
+        &[][..],
+        &["--debian", "--x"],
+        &["--debian", "sid", source],
+        &["--team", "web", source],
+        &["--size-mb", "0", source],
+    ] {
+        let built = agent.build(work.path(), bad, vec![]).await;
+        assert_eq!(built.status.code(), Some(2), "{bad:?}: {}", text(&built.stderr));
+    }
     assert_eq!(agent.on_disk(), [""; 0]);
     assert_eq!(fs::read_dir(work.path()).expect("read").count(), 0);
 }
@@ -514,9 +522,26 @@ async fn an_interrupted_build_removes_what_it_has_made() {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id()).expect("a process id"));
-    // Its handler may not be there yet, and then it ends as any program does; so it is given time by what it waits for, its input.
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    // There is no sign of its handler being there, nor of its having heard the signal, but that it catches it.
+    let catches = || {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
+        let mask = status
+            .lines()
+            .find_map(|line| line.strip_prefix("SigCgt:"))
+            .expect("a mask")
+            .trim();
+        u64::from_str_radix(mask, 16).expect("a mask") & 2 != 0
+    };
+    while !catches() {
+        assert!(
+            begun.elapsed() < Duration::from_secs(60),
+            "it does not catch the signal"
+        );
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).expect("sent");
+    // Its input ends, and with it what it reads, only after that.
+    tokio::time::sleep(Duration::from_millis(500)).await;
     drop(child.stdin.take());
     let ended = tokio::task::spawn_blocking(move || child.wait_with_output().expect("ended"));
     let ended = ended.await.expect("no panic");

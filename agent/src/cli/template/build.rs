@@ -31,10 +31,11 @@ use super::tree::{LeftOut, Meaning, Tree, TreeError};
 use super::upload::{self, UploadError};
 use crate::errors::Chain;
 use crate::sandbox::build::fill_random;
+use crate::sandbox::plan::{self, WishError};
 use roost_hostagent::hostagent::v1::{
     CreateSandboxRequest, CreateSnapshotRequest, DeleteSnapshotRequest, DestroySandboxRequest,
 };
-use roost_hostagent::roost::v1::InspectTemplateRequest;
+use roost_hostagent::roost::v1::{InspectTemplateRequest, ListTemplatesRequest, Template};
 
 /// Most bytes of content where nothing else is said: such a template is larger than anybody's, and smaller than what fills a disk by accident.
 const MOST: u64 = 32 << 30;
@@ -67,8 +68,8 @@ pub(super) struct Build {
     #[arg(long, value_name = "UUID")]
     template: Option<Uuid>,
     /// UUID of the team that it belongs to
-    #[arg(long, value_name = "UUID", default_value = "")]
-    team: String,
+    #[arg(long, value_name = "UUID")]
+    team: Option<Uuid>,
     /// Size of the image in MiB [default: what is in it and 64 MiB]
     #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..=(1 << 24)))]
     size_mb: Option<u64>,
@@ -152,6 +153,12 @@ pub(crate) enum BuildError {
     /// Sending it.
     #[error(transparent)]
     Upload(#[from] UploadError),
+    /// A name that no template can have.
+    #[error(transparent)]
+    Name(#[from] WishError),
+    /// There is one.
+    #[error("template {0} is there already")]
+    Exists(Uuid),
     /// Somebody has had enough.
     #[error("interrupted; no template was made")]
     Interrupted,
@@ -203,17 +210,28 @@ fn style(template: &str) -> ProgressStyle {
 
 async fn build_with(client: &Client, operator: &Operator, wish: Build, bar: &ProgressBar) -> Result<Built, CliError> {
     let template = wish.template.unwrap_or_else(random_uuid);
+    let team = wish.team.map(|team| team.to_string()).unwrap_or_default();
+    let name = plan::name(wish.name.clone()).map_err(BuildError::from)?;
+    // What would be refused in the end is refused before the work.
+    let there = operator
+        .list_templates(ListTemplatesRequest::default())
+        .await?
+        .into_owned();
+    let in_team = wish.team.unwrap_or_default().to_string();
+    let is_it = |one: &Template| one.template_id == template.to_string() && one.team_id == in_team;
+    if there.templates.iter().any(is_it) {
+        return Err(BuildError::Exists(template).into());
+    }
     let snapshot = wish.snapshot.then(|| Warm {
         client,
         operator,
-        team: wish.team.clone(),
-        name: wish.name.clone(),
+        team: team.clone(),
+        name: name.clone(),
         template,
         vcpus: wish.vcpus.unwrap_or_default(),
         memory: wish.memory.unwrap_or_default(),
         disk: wish.disk.unwrap_or_default(),
     });
-    let (team, name) = (wish.team.clone(), wish.name.clone());
     let stop = Arc::new(AtomicBool::new(false));
     // Here, so that it goes with whatever happens.
     let work = Work::new()?;

@@ -210,7 +210,9 @@ fn run(tool: &'static str, mut command: Command, work: &Path, said: Said) -> Res
     opened.map_err(failed)?;
     let text = String::from_utf8_lossy(&text).replace(|c: char| c.is_control() && c != '\n', "?");
     let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
-    let mut lines = lines.filter(|line| !line.starts_with("debugfs 1.") && !line.starts_with("e2fsck 1."));
+    let mut lines = lines
+        .filter(|line| !line.starts_with("debugfs 1.") && !line.starts_with("e2fsck 1."))
+        .filter(|line| !line.starts_with("Pass "));
     let first = lines.next();
     if status.success() && (said == Said::Errors || first.is_none()) {
         return Ok(());
