@@ -10,7 +10,7 @@ fn tests(directory: &Path, found: &mut BTreeMap<String, bool>) {
         let entry = entry.expect("an entry");
         let (path, name) = (entry.path(), entry.file_name());
         if entry.file_type().expect("a type").is_dir() {
-            if name != "target" && name != ".git" {
+            if name != "target" && name != "node_modules" && !name.to_string_lossy().starts_with('.') {
                 tests(&path, found);
             }
         } else if path.extension().is_some_and(|extension| extension == "rs") {

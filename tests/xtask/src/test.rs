@@ -535,8 +535,6 @@ fn summed_up(output: &[u8]) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use super::*;
 
     #[test]
@@ -573,36 +571,5 @@ mod tests {
         assert_eq!(closing_lines(b"killed\n"), None);
         assert_eq!(failed(output.as_bytes()), ["a", "b"]);
         assert_eq!(failed(b"\n\ntest result: ok. 3 passed\n"), [""; 0]);
-    }
-
-    /// Everything that the tests of this workspace are written in.
-    fn sources(below: &Path, text: &mut String) {
-        for entry in std::fs::read_dir(below).expect("a folder of the repository").flatten() {
-            let path = entry.path();
-            let name = entry.file_name();
-            if path.is_dir() && name != "target" && name != "node_modules" && !name.to_string_lossy().starts_with('.') {
-                sources(&path, text);
-            } else if path.extension().is_some_and(|extension| extension == "rs") {
-                text.push_str(&std::fs::read_to_string(path).expect("a source"));
-            }
-        }
-    }
-
-    #[test]
-    fn the_security_page_names_tests_that_there_are() {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
-        let page = std::fs::read_to_string(root.join("SECURITY.md")).expect("the page");
-        let mut all = String::new();
-        sources(&root, &mut all);
-        let proofs = page
-            .lines()
-            .filter_map(|line| line.strip_suffix(" |")?.rsplit_once("| "));
-        let named: Vec<&str> = proofs
-            .flat_map(|(_, cell)| cell.split('`').skip(1).step_by(2))
-            .collect();
-        assert!(named.len() > 40, "{}", named.len());
-        for name in named {
-            assert!(all.contains(&format!("fn {name}(")), "there is no test {name}");
-        }
     }
 }
