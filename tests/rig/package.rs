@@ -221,8 +221,8 @@ fn remove_over(sandbox: Sandbox) -> String {
     step("remove", || {
         output("systemctl", &["stop", "roost-agent.service"]);
         let refused = apt_get(&["remove", "roost-host"]);
-        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
-        assert!(!refused.status.success(), "it was removed from under a VM");
+        let said = said_by(&refused);
+        assert!(!refused.status.success(), "it was removed from under a VM: {said}");
         assert!(
             said.contains("could not be paused") && said.contains(&sandbox.id),
             "{said}"
@@ -267,10 +267,17 @@ fn apt_get(args: &[&str]) -> std::process::Output {
         .expect("apt-get runs")
 }
 
-/// What apt and the packages say of something that must succeed.
+/// What apt and the packages say, of which dpkg has errors on either output.
+fn said_by(done: &std::process::Output) -> String {
+    [&done.stdout, &done.stderr]
+        .map(|said| String::from_utf8_lossy(said))
+        .concat()
+}
+
+/// What they say of something that must succeed.
 fn apt(args: &[&str]) -> String {
     let done = apt_get(args);
-    let said = String::from_utf8_lossy(&[done.stdout, done.stderr].concat()).into_owned();
+    let said = said_by(&done);
     assert!(done.status.success(), "apt-get {args:?}: {said}");
     // Of a script that failed in part and went on.
     for word in ["Failed to", "No such file", "not found", "is left in"] {

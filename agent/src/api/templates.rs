@@ -78,7 +78,7 @@ impl Service {
             data: header.data_bytes,
         };
         let host = registry.host();
-        let most = Mebibytes(host.config.max_disk_mb).bytes().0;
+        let most = Mebibytes(host.config().max_disk_mb).bytes().0;
         header.check(most).map_err(TemplateError::from)?;
         let _place = self.places().imports.acquire().await.expect("never closed");
         registry.takes_work(header.data)?;

@@ -80,10 +80,7 @@ impl Walk<'_> {
             xattrs: xattrs(&here).map_err(failed)?,
             has_acl: false,
             link: Vec::new(),
-            device: (
-                u32::try_from(rustix::fs::major(metadata.rdev())).unwrap_or(u32::MAX),
-                u32::try_from(rustix::fs::minor(metadata.rdev())).unwrap_or(u32::MAX),
-            ),
+            device: (rustix::fs::major(metadata.rdev()), rustix::fs::minor(metadata.rdev())),
         };
         if kind != EntryKind::Directory && metadata.nlink() > 1 {
             let place = (metadata.dev(), metadata.ino());

@@ -144,7 +144,7 @@ fn directories_of_many_names_and_many_links_fit_into_the_size_that_is_computed()
     assert_eq!(field(&debugfs(&image, "stat /origin"), "Links:"), "1001");
     let stats = debugfs(&image, "stats");
     let number = |name: &str| field(&stats, name).parse::<u64>().expect("a number");
-    let free = number("Free blocks:") * 4096 >> 20;
+    let free = (number("Free blocks:") * 4096) >> 20;
     // What is asked for besides the content, and not much more.
     assert!((60..100).contains(&free), "{free} MiB are free");
 }
