@@ -82,13 +82,13 @@ pub fn readable_by_anybody() -> Vec<String> {
     let output = Command::new("setpriv")
         .args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "find"])
         // The first is the control.
-        .args(["/etc/hostname", "/var/lib/roost", "/run/roost/vm", "/etc/roost/pki"])
+        .args(["/etc/passwd", "/var/lib/roost", "/run/roost/vm", "/etc/roost/pki"])
         .args(["-type", "f", "-readable"])
         .output()
         .expect("it runs");
     let found = String::from_utf8(output.stdout).expect("UTF-8");
     let mut found: Vec<String> = found.lines().map(str::to_owned).collect();
-    assert_eq!(found.first().map(String::as_str), Some("/etc/hostname"), "{found:?}");
+    assert_eq!(found.first().map(String::as_str), Some("/etc/passwd"), "{found:?}");
     found.remove(0);
     found
 }
