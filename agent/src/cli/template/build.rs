@@ -240,12 +240,14 @@ async fn build_with(client: &Client, operator: &Operator, wish: Build, bar: &Pro
         move || make_image(&wish, &work, &bar, &stop)
     });
     let image = tokio::select! {
-        image = &mut local => image.expect("building does not panic")?,
+        // First, because what it interrupts mostly fails of it.
+        biased;
         () = interrupted() => {
             stop.store(true, Ordering::Relaxed);
             drop(local.await);
             return Err(BuildError::Interrupted.into());
         }
+        image = &mut local => image.expect("building does not panic")?,
     };
     let length = image.length;
     // A template appears once: with its memory, or without where none is wanted.
