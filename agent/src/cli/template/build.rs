@@ -22,20 +22,17 @@ use tokio::signal::unix::{SignalKind, signal};
 use uuid::Uuid;
 
 use super::super::client::{Client, Operator};
-use super::super::{CliError, print, print_json, words};
+use super::super::{CliError, print, print_json};
 use super::archive::{Archive, ArchiveError, Entry, EntryKind, Time};
 use super::directory::{self, DirectoryError};
 use super::ext4::{self, Ext4Error};
 use super::oci::{self, Limited, MAX_UNPACKED, OciError, Store, unpack};
 use super::tree::{LeftOut, Meaning, Tree, TreeError};
 use super::upload::{self, UploadError};
-use crate::errors::Chain;
+use super::warm::Warm;
 use crate::sandbox::build::fill_random;
 use crate::sandbox::plan::{self, WishError};
-use roost_hostagent::hostagent::v1::{
-    CreateSandboxRequest, CreateSnapshotRequest, DeleteSnapshotRequest, DestroySandboxRequest,
-};
-use roost_hostagent::roost::v1::{InspectTemplateRequest, ListTemplatesRequest, Template};
+use roost_hostagent::roost::v1::{ListTemplatesRequest, Template};
 
 /// Most bytes of content where nothing else is said: such a template is larger than anybody's, and smaller than what fills a disk by accident.
 const MOST: u64 = 32 << 30;
@@ -285,7 +282,7 @@ pub(super) fn random_uuid() -> Uuid {
 }
 
 /// Waits until somebody interrupts this program.
-async fn interrupted() {
+pub(super) async fn interrupted() {
     let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
     else {
         // Then the signal ends this program as it always does.
@@ -544,100 +541,5 @@ impl Drop for Reaped {
         // One that has ended is neither ended nor waited for again.
         drop(self.0.kill());
         drop(self.0.wait());
-    }
-}
-
-/// A template with memory that is made of one without.
-struct Warm<'a> {
-    client: &'a Client,
-    operator: &'a Operator,
-    team: String,
-    name: String,
-    template: Uuid,
-    vcpus: i32,
-    memory: i32,
-    disk: i32,
-}
-
-impl Warm<'_> {
-    /// Makes the template of a sandbox of the template `first`, which goes. Whether it has memory.
-    async fn make(&self, first: Uuid) -> Result<bool, CliError> {
-        let sandbox = format!("template-{}", first.simple());
-        let made = tokio::select! {
-            made = self.capture(first, &sandbox) => made,
-            () = interrupted() => Err(BuildError::Interrupted.into()),
-        };
-        // Whatever became of it: the sandbox, which waits for a snapshot under way, and what it was made of.
-        let request = DestroySandboxRequest {
-            sandbox_id: sandbox.clone(),
-            ..DestroySandboxRequest::default()
-        };
-        match self.client.destroy_sandbox(request).await {
-            Err(error) if error.code != connectrpc::ErrorCode::NotFound => {
-                eprintln!("roost: sandbox {sandbox} was not destroyed: {}", words(&error));
-            }
-            _ => {}
-        }
-        self.delete(first).await;
-        if let Err(error) = made {
-            // A snapshot that was made although nobody waited for it.
-            if matches!(error, CliError::Build(BuildError::Interrupted)) {
-                self.delete(self.template).await;
-            }
-            return Err(error);
-        }
-        let request = InspectTemplateRequest {
-            team_id: self.team.clone(),
-            template_id: self.template.to_string(),
-            ..InspectTemplateRequest::default()
-        };
-        let answer = self.operator.inspect_template(request).await?.into_owned();
-        let has_memory = answer
-            .template
-            .into_option()
-            .is_some_and(|template| template.has_memory);
-        if !has_memory {
-            eprintln!(
-                "roost: the template has no memory, and sandboxes of it boot: not all programs of the guest could be stopped for a snapshot"
-            );
-        }
-        Ok(has_memory)
-    }
-
-    async fn capture(&self, first: Uuid, sandbox: &str) -> Result<(), CliError> {
-        let request = CreateSandboxRequest {
-            sandbox_id: sandbox.to_owned(),
-            team_id: self.team.clone(),
-            template_id: first.to_string(),
-            vcpus: self.vcpus,
-            memory_mb: self.memory,
-            disk_size_mb: self.disk,
-            ..CreateSandboxRequest::default()
-        };
-        // Answered once commands can be run.
-        self.client.create_sandbox(request).await?;
-        let request = CreateSnapshotRequest {
-            sandbox_id: sandbox.to_owned(),
-            name: self.name.clone(),
-            team_id: self.team.clone(),
-            template_id: self.template.to_string(),
-            ..CreateSnapshotRequest::default()
-        };
-        self.client.create_snapshot(request).await?;
-        Ok(())
-    }
-
-    async fn delete(&self, template: Uuid) {
-        let request = DeleteSnapshotRequest {
-            team_id: self.team.clone(),
-            template_id: template.to_string(),
-            ..DeleteSnapshotRequest::default()
-        };
-        if let Err(error) = self.client.delete_snapshot(request).await {
-            eprintln!(
-                "roost: template {template} was not deleted: {}",
-                Chain(&CliError::Call(error))
-            );
-        }
     }
 }

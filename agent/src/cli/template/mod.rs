@@ -4,9 +4,9 @@
 //! |---|---|
 //! | [`build`] | the command: source, image, agent, memory |
 //! | [`archive`], [`oci`], [`directory`] | what it reads: tar archives, images of containers, directories |
-//! | [`tree`] | the files of an image, merged from layers |
+//! | [`tree`], [`spool`] | the files of an image, merged from layers, and what is in them |
 //! | [`ext4`] | the image, by e2fsprogs |
-//! | [`upload`] | the image's way to the agent |
+//! | [`upload`], [`warm`] | the image's way to the agent, and its memory |
 //!
 //! The agent's program links none of this: it takes an image as bytes ([`crate::templates::import`]).
 
@@ -17,10 +17,12 @@ mod ext4;
 #[cfg(any(test, fuzzing))]
 mod judge;
 pub(crate) mod oci;
+mod spool;
 #[cfg(test)]
 mod tests;
 pub(crate) mod tree;
 mod upload;
+mod warm;
 
 use std::process::ExitCode;
 

@@ -10,14 +10,12 @@
 //! the spool. Everything that an image says of itself is bounded (the constants below).
 
 use std::collections::{BTreeMap, VecDeque};
-use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::archive::{Archive, ArchiveError, Entry, EntryKind, Time, shown};
-use crate::snapshot::copy::nonzero;
+use super::spool::{Content, Spool};
 
 /// Longest name of a file and longest path, in bytes, and levels of directories.
 const MAX_NAME: usize = 255;
@@ -33,10 +31,6 @@ const MAX_XATTRS: usize = 4000;
 const MAX_MAJOR: u32 = 0xfff;
 const MAX_MINOR: u32 = 0xffff;
 const MAX_NAMES: u32 = 65_000;
-/// Unit in which content that is all zeros becomes a hole.
-const BLOCK: u64 = 4096;
-/// How much is read at a time.
-const BUFFER: usize = 256 << 10;
 /// What a name in a layer begins with that hides what is below; and the one that hides all of a directory.
 const WHITEOUT: &[u8] = b".wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
@@ -158,16 +152,6 @@ pub(super) struct Name {
     layer: u32,
 }
 
-/// Content of a file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Content {
-    /// Number in the spool; `None` for an empty file.
-    pub(super) number: Option<u64>,
-    pub(super) size: u64,
-    /// Bytes in blocks that are not all zeros.
-    pub(super) data: u64,
-}
-
 /// What a file is.
 #[derive(Debug)]
 pub(super) enum Kind {
@@ -231,12 +215,7 @@ impl Tree {
         Self {
             nodes: vec![root],
             layer: 0,
-            spool: Spool {
-                dir: spool.to_owned(),
-                next: 0,
-                live: 0,
-                most,
-            },
+            spool: Spool::new(spool, most),
             left_out: LeftOut::default(),
         }
     }
@@ -431,14 +410,7 @@ impl Tree {
         if self.nodes[node].names > 0 {
             return;
         }
-        let gone = std::mem::replace(
-            &mut self.nodes[node].kind,
-            Kind::File(Content {
-                number: None,
-                size: 0,
-                data: 0,
-            }),
-        );
+        let gone = std::mem::replace(&mut self.nodes[node].kind, Kind::File(Content::EMPTY));
         match gone {
             Kind::Directory(names) => names.into_values().for_each(|name| self.drop_name(name.node)),
             Kind::File(content) => self.spool.forget(content),
@@ -632,91 +604,4 @@ fn target(link: &[u8]) -> Result<Vec<u8>, Fault> {
         return Err(Fault::Character);
     }
     Ok(link.to_vec())
-}
-
-/// Contents, in files that are numbered.
-#[derive(Debug)]
-struct Spool {
-    dir: PathBuf,
-    next: u64,
-    /// Bytes of content that are in the tree, holes included in none.
-    live: u64,
-    most: u64,
-}
-
-impl Spool {
-    fn path(&self, number: u64) -> PathBuf {
-        self.dir.join(number.to_string())
-    }
-
-    /// Keeps `size` bytes of what comes. Blocks of zeros become holes and count for nothing.
-    fn keep(&mut self, of: &[u8], size: u64, content: &mut impl Read, stop: &AtomicBool) -> Result<Content, TreeError> {
-        if size == 0 {
-            return Ok(Content {
-                number: None,
-                size,
-                data: 0,
-            });
-        }
-        let number = self.next;
-        self.next += 1;
-        let path = self.path(number);
-        let failed = |source| TreeError::Spool {
-            path: path.clone(),
-            source,
-        };
-        let made = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
-        let file = made.map_err(failed)?;
-        file.set_len(size).map_err(failed)?;
-        let data = self.copy(of, size, content, &file, stop, failed)?;
-        Ok(Content {
-            number: Some(number),
-            size,
-            data,
-        })
-    }
-
-    fn copy(
-        &mut self,
-        of: &[u8],
-        size: u64,
-        content: &mut impl Read,
-        to: &File,
-        stop: &AtomicBool,
-        failed: impl Fn(io::Error) -> TreeError,
-    ) -> Result<u64, TreeError> {
-        let mut buffer = vec![0; BUFFER];
-        let (mut at, mut data) = (0, 0);
-        while at < size {
-            if stop.load(Ordering::Relaxed) {
-                return Err(TreeError::Stopped);
-            }
-            let some = usize::try_from(size - at).map_or(BUFFER, |rest| rest.min(BUFFER));
-            let chunk = &mut buffer[..some];
-            content.read_exact(chunk).map_err(|source| TreeError::Content {
-                path: shown(of),
-                source,
-            })?;
-            for (start, end) in nonzero(chunk) {
-                let bytes = (end as u64 - start as u64).next_multiple_of(BLOCK);
-                data += bytes;
-                self.live += bytes;
-                if self.live > self.most {
-                    return Err(TreeError::TooLarge(self.most));
-                }
-                to.write_all_at(&chunk[start..end], at + start as u64)
-                    .map_err(&failed)?;
-            }
-            at += some as u64;
-        }
-        Ok(data)
-    }
-
-    /// Removes what nobody has any more. Where that fails it is room that is lost until the spool goes.
-    fn forget(&mut self, content: Content) {
-        self.live -= content.data;
-        if let Some(number) = content.number {
-            drop(std::fs::remove_file(self.path(number)));
-        }
-    }
 }
