@@ -54,7 +54,10 @@ pub(crate) fn write_resolvers(root: &Path, resolvers: &[IpAddr]) -> io::Result<(
         .iter()
         .map(|address| format!("nameserver {address}\n"))
         .collect();
-    replace(&root.join("etc/resolv.conf"), text.as_bytes())
+    let directory = root.join("etc");
+    // An image may have nothing but a program in it.
+    fs::create_dir_all(&directory)?;
+    replace(&directory.join("resolv.conf"), text.as_bytes())
 }
 
 /// By rename: a reader sees the old or the new, and a symbolic link (as systemd-resolved leaves) is replaced, not
@@ -101,6 +104,14 @@ mod tests {
             variables(None, None).into_keys().collect::<Vec<_>>(),
             ["E2B_SANDBOX", "WRENN_SANDBOX"]
         );
+    }
+
+    #[test]
+    fn resolvers_are_written_where_there_is_no_etc() {
+        let root = Dir::new("no-etc");
+        write_resolvers(root.path(), &["192.0.2.1".parse().unwrap()]).unwrap();
+        let written = fs::read_to_string(root.path().join("etc/resolv.conf")).unwrap();
+        assert_eq!(written, "nameserver 192.0.2.1\n");
     }
 
     #[test]
