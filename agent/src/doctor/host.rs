@@ -317,7 +317,9 @@ pub(super) mod fake {
             }
             fake.write(
                 "proc/net/unix",
-                "Num RefCount Protocol Flags Type St Inode Path\n0: 2 0 0 1 1 7 /run/roost/privd.sock\n1: 2 0 0 1 1 8 /run/roost/vmmshim.sock\n",
+                "Num RefCount Protocol Flags Type St Inode Path\n\
+                 0: 00000002 00000000 00010000 0005 01 7 /run/roost/privd.sock\n\
+                 1: 00000002 00000000 00010000 0005 01 8 /run/roost/vmmshim.sock\n",
             );
             fake.write("run/systemd/timesync/synchronized", "");
             pki::init(&fake.at("etc/roost/pki"), &[]).expect("certificates");

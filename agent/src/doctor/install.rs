@@ -11,6 +11,8 @@ use crate::vmm::version;
 const DIRECTORIES: &str = include_str!("../../../packaging/tmpfiles.d/roost.conf");
 /// The VMM, where the shims' environment names no other.
 const VMM: &str = "/usr/bin/cloud-hypervisor";
+/// The flag of a socket that listens, in `/proc/net/unix` (`__SO_ACCEPTCON`).
+const LISTENS: &str = "00010000";
 /// The shims' environment.
 const SHIM_ENVIRONMENT: &str = "/etc/roost/vmmshim.env";
 
@@ -217,7 +219,7 @@ pub(super) fn sockets(host: &Host) -> Vec<Finding> {
             ["roost", "roost"],
         ));
     }
-    // Whoever has bound a socket, by path.
+    // Whoever listens, by path. What came in there and is connected has the same one.
     let bound = host.read("/proc/net/unix");
     let one = |(path, unit, mode, [owner, group]): (&PathBuf, &str, u32, [&str; 2])| {
         let check = "sockets";
@@ -229,7 +231,12 @@ pub(super) fn sockets(host: &Host) -> Vec<Finding> {
             }
             Err(unseen) => return Finding::not_checked(check, unseen),
         };
-        let is_bound = |text: &String| text.lines().any(|line| line.rsplit(' ').next() == path.to_str());
+        let is_bound = |text: &String| {
+            text.lines().any(|line| {
+                let fields: Vec<_> = line.split_whitespace().collect();
+                fields.get(3) == Some(&LISTENS) && fields.get(7).copied() == path.to_str()
+            })
+        };
         let is_owners = host.uid(owner) == Some(metadata.uid()) && host.gid(group) == Some(metadata.gid());
         let has = metadata.mode() & 0o7777;
         if !metadata.file_type().is_socket() {
@@ -443,7 +450,12 @@ mod tests {
             ),
             (
                 sockets,
-                |fake| fake.write("proc/net/unix", "Num\n"),
+                |fake| {
+                    fake.write(
+                        "proc/net/unix",
+                        "Num\n0: 3 0 00000000 0005 03 9 /run/roost/privd.sock\n",
+                    )
+                },
                 State::Problem,
                 "nobody listens on /run/roost/privd.sock",
             ),
