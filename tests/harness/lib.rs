@@ -6,8 +6,10 @@
 pub mod census;
 pub mod disk;
 pub mod internet;
+pub mod privd;
 pub mod random;
 pub mod roost;
+pub mod trace;
 
 use std::io::Write as _;
 use std::sync::{Mutex, Once};

@@ -6,6 +6,7 @@
 mod api;
 mod bad_input;
 mod concurrency;
+mod counts;
 mod doctor;
 mod egress;
 mod faults;

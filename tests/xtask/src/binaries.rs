@@ -58,13 +58,33 @@ pub(crate) struct Binaries {
     vmm: Vmm,
 }
 
+/// How programs are built.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Profile {
+    /// For tests: little optimised, and with the features of [`TEST_FEATURES`].
+    Dev,
+    /// As packaged, but that a shim takes the stand-in's profile.
+    Release,
+}
+
 /// Builds everything that a rig needs.
 pub(crate) fn build() -> Result<Binaries> {
+    build_as(Profile::Dev, "rig")
+}
+
+/// As [`build`], with another of the test programs.
+pub(crate) fn build_as(profile: Profile, tests: &str) -> Result<Binaries> {
     let vmm = Vmm::choose()?;
-    let tests = step("building the daemons and the rig's tests", build_programs)?;
+    let tests = step("building the daemons and what runs in the rig", || {
+        build_programs(profile, tests)
+    })?;
     let envd = build_envd()?;
+    let dir = match profile {
+        Profile::Dev => "debug",
+        Profile::Release => "release",
+    };
     Ok(Binaries {
-        dir: cache::target().join("debug"),
+        dir: cache::target().join(dir),
         envd,
         tests,
         vmm,
@@ -75,17 +95,14 @@ pub(crate) fn build() -> Result<Binaries> {
 ///
 /// One call for the whole workspace and with tests in it: so every crate that we use has the features that `cargo test --workspace` has
 /// compiled it with, and is not compiled once more. Not all binaries: this program must not be replaced while it runs.
-fn build_programs() -> Result<PathBuf> {
+fn build_programs(profile: Profile, tests: &str) -> Result<PathBuf> {
     let mut command = cargo();
-    command.args([
-        "build",
-        "--workspace",
-        "--features",
-        TEST_FEATURES,
-        "--test",
-        "rig",
-        "--message-format=json-render-diagnostics",
-    ]);
+    command.args(["build", "--workspace", "--test", tests]);
+    match profile {
+        Profile::Dev => command.args(["--features", TEST_FEATURES]),
+        Profile::Release => command.args(["--release", "--features", "roost-vmmshim/foreign-profiles"]),
+    };
+    command.arg("--message-format=json-render-diagnostics");
     PROGRAMS.iter().for_each(|program| {
         command.args(["--bin", program]);
     });
@@ -98,11 +115,13 @@ fn build_programs() -> Result<PathBuf> {
     let lines = output.stdout.split(|byte| *byte == b'\n');
     let messages = lines.filter_map(|line| serde_json::from_slice::<serde_json::Value>(line).ok());
     let mut executables = messages.filter_map(|message| {
-        let ours = message.pointer("/target/name")? == "rig" && message.pointer("/profile/test")? == true;
+        let ours = message.pointer("/target/name")? == tests && message.pointer("/target/kind/0")? == "test";
         ours.then(|| message.get("executable")?.as_str().map(PathBuf::from))
             .flatten()
     });
-    executables.next_back().context("cargo built no rig tests")
+    executables
+        .next_back()
+        .with_context(|| format!("cargo built no {tests}"))
 }
 
 /// Builds the guest's envd, statically linked and without what debuggers read, as each guest reads it from its disk.
@@ -184,6 +203,14 @@ impl Vmm {
 }
 
 impl Binaries {
+    /// What the rig's sandboxes run on, in a word.
+    pub(crate) fn vmm(&self) -> &'static str {
+        match self.vmm {
+            Vmm::StandIn => "the stand-in",
+            Vmm::CloudHypervisor(_) => "cloud-hypervisor",
+        }
+    }
+
     /// Puts programs, units and configuration into the tree that is unpacked over the rig's root.
     pub(crate) fn install(&self, overlay: &Path) -> Result<()> {
         for program in PROGRAMS {

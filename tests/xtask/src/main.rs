@@ -6,6 +6,7 @@
 //! package the Debian packages, under target/package
 //! rig     a throw-away Debian host in QEMU with this build installed; runs one command in it
 //! test    what CI checks, the end-to-end tests in the rig included
+//! bench   figures of this build's speed, in the rig, each against a baseline
 //! deny    licences, sources and banned crates, by cargo-deny
 //! fuzz    what the agent reads of others, by libFuzzer
 //! page    the status page, in a headless Chromium
@@ -17,6 +18,7 @@
 //! Holds: this crate depends on no other crate of the workspace but `roost-initramfs`, which depends on none: it builds before any of them can.
 //! Not here: what runs inside the rig (`tests/harness`, `tests/rig`, `tests/demo`).
 
+mod bench;
 mod binaries;
 mod cache;
 mod debian;
@@ -69,6 +71,8 @@ enum Task {
     Test(test::Options),
     /// Everything that can happen at every step of every operation, in the rig; takes long
     Faults,
+    /// Figures of this build's speed, in the rig, each against a baseline of the same run
+    Bench(bench::Options),
     /// What the agent reads of others, by libFuzzer
     Fuzz(fuzz::Options),
     /// Licences, sources and banned crates, by cargo-deny
@@ -95,6 +99,7 @@ fn main() -> ExitCode {
         Task::Rig(options) => rig::run(&options),
         Task::Test(options) => test::run(&options),
         Task::Faults => test::run(&test::Options::all_faults()),
+        Task::Bench(options) => bench::run(&options),
         Task::Fuzz(options) => fuzz::run(&options).map(|()| 0),
         Task::Deny => deny::run().map(|()| 0),
         Task::Sdk => sdk::run().map(|()| 0),

@@ -1,0 +1,237 @@
+//! `host`: a sandbox's disk and network through privd, against the command-line tools of such hosts, and against the bare system calls.
+
+use std::fs;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::path::Path;
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use roost_common::ids::Slot;
+use roost_common::privd::{EgressPolicy, Internet};
+use roost_common::units::Mebibytes;
+use roost_tests::eventually;
+use roost_tests::privd::Rig;
+
+use crate::figure::{Figure, Goal, Samples};
+use crate::tools::Tools;
+use crate::{Bench, RIG_SLOTS};
+
+/// Where the C program is, see `tests/bench/bare.c`.
+const BARE: &str = "/root/bench-bare";
+
+/// Length of a message of netlink with the batch's first command, `NFNL_MSG_BATCH_BEGIN`, in its type.
+const BATCH_BEGIN: [u8; 2] = [0x10, 0];
+
+pub(crate) fn run(bench: &Bench) {
+    let rig = Rig::start();
+    let size = Mebibytes(1024).sectors();
+    let image = rig.image("bench.img", 64 << 20, 1);
+    let policy = || EgressPolicy::of(Internet::Open);
+    // One sandbox of this image is there already, as on any host at work: the origin is shared.
+    let before = dm_devices();
+    let first = rig.request("bench-first", &image, &rig.cow("bench-first.cow", size), size);
+    let _first = rig.open_disk(first).expect("opened");
+    let origin = dm_devices()
+        .into_iter()
+        .find(|(name, minor)| name.starts_with("roost-o-") && !before.contains(&(name.clone(), *minor)))
+        .expect("an origin")
+        .1;
+    let origin_number = fs::read_to_string(format!("/sys/block/dm-{origin}/dev")).expect("a device");
+    let origin_number = origin_number.trim().to_owned();
+    let rules = rig.place.join("rules");
+    fs::write(&rules, batch(&rig)).expect("written");
+    let mut bare = Bare::start(origin, &rules);
+
+    let [mut by_privd, mut by_tools, mut by_bare, mut removal, mut removal_tools] = <[Samples; 5]>::default();
+    let [mut disk, mut network, mut bare_disk, mut bare_network] = <[Samples; 4]>::default();
+    for n in 0..bench.samples(20) {
+        let slot = RIG_SLOTS + n;
+        let cow = |who: &str| rig.cow(&format!("{who}-{n}.cow"), size);
+
+        let request = rig.request(&format!("bench-{n}"), &image, &cow("privd"), size);
+        let began = Instant::now();
+        let made = disk.time(|| rig.open_disk(request).expect("opened"));
+        let net = network.time(|| rig.open_network(slot, policy()).expect("opened"));
+        by_privd.add_time(began.elapsed());
+        let began = Instant::now();
+        drop((made, net));
+        let name = format!("roost-bench-{n}");
+        gone(&name, &format!("roost-v{slot}"));
+        removal.add_time(began.elapsed());
+
+        let cow_file = cow("tools");
+        let mut tools = Tools::prepare(n, Slot::try_from(slot).expect("a slot"), &rig.place);
+        by_tools.time(|| {
+            tools.make_disk(&origin_number, &cow_file, size);
+            tools.make_network();
+        });
+        removal_tools.time(|| tools.remove());
+
+        let cow_file = cow("bare");
+        let name = format!("bench-b{n}");
+        let took = bare.make(&name, &cow_file, size.0, slot);
+        bare_disk.add_time(took.0);
+        bare_network.add_time(took.1);
+        by_bare.add_time(took.0 + took.1);
+        bare.let_go();
+        gone(&name, &format!("benchv{slot}"));
+    }
+    let tell = |name, subject, baseline, goal, unmet| {
+        Figure {
+            name,
+            unit: "ms",
+            subject,
+            baseline: Some(baseline),
+            goal,
+            unmet,
+        }
+        .tell();
+    };
+    tell(
+        "host.tools",
+        &by_privd,
+        ("losetup, dmsetup, ip, sysctl, nft", &by_tools),
+        Goal::Faster(20.0),
+        "what is left is the kernel's own work, which both have: see host.bare for how much of it that is. Next: networks in a pool, made \
+         ahead of the sandboxes that take them",
+    );
+    tell(
+        "host.bare",
+        &by_privd,
+        ("the bare system calls, in C", &by_bare),
+        Goal::AtMostTimes(2.0),
+        "see host.disk and host.network for which of the two",
+    );
+    let seen = "";
+    tell(
+        "host.disk",
+        &disk,
+        ("the bare system calls, in C", &bare_disk),
+        Goal::AtMostTimes(2.0),
+        "privd looks the origin up and the device after \
+         each step, some dozen ioctls more than the bare ones. Next: fewer questions about a device that it has just made",
+    );
+    tell(
+        "host.network",
+        &network,
+        ("the bare system calls, in C", &bare_network),
+        Goal::AtMostTimes(2.0),
+        "a thread, a question for the host's \
+         addresses and one for its table at each network. Next: keep the netlink sockets and listen to changes of addresses",
+    );
+    tell(
+        "host.remove",
+        &removal,
+        ("dmsetup, losetup, ip", &removal_tools),
+        Goal::Seen,
+        seen,
+    );
+    drop(bare);
+}
+
+/// Waits until a device and a link are no more.
+fn gone(device: &str, link: &str) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while dm_devices().iter().any(|(name, _)| name == device) || Path::new("/sys/class/net").join(link).exists() {
+        assert!(Instant::now() < deadline, "{device} or {link} is still there");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Name and minor number of every device of device-mapper.
+fn dm_devices() -> Vec<(String, u32)> {
+    let blocks = fs::read_dir("/sys/block").expect("there is one").flatten();
+    blocks
+        .filter_map(|block| {
+            let minor = block.file_name().to_str()?.strip_prefix("dm-")?.parse().ok()?;
+            let name = fs::read_to_string(block.path().join("dm/name")).ok()?;
+            Some((name.trim().to_owned(), minor))
+        })
+        .collect()
+}
+
+/// The netlink batch with which privd loads a sandbox's packet filter, as it is seen from outside.
+fn batch(rig: &Rig) -> Vec<u8> {
+    let log = rig.place.join("strace");
+    let mut strace = Command::new("strace")
+        .args(["-f", "-xx", "-s", "200000", "-e", "trace=sendto,sendmsg,write", "-o"])
+        .arg(&log)
+        .args(["-p", &rig.child.id().to_string()])
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("strace runs");
+    eventually("strace to be attached", || {
+        let status = fs::read_to_string(format!("/proc/{}/status", rig.child.id())).expect("it runs");
+        (!status.contains("TracerPid:\t0\n")).then_some(())
+    });
+    let network = rig
+        .open_network(RIG_SLOTS, EgressPolicy::of(Internet::Open))
+        .expect("opened");
+    let pid = nix::unistd::Pid::from_raw(strace.id().cast_signed());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).expect("strace runs");
+    strace.wait().expect("it ends");
+    drop(network);
+    gone("", &format!("roost-v{RIG_SLOTS}"));
+    let text = fs::read_to_string(&log).expect("a log");
+    let sent = text.split('"').filter(|text| text.starts_with("\\x")).map(bytes);
+    let batches: Vec<_> = sent.filter(|sent| sent.get(4..6) == Some(&BATCH_BEGIN[..])).collect();
+    assert_eq!(batches.len(), 1, "batches in {text:.3000}");
+    batches.into_iter().next().expect("one")
+}
+
+/// Bytes as strace writes them.
+fn bytes(text: &str) -> Vec<u8> {
+    let digits = text.split("\\x").skip(1);
+    digits
+        .map(|digits| u8::from_str_radix(digits, 16).expect("two digits"))
+        .collect()
+}
+
+/// The program of bare system calls.
+struct Bare {
+    child: Child,
+    input: ChildStdin,
+    output: BufReader<ChildStdout>,
+}
+
+impl Bare {
+    fn start(origin: u32, rules: &Path) -> Self {
+        let mut child = Command::new(BARE)
+            .arg(origin.to_string())
+            .arg(rules)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap_or_else(|error| panic!("{BARE}: {error}"));
+        let input = child.stdin.take().expect("a pipe");
+        let output = BufReader::new(child.stdout.take().expect("a pipe"));
+        Self { child, input, output }
+    }
+
+    /// How long a disk took, and a network.
+    fn make(&mut self, name: &str, cow: &Path, sectors: u64, slot: u32) -> (Duration, Duration) {
+        self.ask(&format!("{name} {} {sectors} {slot}", cow.display()))
+    }
+
+    fn let_go(&mut self) {
+        self.ask("");
+    }
+
+    fn ask(&mut self, line: &str) -> (Duration, Duration) {
+        writeln!(self.input, "{line}").expect("written");
+        let mut answer = String::new();
+        self.output.read_line(&mut answer).expect("an answer");
+        let mut taken = answer
+            .split_whitespace()
+            .map(|nanos| Duration::from_nanos(nanos.parse().expect("a number")));
+        let mut next = || taken.next().expect("bare has said on standard error why it ended");
+        (next(), next())
+    }
+}
+
+impl Drop for Bare {
+    fn drop(&mut self) {
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}

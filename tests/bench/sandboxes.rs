@@ -1,0 +1,257 @@
+//! Sandboxes of the agent, and the figures of their lives against bare VMs: `create`, `exec`, `stream`, `pause`, `restore`.
+
+use std::process::Command;
+use std::time::Instant;
+
+use roost_tests::privd::Rig;
+use serde_json::json;
+
+use crate::figure::{Figure, Goal, Samples};
+use crate::http::Http;
+use crate::vm::{Guest, Parts};
+use crate::{Bench, RIG_SLOTS, output};
+
+/// The guests' memory, in MiB.
+const MEMORY: u32 = 256;
+/// What is run where it is of no matter what.
+const TRUE: &str = "/bin/true";
+/// How many bytes a stream has.
+const STREAMED: u32 = 32 << 20;
+/// Fills a guest's page cache, as a guest at work has it.
+const WORK: &str = "find /usr -xdev -type f -size -200k | head -n 3000 | xargs cat > /dev/null; head -c 24M /dev/urandom > /root/work; sync";
+
+/// A sandbox of the agent's; it is destroyed with this value.
+pub(crate) struct Sandbox {
+    pub(crate) id: String,
+    pub(crate) host: String,
+}
+
+impl Sandbox {
+    pub(crate) fn create(agent: &mut Http, memory: u32) -> Self {
+        let made = agent.ask("CreateSandbox", &json!({ "memoryMb": memory, "vcpus": 1 }));
+        let text = |name: &str| made[name].as_str().expect("a text").to_owned();
+        Self {
+            id: text("sandboxId"),
+            host: text("hostIp"),
+        }
+    }
+
+    pub(crate) fn exec(&self, agent: &mut Http, program: &str, arguments: &[&str]) {
+        let request = json!({"sandboxId": self.id, "cmd": program, "args": arguments, "timeoutSec": 400});
+        let answer = agent.ask("Exec", &request);
+        assert!(answer.get("exitCode").is_none(), "{program}: {answer}");
+    }
+
+    fn call(&self, agent: &mut Http, procedure: &str) {
+        agent.ask(procedure, &json!({ "sandboxId": self.id }));
+    }
+}
+
+impl Drop for Sandbox {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            self.call(&mut Http::agent(), "DestroySandbox");
+        }
+    }
+}
+
+/// `create`: until the first command has run, against the bare VMM.
+pub(crate) fn create(bench: &Bench) {
+    let rig = Rig::start();
+    let mut agent = Http::agent();
+    // The first one of a host has the shim ask the VMM its version.
+    drop(Sandbox::create(&mut agent, MEMORY));
+    let [mut whole, mut bare, mut made, mut booted] = <[Samples; 4]>::default();
+    let since = output("date", &["+@%s.%N"]);
+    for n in 0..bench.samples(8) {
+        let began = Instant::now();
+        let sandbox = made.time(|| Sandbox::create(&mut agent, MEMORY));
+        sandbox.exec(&mut agent, TRUE, &[]);
+        whole.add_time(began.elapsed());
+        drop(sandbox);
+
+        let parts = Parts::make(&rig, &format!("bare-{n}"), RIG_SLOTS + n);
+        let began = Instant::now();
+        let vm = parts.boot(MEMORY);
+        let mut guest = booted.time(|| vm.guest());
+        guest.run(TRUE, &[]);
+        bare.add_time(began.elapsed());
+    }
+    Figure {
+        name: "create",
+        unit: "ms",
+        subject: &whole,
+        baseline: Some(("a bare boot to the first command", &bare)),
+        goal: Goal::AtMostTimes(1.1),
+        unmet: "beside the boot a create makes disk, network, shim and cage, writes its record twice and tells the guest who it is: the steps \
+                are below. Next: shims ahead of the sandboxes that take them, and the first record's sync beside the VMM's start",
+    }
+    .tell();
+    seen("create.answered", &made);
+    seen("create.bare.health", &booted);
+    for (name, unit, op) in [
+        ("create.open_disk", "roost-privd", "open_disk"),
+        ("create.open_network", "roost-privd", "open_network"),
+        ("create.launch", "roost-agent", "launch"),
+        ("create.until_up", "roost-agent", "create"),
+    ] {
+        steps(name, unit, op, &since);
+    }
+}
+
+/// A step's times, as the journal has them since a moment.
+fn steps(name: &str, unit: &str, op: &str, since: &str) {
+    let journal = output("journalctl", &["-u", unit, "--since", since, "-o", "cat", "--no-pager"]);
+    let plain: String = journal.chars().filter(|letter| *letter != '\u{1b}').collect();
+    let mut times = Samples::default();
+    for line in plain.lines().filter(|line| line.contains(&format!("op=\"{op}\""))) {
+        let time = line.split("elapsed_ms=").nth(1).and_then(|rest| rest.split(' ').next());
+        times.add(time.and_then(|time| time.parse().ok()).expect("a time"));
+    }
+    if times.0.is_empty() {
+        return crate::figure::not_measured(name, "the journal has no line of it");
+    }
+    seen(name, &times);
+}
+
+fn seen(name: &str, subject: &Samples) {
+    Figure {
+        name,
+        unit: "ms",
+        subject,
+        baseline: None,
+        goal: Goal::Seen,
+        unmet: "",
+    }
+    .tell();
+}
+
+/// `exec` and `stream`: through the agent, against envd itself.
+pub(crate) fn exec(bench: &Bench) {
+    let mut agent = Http::agent();
+    let sandbox = Sandbox::create(&mut agent, MEMORY);
+    let mut envd = Guest::of_sandbox(&sandbox.id, &sandbox.host);
+    let [mut through, mut direct, mut rate, mut rate_direct] = <[Samples; 4]>::default();
+    // The guest reads the program off its disk once.
+    sandbox.exec(&mut agent, TRUE, &[]);
+    for _ in 0..bench.samples(50) {
+        through.time(|| sandbox.exec(&mut agent, TRUE, &[]));
+        direct.time(|| envd.run(TRUE, &[]));
+    }
+    let length = STREAMED.to_string();
+    let arguments = ["-c", &length, "/dev/zero"];
+    let rate_of = |began: Instant| f64::from(STREAMED) / f64::from(1 << 20) / began.elapsed().as_secs_f64();
+    for _ in 0..bench.samples(5) {
+        let request = json!({"sandboxId": sandbox.id, "cmd": "/usr/bin/head", "args": arguments});
+        let began = Instant::now();
+        let bytes = agent.follow("/hostagent.v1.HostAgentService/ExecStream", &request);
+        rate.add(rate_of(began));
+        assert!(bytes > STREAMED as usize, "{bytes} bytes came");
+        let began = Instant::now();
+        let bytes = envd.run("/usr/bin/head", &arguments);
+        rate_direct.add(rate_of(began));
+        assert!(bytes > STREAMED as usize, "{bytes} bytes came");
+    }
+    Figure {
+        name: "exec",
+        unit: "ms",
+        subject: &through,
+        baseline: Some(("envd itself", &direct)),
+        goal: Goal::AtMostTimes(1.3),
+        unmet: "TLS, a request parsed and one made, and two more wake-ups. Next: look at the agent's time in a profile",
+    }
+    .tell();
+    Figure {
+        name: "stream",
+        unit: "MiB/s",
+        subject: &rate,
+        baseline: Some(("envd itself", &rate_direct)),
+        goal: Goal::AtLeastTimes(0.8),
+        unmet: "each piece is decoded, encoded again and encrypted. Next: pieces handed on larger than they come",
+    }
+    .tell();
+}
+
+/// `pause` and `restore`: against the VMM's own calls on a guest that has done the same work.
+pub(crate) fn pause(bench: &Bench) {
+    let rig = Rig::start();
+    let mut agent = Http::agent();
+    let [
+        mut time,
+        mut time_bare,
+        mut bytes,
+        mut bytes_bare,
+        mut back,
+        mut back_bare,
+    ] = <[Samples; 6]>::default();
+    let sandbox = Sandbox::create(&mut agent, MEMORY);
+    sandbox.exec(&mut agent, "/bin/sh", &["-c", WORK]);
+    let parts = Parts::make(&rig, "bare-pause", RIG_SLOTS);
+    let mut vm = parts.boot(MEMORY);
+    let mut guest = vm.guest();
+    guest.run("/bin/sh", &["-c", WORK]);
+    for _ in 0..bench.samples(5) {
+        sandbox.exec(&mut agent, "/bin/sh", &["-c", WORK]);
+        time.time(|| sandbox.call(&mut agent, "PauseSandbox"));
+        bytes.add(allocated(&format!("/var/lib/roost/sandboxes/{}/vm", sandbox.id)));
+        back.time(|| {
+            sandbox.call(&mut agent, "ResumeSandbox");
+            sandbox.exec(&mut agent, TRUE, &[]);
+        });
+
+        guest.run("/bin/sh", &["-c", WORK]);
+        let dir = parts.snapshot_dir();
+        time_bare.time(|| vm.snapshot(&dir));
+        output("sync", &["-f", dir.to_str().expect("a path of ours")]);
+        bytes_bare.add(allocated(dir.to_str().expect("a path of ours")));
+        drop(vm);
+        let began = Instant::now();
+        vm = parts.restore(&dir);
+        guest = vm.guest();
+        guest.run(TRUE, &[]);
+        back_bare.add_time(began.elapsed());
+    }
+    Figure {
+        name: "pause.bytes",
+        unit: "MiB",
+        subject: &bytes,
+        baseline: Some(("vm.pause and vm.snapshot", &bytes_bare)),
+        goal: Goal::AtMostTimes(0.5),
+        unmet: "what is left is memory in use. Next: see which pages of the guest's are neither free nor anybody's",
+    }
+    .tell();
+    Figure {
+        name: "pause.time",
+        unit: "ms",
+        subject: &time,
+        baseline: Some(("vm.pause and vm.snapshot", &time_bare)),
+        goal: Goal::Seen,
+        unmet: "",
+    }
+    .tell();
+    Figure {
+        name: "restore",
+        unit: "ms",
+        subject: &back,
+        baseline: Some(("a bare --restore to the first command", &back_bare)),
+        goal: Goal::AtMostTimes(1.15),
+        unmet: "beside the restore a resume makes disk, network, shim and cage, writes its record twice and tells the guest its clock. Next: as \
+                for create",
+    }
+    .tell();
+}
+
+/// What a directory takes on disk, in MiB.
+fn allocated(dir: &str) -> f64 {
+    let said = Command::new("du")
+        .args(["-s", "-B1", dir])
+        .output()
+        .expect("du runs")
+        .stdout;
+    let said = String::from_utf8_lossy(&said);
+    let bytes = said
+        .split_whitespace()
+        .next()
+        .and_then(|bytes| bytes.parse::<f64>().ok());
+    bytes.expect("a number") / f64::from(1 << 20)
+}
