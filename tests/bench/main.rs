@@ -2,8 +2,9 @@
 //!
 //! Subject and baseline take turns, so that what the machine does meanwhile hits both; ratios are of medians. Under emulation nothing but
 //! ratios means anything. A figure is no verdict: no test depends on time.
-//! Not here: counts, which are exact and therefore a test (`tests/rig/counts.rs`).
+//! Not here: the ceilings of counts, which are exact and therefore a test's (`tests/rig/counts.rs`).
 
+mod counts;
 mod figure;
 mod host;
 mod http;
@@ -24,6 +25,7 @@ type Group = (&'static str, fn(&Bench));
 /// Every group, in the order in which they run.
 const GROUPS: &[Group] = &[
     ("host", host::run),
+    ("counts", counts::run),
     ("create", sandboxes::create),
     ("exec", sandboxes::exec),
     ("pause", sandboxes::pause),

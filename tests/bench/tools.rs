@@ -81,7 +81,7 @@ impl Tools {
     /// Removes both, as such scripts must.
     pub(crate) fn remove(&self) {
         for command in [
-            format!("dmsetup remove {}", self.disk),
+            format!("dmsetup remove --retry {}", self.disk),
             format!("losetup --detach {}", self.cow_loop),
             format!("ip link del {}", self.veth),
             format!("ip netns del {}", self.namespace),

@@ -4,6 +4,7 @@
 //! one at a time, because a census is of the whole host.
 
 pub mod census;
+pub mod counts;
 pub mod disk;
 pub mod internet;
 pub mod privd;

@@ -1,0 +1,113 @@
+//! What operations ask of the host, in exact numbers: calls of privd, syncs, programs started, wake-ups.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::time::Duration;
+
+use crate::eventually;
+use crate::roost::{curl, pids};
+use crate::trace::{Event, Trace};
+
+/// Every way to wait for a disk, and programs that start.
+const EVENTS: [&str; 4] = [
+    "syscalls/sys_enter_fsync",
+    "syscalls/sys_enter_fdatasync",
+    "syscalls/sys_enter_syncfs",
+    "sched/sched_process_exec",
+];
+
+/// What one operation asked for.
+#[derive(Debug)]
+pub struct Counts {
+    /// Calls of privd, by verb.
+    pub privd: BTreeMap<String, u64>,
+    /// The agent's waits for the disk.
+    pub syncs: usize,
+    /// Programs that were started, by path.
+    pub programs: Vec<String>,
+}
+
+impl Counts {
+    /// Those of one operation.
+    ///
+    /// # Panics
+    /// When the kernel or the agent does not tell.
+    pub fn of<T>(operation: impl FnOnce() -> T) -> (T, Self) {
+        let agent = *pids("roost-agent").first().expect("it runs");
+        let before = privd_calls();
+        let trace = Trace::of(&EVENTS);
+        let value = operation();
+        let events = trace.events();
+        let mut privd = privd_calls();
+        privd
+            .iter_mut()
+            .for_each(|(verb, calls)| *calls -= before.get(verb).copied().unwrap_or(0));
+        // It looks at what every sandbox has sent once in a while, on its own time.
+        privd.retain(|verb, calls| *calls > 0 && verb != "network_counters");
+        let counts = Self {
+            privd,
+            syncs: events
+                .iter()
+                .filter(|event| event.process == agent && event.what.contains("sync"))
+                .count(),
+            programs: events.iter().filter_map(program).collect(),
+        };
+        (value, counts)
+    }
+}
+
+/// The path of a program that was started, other than by the test itself.
+fn program(event: &Event) -> Option<String> {
+    let (_, path) = event.what.split_once("sched_process_exec: filename=")?;
+    let path = path.split(' ').next()?;
+    // The command that the test gives, and the rig's sign of life.
+    let ours = ["roost", "taskset", "true", "sleep", "curl"];
+    let name = path.rsplit('/').next()?;
+    (!ours.contains(&name)).then(|| path.to_owned())
+}
+
+/// How often the agent has called privd, by verb.
+fn privd_calls() -> BTreeMap<String, u64> {
+    let page = curl(&["http://127.0.0.1:50052/metrics"]).text;
+    let mut calls = BTreeMap::new();
+    for line in page
+        .lines()
+        .filter_map(|line| line.strip_prefix("roost_privd_call_seconds_count{kind=\""))
+    {
+        let (verb, rest) = line.split_once('"').expect("a verb");
+        let count: u64 = rest
+            .rsplit(' ')
+            .next()
+            .and_then(|count| count.parse().ok())
+            .expect("a count");
+        *calls.entry(verb.to_owned()).or_default() += count;
+    }
+    calls
+}
+
+/// How often a process's threads have gone to sleep.
+fn sleeps(pid: i32) -> u64 {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).expect("it runs").flatten();
+    let of = |thread: fs::DirEntry| -> u64 {
+        let status = fs::read_to_string(thread.path().join("status")).unwrap_or_default();
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+        line.and_then(|count| count.trim().parse().ok()).unwrap_or(0)
+    };
+    threads.map(of).sum()
+}
+
+/// How often privd has gone to sleep in five seconds in which the agent did not call it; that reads counters twice a minute.
+///
+/// # Panics
+/// When the agent does not stop calling.
+pub fn wakes_of_an_uncalled_privd() -> u64 {
+    let privd = *pids("roost-privd").first().expect("it runs");
+    eventually("five seconds in which the agent does not call", || {
+        let (calls, slept) = (privd_calls(), sleeps(privd));
+        std::thread::sleep(Duration::from_secs(5));
+        let slept = sleeps(privd) - slept;
+        (privd_calls() == calls).then_some(slept)
+    })
+}
