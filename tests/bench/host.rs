@@ -153,8 +153,12 @@ fn dm_devices() -> Vec<(String, u32)> {
 /// The netlink batch with which privd loads a sandbox's packet filter, as it is seen from outside.
 fn batch(rig: &Rig) -> Vec<u8> {
     let log = rig.place.join("strace");
+    // Whatever is sent to one of these, as it is; strace would show what it takes the messages for.
+    let descriptors: Vec<String> = (3..100).map(|descriptor| descriptor.to_string()).collect();
     let mut strace = Command::new("strace")
-        .args(["-f", "-xx", "-s", "200000", "-e", "trace=sendto,sendmsg,write", "-o"])
+        .args(["-f", "-e", "trace=sendto", "-e", "raw=sendto", "-e"])
+        .arg(format!("write={}", descriptors.join(",")))
+        .arg("-o")
         .arg(&log)
         .args(["-p", &rig.child.id().to_string()])
         .stderr(Stdio::null())
@@ -173,18 +177,31 @@ fn batch(rig: &Rig) -> Vec<u8> {
     drop(network);
     gone("", &format!("roost-v{RIG_SLOTS}"));
     let text = fs::read_to_string(&log).expect("a log");
-    let sent = text.split('"').filter(|text| text.starts_with("\\x")).map(bytes);
-    let batches: Vec<_> = sent.filter(|sent| sent.get(4..6) == Some(&BATCH_BEGIN[..])).collect();
-    assert_eq!(batches.len(), 1, "batches in {text:.3000}");
+    let batches: Vec<_> = dumps(&text)
+        .into_iter()
+        .filter(|sent| sent.get(4..6) == Some(&BATCH_BEGIN[..]))
+        .collect();
+    assert_eq!(batches.len(), 1, "batches in {text}");
     batches.into_iter().next().expect("one")
 }
 
-/// Bytes as strace writes them.
-fn bytes(text: &str) -> Vec<u8> {
-    let digits = text.split("\\x").skip(1);
-    digits
-        .map(|digits| u8::from_str_radix(digits, 16).expect("two digits"))
-        .collect()
+/// What was sent, as strace dumps it below each call: ` | 00010  6e 61 6d 65 64 00 00 00  10 00 00 00 14 00 00 00  named........... |`.
+fn dumps(text: &str) -> Vec<Vec<u8>> {
+    /// Sixteen bytes of three letters, and a space between the halves.
+    const WIDTH: usize = 16 * 3 + 1;
+    let mut sent = Vec::new();
+    for line in text.lines() {
+        let Some((offset, rest)) = line.strip_prefix(" | ").and_then(|line| line.split_once("  ")) else {
+            continue;
+        };
+        if offset.bytes().all(|digit| digit == b'0') {
+            sent.push(Vec::new());
+        }
+        let digits = rest.get(..WIDTH).expect("a line of a dump").split_whitespace();
+        let bytes = digits.map(|digits| u8::from_str_radix(digits, 16).expect("two digits"));
+        sent.last_mut().expect("a dump begins at 0").extend(bytes);
+    }
+    sent
 }
 
 /// The program of bare system calls.

@@ -139,12 +139,14 @@ const CHECKS: &[Check] = &[
                 "-D",
                 "warnings",
             ],
-            // Not among all targets: a plain `cargo test` leaves the rig's tests alone.
+            // Not among all targets: a plain `cargo test` leaves what runs in the rig alone.
             &[
                 "clippy",
                 "--workspace",
                 "--test",
                 "rig",
+                "--test",
+                "bench",
                 "--features",
                 TEST_FEATURES,
                 "--",
