@@ -18,6 +18,7 @@ use roost_tests::privd::Rig;
 use serde_json::json;
 
 use crate::http::Http;
+use crate::output;
 
 /// The link to the rig's VMM.
 const VMM: &str = "/usr/share/roost-tests/vmm";
@@ -36,7 +37,13 @@ pub(crate) struct Parts {
 impl Parts {
     /// Makes them.
     pub(crate) fn make(rig: &Rig, name: &str, slot: u32) -> Self {
-        let length = fs::metadata(IMAGE).expect("the rig's template").len();
+        // privd takes an image of its caller's alone.
+        let image = rig.place.join("minimal.ext4");
+        if !image.exists() {
+            let copy = image.to_str().expect("a path of ours");
+            output("cp", &["--sparse=always", IMAGE, copy]);
+        }
+        let length = fs::metadata(&image).expect("the rig's template").len();
         let size = Mebibytes(
             u32::try_from(length.div_ceil(1 << 20))
                 .expect("a small image")
@@ -44,9 +51,7 @@ impl Parts {
         )
         .sectors();
         let cow = rig.cow(&format!("{name}.cow"), size);
-        let disk = rig
-            .open_disk(rig.request(name, Path::new(IMAGE), &cow, size))
-            .expect("a disk");
+        let disk = rig.open_disk(rig.request(name, &image, &cow, size)).expect("a disk");
         let network = rig
             .open_network(slot, EgressPolicy::of(Internet::Open))
             .expect("a network");
