@@ -19,8 +19,8 @@ use crate::{Bench, RIG_SLOTS};
 /// Where the C program is, see `tests/bench/bare.c`.
 const BARE: &str = "/root/bench-bare";
 
-/// Length of a message of netlink with the batch's first command, `NFNL_MSG_BATCH_BEGIN`, in its type.
-const BATCH_BEGIN: [u8; 2] = [0x10, 0];
+/// How a batch of nf_tables begins: a message of 20 bytes of type `NFNL_MSG_BATCH_BEGIN`. Those of rtnetlink with this number are longer.
+const BATCH_BEGIN: [u8; 6] = [20, 0, 0, 0, 0x10, 0];
 
 pub(crate) fn run(bench: &Bench) {
     let rig = Rig::start();
@@ -179,7 +179,7 @@ fn batch(rig: &Rig) -> Vec<u8> {
     let text = fs::read_to_string(&log).expect("a log");
     let batches: Vec<_> = dumps(&text)
         .into_iter()
-        .filter(|sent| sent.get(4..6) == Some(&BATCH_BEGIN[..]))
+        .filter(|sent| sent.starts_with(&BATCH_BEGIN))
         .collect();
     assert_eq!(batches.len(), 1, "batches in {text}");
     batches.into_iter().next().expect("one")
