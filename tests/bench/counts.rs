@@ -53,7 +53,7 @@ fn told(name: &str, unit: &'static str, value: f64, goal: Goal) {
         subject: &Samples(vec![value]),
         baseline: None,
         goal,
-        unmet: "systemd-sysctl, which systemd's udev rule runs for each link that appears. Next: a rule that keeps it away from the links of sandboxes",
+        unmet: "an operation has come to ask for more than it did",
     }
     .tell();
 }
