@@ -100,33 +100,33 @@ fn rules(addresses: &SlotAddresses) -> String {
         .collect();
     format!(
         "table inet bench {{
-        chain cut {{ }}
-        chain egress {{
+        chain closed {{ }}
+        chain outside {{
             {closed}counter accept
         }}
-        chain raw {{ type filter hook prerouting priority raw; policy accept;
+        chain guard {{ type filter hook prerouting priority raw; policy accept;
             meta nfproto ipv6 counter drop
             iifname tap0 ether saddr != 02:fc:00:00:00:05 counter drop
             iifname tap0 ip saddr != {GUEST} counter drop
         }}
-        chain dnat {{ type nat hook prerouting priority dstnat; policy accept;
+        chain to_guest {{ type nat hook prerouting priority dstnat; policy accept;
             iifname eth0 ip daddr {host} counter dnat ip to {GUEST}
         }}
-        chain input {{ type filter hook input priority filter; policy drop;
+        chain to_host {{ type filter hook input priority filter; policy drop;
             ct state established accept
             iifname tap0 ip daddr {GATEWAY} icmp type echo-request counter accept
             counter drop
         }}
-        chain forward {{ type filter hook forward priority filter; policy drop;
+        chain through {{ type filter hook forward priority filter; policy drop;
             ct state invalid counter drop
-            iifname tap0 jump cut
+            iifname tap0 jump closed
             ct state established,related counter accept
             iifname tap0 ct count over {MAX_CONNECTIONS} counter drop
-            iifname tap0 oifname eth0 jump egress
+            iifname tap0 oifname eth0 jump outside
             iifname eth0 oifname tap0 ip saddr {veth_host} counter accept
             counter drop
         }}
-        chain snat {{ type nat hook postrouting priority srcnat; policy accept;
+        chain from_guest {{ type nat hook postrouting priority srcnat; policy accept;
             iifname tap0 ip saddr {GUEST} counter snat ip to {host}
         }}
         }}\n"
