@@ -92,8 +92,8 @@ pub(crate) fn run(bench: &Bench) {
         &by_privd,
         ("losetup, dmsetup, ip, sysctl, nft", &by_tools),
         Goal::Faster(20.0),
-        "what is left is the kernel's own work, which both have: see host.bare for how much of it that is. Next: networks in a pool, made \
-         ahead of the sandboxes that take them",
+        "most of what is left is the kernel's own work: see host.bare for how far the system calls alone are from the tools. Next: a pool of \
+         networks, made ahead of the sandboxes that take them",
     );
     tell(
         "host.bare",
