@@ -42,8 +42,12 @@ impl Samples {
         sorted[rank - 1]
     }
 
+    /// The one in the middle, or the mean of the two.
     pub(crate) fn median(&self) -> f64 {
-        self.percentile(50)
+        let sorted = self.sorted();
+        let middle = sorted.len() / 2;
+        let lower = (sorted.len() - 1) / 2;
+        f64::midpoint(sorted[lower], sorted[middle])
     }
 
     fn summary(&self) -> Value {

@@ -217,7 +217,8 @@ pub(crate) fn pause(bench: &Bench) {
         subject: &bytes,
         baseline: Some(("vm.pause and vm.snapshot", &bytes_bare)),
         goal: Goal::AtMostTimes(0.5),
-        unmet: "what is left is memory in use. Next: see which pages of the guest's are neither free nor anybody's",
+        unmet: "the guest drops its caches just before, and its reports of free pages may come too late for the snapshot. Next: wait for \
+                them, and see which pages are neither free nor anybody's",
     }
     .tell();
     Figure {
@@ -235,8 +236,8 @@ pub(crate) fn pause(bench: &Bench) {
         subject: &back,
         baseline: Some(("a bare --restore to the first command", &back_bare)),
         goal: Goal::AtMostTimes(1.15),
-        unmet: "beside the restore a resume makes disk, network, shim and cage, writes its record twice and tells the guest its clock. Next: as \
-                for create",
+        unmet: "beside the restore a resume makes disk, network, shim and cage, syncs twice, tells the guest its clock and thaws it, and the \
+                command goes through the agent. Next: its steps by time, as create has them",
     }
     .tell();
 }
