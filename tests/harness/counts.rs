@@ -85,29 +85,32 @@ fn privd_calls() -> BTreeMap<String, u64> {
     calls
 }
 
-/// How often a process's threads have gone to sleep.
-fn sleeps(pid: i32) -> u64 {
+/// How often each of a process's threads has gone to sleep.
+fn sleeps(pid: i32) -> BTreeMap<String, u64> {
     let threads = fs::read_dir(format!("/proc/{pid}/task")).expect("it runs").flatten();
-    let of = |thread: fs::DirEntry| -> u64 {
-        let status = fs::read_to_string(thread.path().join("status")).unwrap_or_default();
+    let of = |thread: fs::DirEntry| {
+        let status = fs::read_to_string(thread.path().join("status")).ok()?;
         let line = status
             .lines()
             .find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
-        line.and_then(|count| count.trim().parse().ok()).unwrap_or(0)
+        let count = line.and_then(|count| count.trim().parse().ok()).expect("a number");
+        Some((thread.file_name().to_string_lossy().into_owned(), count))
     };
-    threads.map(of).sum()
+    threads.filter_map(of).collect()
 }
 
-/// How often privd has gone to sleep in five seconds in which the agent did not call it; that reads counters twice a minute.
+/// How often privd has gone to sleep in five seconds in which the agent did not call it, which reads counters twice a minute, and in which
+/// no thread of an earlier call ended.
 ///
 /// # Panics
-/// When the agent does not stop calling.
+/// When there are no such seconds.
 pub fn wakes_of_an_uncalled_privd() -> u64 {
     let privd = *pids("roost-privd").first().expect("it runs");
     eventually("five seconds in which the agent does not call", || {
-        let (calls, slept) = (privd_calls(), sleeps(privd));
+        let (calls, before) = (privd_calls(), sleeps(privd));
         std::thread::sleep(Duration::from_secs(5));
-        let slept = sleeps(privd) - slept;
-        (privd_calls() == calls).then_some(slept)
+        let after = sleeps(privd);
+        let is_quiet = privd_calls() == calls && before.keys().eq(after.keys());
+        is_quiet.then(|| after.values().sum::<u64>() - before.values().sum::<u64>())
     })
 }
