@@ -476,7 +476,7 @@ async fn creates_that_cannot_be_are_refused_and_leave_nothing() {
     let uuid = "67e55044-10b1-426f-9247-bb680e5fe0c8";
     for (args, says) in [
         (&["create", "--id", "../x"][..], "sandbox_id"),
-        (&["create", "--template", "x"], "template_id"),
+        (&["create", "--template", "x"], "no template \"x\" on this host"),
         (&["create", "--template", uuid], uuid),
         (&["create", "--vcpus", "1000"], "vcpus"),
         (&["create", "--memory=-1"], "memory_mb"),
