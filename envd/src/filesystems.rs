@@ -343,6 +343,7 @@ mod tests {
     #[tokio::test]
     async fn a_file_that_cannot_be_written_after_the_thaw_does_not_undo_it() {
         let root = Dir::new("unwritable");
+        std::fs::write(root.path().join("etc"), "").unwrap();
         let filesystems = Filesystems::default();
         filesystems.freeze(Machine::Borrowed).await.unwrap();
         let write = async || {

@@ -212,7 +212,7 @@ fn each_vm_has_a_uid_and_a_cgroup_of_its_own_no_capability_and_six_descriptors()
             );
             let limits = fs::read_to_string(format!("/proc/{pid}/limits")).expect("limits");
             let limits: Vec<String> = limits.lines().map(words).collect();
-            for limit in ["Max core file size 0 0 bytes", "Max open files 4096 4096 files"] {
+            for limit in ["Max core file size 0 0 bytes", "Max open files 1024 1024 files"] {
                 assert!(limits.iter().any(|line| line == limit), "{limit}: {limits:#?}");
             }
             let mut groups: Vec<String> = status(pid, "Groups").split(' ').map(Into::into).collect();

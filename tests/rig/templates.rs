@@ -248,7 +248,9 @@ cp one/usr/bin/id one/srv/suid; chown 1234:70000 one/srv/suid; chmod 4755 one/sr
 cp one/usr/bin/cat one/srv/reader
 setcap cap_dac_read_search+ep one/srv/reader
 mkdir two/srv two/bin; : > two/srv/.wh.hidden; echo second > two/srv/changed; echo by way of a link > two/bin/note
-for layer in one two; do tar --xattrs --xattrs-include='*' --numeric-owner --format=pax -C $layer -cf $layer.tar .; done
+layer() { tar --xattrs --xattrs-include='*' --numeric-owner --format=pax -C $1 -cf $1.tar "${@:2}"; }
+# Without an entry for bin itself, which would be a directory in place of the link.
+layer one .; layer two srv bin/note
 id() { sha256sum < $1 | cut -c-64; }
 echo '{"architecture": "'$2'", "os": "linux", "rootfs": {"diff_ids": ["sha256:'$(id one.tar)'", "sha256:'$(id two.tar)'"]}}' > config
 config=$(id config).json; mv config $config

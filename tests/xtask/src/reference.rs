@@ -114,7 +114,7 @@ fn section(proto: &str) -> Result<String> {
                 inside.push(In::Enum);
             }
             (["oneof", name], Some(In::Message)) => inside.push(In::OneOf((*name).to_owned())),
-            ([kind @ .., name, "=", at], Some(place)) => {
+            ([kind @ .., name, "=", at], Some(place)) if line.ends_with(';') => {
                 let kind = kind.join(" ").replace('|', "\\|");
                 let one_of = match &place {
                     In::OneOf(of) => format!("One of `{of}`. "),
