@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! registration, session, heartbeats, events: tests -> the client's own code --HTTP--> plane (fake)
-//! swap:                                      tests --HTTPS--> serve, service: the real ones
+//! swap, fleet:                               tests --HTTPS--> serve, service: the real ones
 //! property:      chance -> host (stand-in: sandboxes that run, are paused, end) <--HTTP-- monitor (fake, its rules literally)
 //!                            '-> heartbeats, refreshes, events, outbox, listing: the real ones --HTTP--> plane (fake)
 //! ```
@@ -12,6 +12,7 @@
 //! `ROOST_CONTROL_HISTORIES` is how many histories the property test plays; with `ROOST_CONTROL_SEED` it is that one.
 
 mod events;
+mod fleet;
 mod heartbeats;
 mod monitor;
 mod pki;

@@ -1,4 +1,5 @@
-//! A control plane: its HTTP side, and what it knows of one host. What goes wrong with a call is decided by whoever plays it.
+//! A control plane: its HTTP side, and what it knows of two hosts, of which most tests have the first alone. What goes wrong with a call is
+//! decided by whoever plays it.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -30,6 +31,9 @@ use crate::pki::Ca;
 /// The registration token that a plane takes once.
 pub(crate) const TOKEN: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
 pub(crate) const HOST: &str = "0a1b2c3d-host";
+/// Those of the second host.
+pub(crate) const OTHER_TOKEN: &str = "fedcba9876543210fedcba9876543210fedcba9876543210fedcba9876543210";
+pub(crate) const OTHER_HOST: &str = "4e5f6a7b-host";
 
 /// What becomes of a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,7 +75,9 @@ pub(crate) enum Belief {
 
 type Judge = Box<dyn FnMut(&str) -> Fate + Send>;
 
+/// What is known of a host.
 pub(crate) struct State {
+    host: &'static str,
     pub(crate) ca: Ca,
     /// Where its host is reached, as it said.
     pub(crate) address: String,
@@ -97,9 +103,11 @@ pub(crate) struct State {
     judge: Judge,
 }
 
+type Hosts = [Arc<Mutex<State>>; 2];
+
 pub(crate) struct Plane {
     pub(crate) url: String,
-    state: Arc<Mutex<State>>,
+    hosts: Hosts,
     _serving: JoinSet<()>,
 }
 
@@ -107,44 +115,32 @@ impl Plane {
     pub(crate) async fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
         let url = format!("http://{}", listener.local_addr().expect("an address"));
-        let state = Arc::new(Mutex::new(State {
-            ca: Ca::new(),
-            address: "127.0.0.1".into(),
-            registration: Some(TOKEN),
-            generation: 0,
-            jwt: String::new(),
-            refresh: String::new(),
-            grace: None,
-            keeps_grace: false,
-            is_expired: false,
-            is_old: false,
-            is_deleted: false,
-            heard: None,
-            on_auto_paused: OnAutoPaused::IfRunning,
-            sandboxes: BTreeMap::new(),
-            registered: Vec::new(),
-            events: Vec::new(),
-            calls: Vec::new(),
-            judge: Box::new(|_| Fate::Answered),
-        }));
+        let known = [(HOST, TOKEN), (OTHER_HOST, OTHER_TOKEN)];
+        let hosts = known.map(|(host, token)| Arc::new(Mutex::new(State::new(host, token))));
         let mut serving = JoinSet::new();
         serving.spawn({
-            let state = state.clone();
-            async move { match serve(listener, state).await {} }
+            let hosts = hosts.clone();
+            async move { match serve(listener, hosts).await {} }
         });
         Self {
             url,
-            state,
+            hosts,
             _serving: serving,
         }
     }
 
+    /// What is known of the first host.
     pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().expect("not poisoned")
+        locked(&self.hosts[0])
+    }
+
+    /// What is known of a host.
+    pub(crate) fn of(&self, host: usize) -> MutexGuard<'_, State> {
+        locked(&self.hosts[host])
     }
 
     pub(crate) fn state(&self) -> Arc<Mutex<State>> {
-        self.state.clone()
+        self.hosts[0].clone()
     }
 
     pub(crate) fn judge(&self, judge: impl FnMut(&str) -> Fate + Send + 'static) {
@@ -197,14 +193,18 @@ pub(crate) const REFRESH: &str = "/v1/hosts/auth/refresh";
 pub(crate) const REGISTER: &str = "/v1/hosts/register";
 pub(crate) const EVENTS: &str = "/v1/hosts/sandbox-events";
 
-async fn serve(listener: TcpListener, state: Arc<Mutex<State>>) -> Infallible {
+fn locked(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().expect("not poisoned")
+}
+
+async fn serve(listener: TcpListener, hosts: Hosts) -> Infallible {
     let mut connections = JoinSet::new();
     loop {
         let (stream, _) = listener.accept().await.expect("accepted");
         stream.set_nodelay(true).expect("set");
-        let state = state.clone();
+        let hosts = hosts.clone();
         connections.spawn(async move {
-            let service = service_fn(move |request| answer(state.clone(), request));
+            let service = service_fn(move |request| answer(hosts.clone(), request));
             let connection = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service);
             // One that was broken off is meant to be.
             drop(connection.await);
@@ -213,7 +213,7 @@ async fn serve(listener: TcpListener, state: Arc<Mutex<State>>) -> Infallible {
     }
 }
 
-async fn answer(state: Arc<Mutex<State>>, request: Request<Incoming>) -> io::Result<Response<Full<Bytes>>> {
+async fn answer(hosts: Hosts, request: Request<Incoming>) -> io::Result<Response<Full<Bytes>>> {
     let broken = || io::Error::from(io::ErrorKind::ConnectionReset);
     let path = request.uri().path().to_owned();
     let token = request
@@ -221,8 +221,11 @@ async fn answer(state: Arc<Mutex<State>>, request: Request<Incoming>) -> io::Res
         .get("x-host-token")
         .map(|token| token.to_str().expect("ASCII").to_owned());
     let body = request.into_body().collect().await.map_err(|_| broken())?.to_bytes();
+    let is_whose = |state: &&Arc<Mutex<State>>| locked(state).is_of(&path, token.as_deref(), &body);
+    // What is nobody's is the first one's to refuse.
+    let state = hosts.iter().find(is_whose).unwrap_or(&hosts[0]);
     let fate = {
-        let mut state = state.lock().expect("not poisoned");
+        let mut state = locked(state);
         let fate = (state.judge)(&path);
         if matches!(fate, Fate::Lost | Fate::Hangs) {
             state.calls.push((path.clone(), 0));
@@ -233,14 +236,14 @@ async fn answer(state: Arc<Mutex<State>>, request: Request<Incoming>) -> io::Res
         Fate::Lost => return Err(broken()),
         Fate::Hangs => std::future::pending().await,
         Fate::Proxy(status) => {
-            state.lock().expect("not poisoned").calls.push((path, status));
+            locked(state).calls.push((path, status));
             let body = Full::from("<html><body><h1>nothing here</h1></body></html>");
             return Ok(Response::builder().status(status).body(body).expect("an answer"));
         }
         Fate::Answered | Fate::Slow(_) | Fate::AnswerLost | Fate::Refused(_) => {}
     }
     let (status, body) = {
-        let mut state = state.lock().expect("not poisoned");
+        let mut state = locked(state);
         let (status, body) = match fate {
             Fate::Refused(status) => fault(status, "refused"),
             _ => state.handle(&path, token.as_deref(), &body),
@@ -266,24 +269,68 @@ fn fault(status: u16, code: &str) -> (u16, Option<Value>) {
 }
 
 impl State {
+    /// A host that may be registered by a token.
+    fn new(host: &'static str, token: &'static str) -> Self {
+        Self {
+            host,
+            ca: Ca::new(),
+            address: "127.0.0.1".into(),
+            registration: Some(token),
+            generation: 0,
+            jwt: String::new(),
+            refresh: String::new(),
+            grace: None,
+            keeps_grace: false,
+            is_expired: false,
+            is_old: false,
+            is_deleted: false,
+            heard: None,
+            on_auto_paused: OnAutoPaused::IfRunning,
+            sandboxes: BTreeMap::new(),
+            registered: Vec::new(),
+            events: Vec::new(),
+            calls: Vec::new(),
+            judge: Box::new(|_| Fate::Answered),
+        }
+    }
+
+    /// Whether a call is of this host.
+    fn is_of(&self, path: &str, token: Option<&str>, body: &[u8]) -> bool {
+        let said = |field: &str| {
+            let body = serde_json::from_slice::<Value>(body).ok()?;
+            Some(body[field].as_str()?.to_owned())
+        };
+        match path {
+            REGISTER => said("token").as_deref() == self.registration,
+            REFRESH => said("refresh_token").is_some_and(|shown| self.refreshes(&shown)),
+            EVENTS => token == Some(&self.jwt),
+            path => path.split('/').any(|part| part == self.host),
+        }
+    }
+
+    fn refreshes(&self, shown: &str) -> bool {
+        shown == self.refresh || self.grace.as_deref() == Some(shown)
+    }
+
     fn handle(&mut self, path: &str, token: Option<&str>, body: &[u8]) -> (u16, Option<Value>) {
         let body = || serde_json::from_slice::<Value>(body).expect("JSON");
+        let heartbeat = format!("/v1/hosts/{}/heartbeat", self.host);
         match path {
             REGISTER => self.register(body()),
             REFRESH => self.refresh(&body()),
-            HEARTBEAT | EVENTS if token != Some(&self.jwt) || self.is_expired => fault(401, "unauthorized"),
-            HEARTBEAT | EVENTS if self.is_deleted => fault(404, "not_found"),
-            HEARTBEAT => {
-                self.heard = Some(Instant::now());
-                (204, None)
-            }
+            path if path != EVENTS && path != heartbeat => panic!("the control plane has no {path}"),
+            _ if token != Some(&self.jwt) || self.is_expired => fault(401, "unauthorized"),
+            _ if self.is_deleted => fault(404, "not_found"),
             EVENTS => {
                 let event = body();
                 self.take(&event);
                 self.events.push(event);
                 (204, None)
             }
-            other => panic!("the control plane has no {other}"),
+            _ => {
+                self.heard = Some(Instant::now());
+                (204, None)
+            }
         }
     }
 
@@ -304,7 +351,7 @@ impl State {
 
     fn refresh(&mut self, wish: &Value) -> (u16, Option<Value>) {
         let shown = wish["refresh_token"].as_str().expect("a token");
-        if shown != self.refresh && self.grace.as_deref() != Some(shown) {
+        if !self.refreshes(shown) {
             return fault(401, "unauthorized");
         }
         self.grace = self.keeps_grace.then(|| shown.to_owned());
@@ -317,20 +364,22 @@ impl State {
         let now = i64::try_from(std::time::UNIX_EPOCH.elapsed().expect("after 1970").as_secs()).expect("fits");
         let week = 7 * 24 * 3600;
         let from = if self.is_old { now - week + 3600 } else { now };
-        let claims = json!({"typ": "host", "host_id": HOST, "sub": HOST, "iat": from, "exp": from + week, "jti": self.generation});
+        let host = self.host;
+        let claims = json!({"typ": "host", "host_id": host, "sub": host, "iat": from, "exp": from + week, "jti": self.generation});
         let part = |json: &str| URL_SAFE_NO_PAD.encode(json);
         self.jwt = format!("{}.{}.c2ln", part(r#"{"alg":"HS256"}"#), part(&claims.to_string()));
-        self.refresh = format!("refresh-{}", self.generation);
-        let leaf = self.ca.server(HOST, &self.address);
+        let whose = if host == HOST { "" } else { "-other" };
+        self.refresh = format!("refresh-{}{whose}", self.generation);
+        let leaf = self.ca.server(host, &self.address);
         json!({
-            "host": {"id": HOST}, "token": self.jwt, "refresh_token": self.refresh,
+            "host": {"id": host}, "token": self.jwt, "refresh_token": self.refresh,
             "cert_pem": leaf.pem, "key_pem": leaf.key_pem, "ca_cert_pem": self.ca.pem,
         })
     }
 
     fn take(&mut self, event: &Value) {
         let id = event["sandbox_id"].as_str().expect("an id");
-        assert_eq!(event["host_id"], HOST);
+        assert_eq!(event["host_id"], self.host);
         let Some(belief) = self.sandboxes.get_mut(id) else {
             return;
         };

@@ -31,27 +31,34 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsConnector;
 
 use crate::pki::{Ca, Leaf};
-use crate::plane::{Plane, TOKEN};
+use crate::plane::{OTHER_TOKEN, Plane, TOKEN};
 
 const CALLER: &str = "wrenn-cp";
 
-struct Agent {
+pub(crate) struct Agent {
     address: SocketAddr,
     host: Arc<Host>,
     session: Arc<Session>,
-    plane: Plane,
+    plane: Arc<Plane>,
+    /// Which of the control plane's hosts it is.
+    number: usize,
     dir: tempfile::TempDir,
 }
 
 impl Agent {
     /// A registered host that has recovered, with certificates of its own too, and a paused sandbox.
     async fn start(dialled: &str) -> Self {
-        let (plane, dir) = (Plane::start().await, tempfile::tempdir().expect("a directory"));
+        Self::under(Arc::new(Plane::start().await), 0, dialled, "kept").await
+    }
+
+    /// The same as one host of a control plane that may have others, with the id of its paused sandbox.
+    pub(crate) async fn under(plane: Arc<Plane>, number: usize, dialled: &str, sandbox: &str) -> Self {
+        let dir = tempfile::tempdir().expect("a directory");
         let below = |name: &str| dir.path().join(name);
         for name in [
             "kernels",
             "images",
-            "sandboxes/kept/vm/1",
+            &format!("sandboxes/{sandbox}/vm/1"),
             "tombstones",
             "outbox",
             "run",
@@ -59,8 +66,9 @@ impl Agent {
             std::fs::create_dir_all(below(name)).expect("made");
         }
         roost_agent::pki::init(&below("pki"), &[]).expect("certificates");
-        plane.lock().address = dialled.into();
-        plane.register(dir.path(), TOKEN).await.expect("registered");
+        plane.of(number).address = dialled.into();
+        let token = [TOKEN, OTHER_TOKEN][number];
+        plane.register(dir.path(), token).await.expect("registered");
         let config = Config {
             dir: dir.path().into(),
             vm_run_dir: below("run"),
@@ -78,8 +86,8 @@ impl Agent {
             "known from the registration"
         );
         let host = Arc::new(Host::new(config).under_control_plane());
-        paused("kept").write(&host.layout).expect("written");
-        std::fs::write(below("sandboxes/kept/rootfs.cow"), "").expect("written");
+        paused(sandbox).write(&host.layout).expect("written");
+        std::fs::write(below(&format!("sandboxes/{sandbox}/rootfs.cow")), "").expect("written");
         let registry = Registry::new(host.clone());
         let service = Service::new(registry.clone());
         recover::recover(&registry).await.expect("recovered");
@@ -93,8 +101,22 @@ impl Agent {
             host,
             session: session.clone(),
             plane,
+            number,
             dir,
         }
+    }
+
+    /// A caller of the control plane's.
+    pub(crate) async fn connect_as_control_plane(&self) -> Caller {
+        let (ca, caller) = {
+            let state = self.plane.of(self.number);
+            (state.ca.pem.clone(), state.ca.client(CALLER))
+        };
+        self.connect(&ca, &caller).await.expect("connected")
+    }
+
+    pub(crate) fn session(&self) -> &Arc<Session> {
+        &self.session
     }
 
     /// A caller with a certificate of a CA, who trusts another, or the same.
@@ -111,7 +133,7 @@ impl Agent {
             .with_client_auth_cert(vec![caller.certificate.clone()], caller.key())
             .expect("a key");
         // The address that the certificate names is not where this test can call.
-        let name = self.plane.lock().address.clone();
+        let name = self.plane.of(self.number).address.clone();
         let stream = TcpStream::connect(self.address).await?;
         let name = ServerName::try_from(name).expect("a name");
         let stream = TlsConnector::from(Arc::new(config)).connect(name, stream).await?;
@@ -151,13 +173,13 @@ fn paused(id: &str) -> Record {
     Record::new(1, plan.expect("checked"), Sectors(8), 5, Token::random()).with(Phase::Paused(kept))
 }
 
-struct Caller {
-    shown: CertificateDer<'static>,
+pub(crate) struct Caller {
+    pub(crate) shown: CertificateDer<'static>,
     sender: SendRequest<Full<Bytes>>,
 }
 
 impl Caller {
-    async fn list(&mut self) -> (StatusCode, Value) {
+    pub(crate) async fn list(&mut self) -> (StatusCode, Value) {
         let request = Request::post("/hostagent.v1.HostAgentService/ListSandboxes")
             .header("host", "agent")
             .header("content-type", "application/json")
