@@ -184,6 +184,78 @@ fn requests_that_are_none_end_their_connection_and_nothing_else() {
     assert_eq!(envd.http("GET", "/health", &[], "").0, 204);
 }
 
+/// Requests that change nothing, whatever becomes of them.
+fn harmless() -> Vec<String> {
+    let post = |path: &str, headers: &str, body: &str| {
+        format!(
+            "POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{headers}Content-Length: {}\r\n\r\n{body}",
+            body.len()
+        )
+    };
+    let json = "Content-Type: application/json\r\n";
+    vec![
+        "GET /metrics HTTP/1.1\r\nHost: x\r\nX-Access-Token: a\r\nConnection: close\r\n\r\n".into(),
+        "GET /files?path=%2Fetc%2Fhostname&username=tester&signature=v1_a&signature_expiration=9 HTTP/1.1\r\nHost: x\r\n\
+         Range: bytes=0-9\r\nIf-Modified-Since: Sun, 06 Nov 1994 08:49:37 GMT\r\nAccept-Encoding: gzip;q=0.5\r\nConnection: close\r\n\r\n"
+            .into(),
+        post(
+            "/init",
+            json,
+            r#"{"envVars": {"A": "b"}, "timestamp": "2001-02-03T04:05:06Z", "entropy": "AAECAw=="}"#,
+        ),
+        post("/filesystem.Filesystem/ListDir", json, r#"{"path": "/etc", "depth": 1}"#),
+        post("/process.Process/List", json, "{}"),
+        post(
+            "/process.Process/Connect",
+            "Content-Type: application/connect+proto\r\nConnect-Protocol-Version: 1\r\nConnect-Timeout-Ms: 9\r\n",
+            "\0\0\0\0\x04\n\x02\x08\x07",
+        ),
+    ]
+}
+
+#[test]
+fn what_is_nearly_a_request_is_answered_or_ends_its_connection_and_nothing_else() {
+    let envd = Envd::start();
+    let send = |request: &[u8]| {
+        let mut stream = TcpStream::connect(envd.address).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        // It may be refused before all of it was read.
+        stream.write_all(request).ok();
+        stream.shutdown(std::net::Shutdown::Write).ok();
+        let mut answer = Vec::new();
+        match stream.read_to_end(&mut answer) {
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                panic!("never answered: {:?}", String::from_utf8_lossy(request))
+            }
+            Ok(_) | Err(_) => {}
+        }
+    };
+    let before = envd.open_files();
+    for request in harmless() {
+        let request = request.as_bytes();
+        send(request);
+        for at in (0..request.len()).step_by(3) {
+            send(&request[..at]);
+            for other in [0, b'"', b'9', 0xff] {
+                let mut changed = request.to_vec();
+                changed[at] = other;
+                send(&changed);
+            }
+        }
+        assert_eq!(envd.http("GET", "/health", &[], "").0, 204);
+    }
+    let began = Instant::now();
+    while envd.open_files() > before {
+        assert!(
+            began.elapsed() < PATIENCE,
+            "{} descriptors, {before} before",
+            envd.open_files()
+        );
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert!(envd.peak_memory() < 64 << 10, "{} KiB", envd.peak_memory());
+}
+
 #[test]
 fn messages_that_are_none_are_invalid_arguments() {
     let envd = Envd::start();
