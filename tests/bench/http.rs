@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use roost_tests::eventually;
 use roost_tests::roost::{PKI, enveloped};
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -16,6 +17,9 @@ use serde_json::Value;
 
 /// Longest silence of the other end.
 const PATIENCE: Duration = Duration::from_secs(400);
+
+/// How long one attempt to connect may take.
+const CONNECT_LIMIT: Duration = Duration::from_millis(100);
 
 trait Stream: Read + Write {}
 impl<T: Read + Write> Stream for T {}
@@ -176,7 +180,9 @@ impl Http {
 }
 
 fn tcp(address: impl ToSocketAddrs) -> io::Result<TcpStream> {
-    let stream = TcpStream::connect(address)?;
+    let address = address.to_socket_addrs()?.next().ok_or(io::ErrorKind::InvalidInput)?;
+    // A guest that boots drops what comes, and TCP asks again after one second, three and seven: whoever waits for it must ask anew.
+    let stream = TcpStream::connect_timeout(&address, CONNECT_LIMIT)?;
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     Ok(stream)
