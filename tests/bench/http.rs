@@ -52,7 +52,7 @@ impl Http {
         let tls = ClientConnection::new(Arc::new(config), name).expect("a client");
         Self::over(StreamOwned::new(
             tls,
-            tcp("127.0.0.1:50051").expect("the agent listens"),
+            eventually("the agent", || tcp("127.0.0.1:50051").ok()),
         ))
     }
 
