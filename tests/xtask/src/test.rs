@@ -41,6 +41,7 @@ const FIRST_HALF: &[&str] = &[
     "limits::",
     "matrix::",
     "random::",
+    "templates::",
 ];
 
 /// Most tests that are run once more where they failed.
