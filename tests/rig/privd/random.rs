@@ -12,7 +12,7 @@ use super::*;
 const FEW: usize = 400;
 const MANY: usize = 10_000;
 /// What privd's memory stays below, in KiB, whatever it is asked.
-const MOST_MEMORY: u64 = 32 << 10;
+const MOST_MEMORY: u64 = 8 << 10;
 /// Most disks and networks that are held at a time.
 const HELD: usize = 6;
 
