@@ -103,7 +103,7 @@ impl Registry {
             return Err(Refusal::Exists(plan.id));
         }
         let slot: Option<SlotLease> = if sandboxes.len() < max {
-            self.host.slots.lease()
+            self.host.slot(&plan.egress.policy(&self.host.resolvers()))
         } else {
             None
         };

@@ -148,12 +148,13 @@ impl Callers {
 }
 
 /// Calls that change nothing, are no use of a sandbox, and show nothing of what is in one.
-const VIEWS: [&str; 9] = [
+const VIEWS: [&str; 10] = [
     "/hostagent.v1.HostAgentService/ListSandboxes",
     "/hostagent.v1.HostAgentService/GetSandboxMetrics",
     "/roost.v1.RoostService/Why",
     "/roost.v1.RoostService/ListTemplates",
     "/roost.v1.RoostService/InspectTemplate",
+    "/roost.v1.RoostService/Ready",
     "/grpc.health.v1.Health/Check",
     "/grpc.health.v1.Health/Watch",
     "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",

@@ -106,6 +106,16 @@ impl Collector for Seen {
                 u64::from(host.config().max_sandboxes),
             ),
             (
+                "roost_ready_shims",
+                "Shims that were made ahead",
+                host.ready.shims() as u64,
+            ),
+            (
+                "roost_ready_networks",
+                "Networks that were made ahead",
+                host.ready.addresses().len() as u64,
+            ),
+            (
                 "roost_disk_free_bytes",
                 "Free on the filesystem of the data directory",
                 room.map_or(0, |room| room.free),

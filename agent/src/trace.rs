@@ -5,6 +5,7 @@
 //! the call's span ([`crate::sandbox::task`] carries it there).
 
 use std::io;
+use std::time::Instant;
 
 use http::{HeaderMap, Request};
 use opentelemetry::propagation::{Extractor, TextMapPropagator as _};
@@ -12,7 +13,7 @@ use opentelemetry::trace::{TraceContextExt as _, TracerProvider as _};
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use opentelemetry_sdk::trace::{Sampler, SdkTracerProvider};
 use serde::Deserialize;
-use tracing::Span;
+use tracing::{Instrument as _, Span};
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::SubscriberExt as _;
@@ -32,6 +33,8 @@ pub enum LogFormat {
     Json,
 }
 
+/// Target of steps, which are told at level `debug` alone: `log_filter = "info,roost_agent::step=debug"` has a line for each.
+const STEP: &str = "roost_agent::step";
 /// Longest name of a call in a log line; ours are shorter.
 const MAX_OPERATION: usize = 64;
 
@@ -51,6 +54,16 @@ impl Lines {
 /// Whether a text says which log lines there are.
 pub(crate) fn is_filter(text: &str) -> bool {
     !text.is_empty() && EnvFilter::builder().parse(text).is_ok()
+}
+
+/// A step of what a call causes: a span in the call's trace, and a line of the log with how long it took, in microseconds.
+pub(crate) async fn step<T>(name: &'static str, work: impl Future<Output = T>) -> T {
+    let began = Instant::now();
+    let span = tracing::debug_span!(target: STEP, "step", step = name, otel.name = name);
+    let outcome = work.instrument(span).await;
+    let elapsed_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
+    tracing::debug!(target: STEP, step = name, elapsed_us, "step ended");
+    outcome
 }
 
 /// As `RUST_LOG` wants it, else the configuration.

@@ -4,6 +4,7 @@
 //! ```text
 //! connect --> Hello                     (the shim's first packet; its credentials tell the VM's uid)
 //! Version --> Version | Refused         before a launch
+//! Program --> Program                   before a launch
 //! Launch  --> Started | Refused         once
 //! Status  --> Status
 //! Kill    --> Killed                    then Exited when the VMM has gone
@@ -84,6 +85,8 @@ pub enum ToShim {
     },
     /// Asks for the version of the VMM that it would launch.
     Version,
+    /// Asks which file the program of that VMM is by now. A shim that was started ahead may have said hello long ago.
+    Program,
 }
 
 /// Everything a VMM is launched with.
@@ -225,6 +228,8 @@ pub enum FromShim {
     /// Answer to [`ToShim::Version`]: the beginning of what the VMM's program writes for `--version`, at most [`MAX_VERSION`] bytes,
     /// unparsed.
     Version(Vec<u8>),
+    /// Answer to [`ToShim::Program`]; `None` where there is none.
+    Program(Option<ProgramId>),
 }
 
 /// A launched VMM.

@@ -16,8 +16,13 @@ mod vm;
 
 use std::process::Command;
 
+use roost_tests::roost::AgentConfig;
+
 /// Slots of networks that the bench makes itself; the agent's come from the other end.
 const RIG_SLOTS: u32 = 20_000;
+
+/// The agent as it is installed, where the rig's is not, and with a line in its log for each step.
+const CONFIG: &str = "ready_sandboxes = 2\nlog_filter = \"info,roost_agent::step=debug\"\n";
 
 /// A group's name, and what measures it.
 type Group = (&'static str, fn(&Bench));
@@ -72,6 +77,7 @@ fn main() {
             }
         }
     }
+    let _config = AgentConfig::with(CONFIG);
     let mut failed = false;
     for (name, run) in GROUPS {
         if wanted.is_empty() || wanted.iter().any(|wanted| wanted == name) {

@@ -83,35 +83,39 @@ pub(crate) fn create(bench: &Bench) {
         subject: &whole,
         baseline: Some(("a bare boot to the first command", &bare)),
         goal: Goal::AtMostTimes(1.1),
-        unmet: "beside the boot a create makes disk, network, shim and cage, writes its record twice and tells the guest who it is: the steps \
-                are below. Next: shims ahead of the sandboxes that take them, and the first record's sync beside the VMM's start",
+        unmet: "beside the boot a create makes a disk and a cage, writes its record twice and tells the guest who it is: the steps are below",
     }
     .tell();
     seen("create.answered", &made);
     seen("create.bare.health", &booted);
-    for (name, unit, op) in [
-        ("create.open_disk", "roost-privd", "open_disk"),
-        ("create.open_network", "roost-privd", "open_network"),
-        ("create.launch", "roost-agent", "launch"),
-        ("create.until_up", "roost-agent", "create"),
-    ] {
-        steps(name, unit, op, &since);
-    }
+    steps("create", &since);
 }
 
-/// A step's times, as the journal has them since a moment.
-fn steps(name: &str, unit: &str, op: &str, since: &str) {
-    let journal = output("journalctl", &["-u", unit, "--since", since, "-o", "cat", "--no-pager"]);
-    let plain: String = journal.chars().filter(|letter| *letter != '\u{1b}').collect();
-    let mut times = Samples::default();
-    for line in plain.lines().filter(|line| line.contains(&format!("op=\"{op}\""))) {
-        let time = line.split("elapsed_ms=").nth(1).and_then(|rest| rest.split(' ').next());
-        times.add(time.and_then(|time| time.parse().ok()).expect("a time"));
+/// The times of an operation's steps since a moment, in the order in which they end: lines of the journal like `step="boot"
+/// elapsed_us=411200`. Some are beside others, so they are no sum.
+fn steps(of: &str, since: &str) {
+    let journal = output(
+        "journalctl",
+        &["-u", "roost-agent", "--since", since, "-o", "cat", "--no-pager"],
+    );
+    let mut steps: Vec<(&str, Samples)> = Vec::new();
+    for line in journal.lines().filter(|line| line.contains("elapsed_us=")) {
+        let value = |key: &str| line.split(key).nth(1).and_then(|rest| rest.split_whitespace().next());
+        let step = value(" step=").expect("a name").trim_matches('"');
+        let micros: f64 = value("elapsed_us=").and_then(|time| time.parse().ok()).expect("a time");
+        let known = steps.iter().position(|(name, _)| *name == step);
+        let at = known.unwrap_or_else(|| {
+            steps.push((step, Samples::default()));
+            steps.len() - 1
+        });
+        steps[at].1.add(micros / 1000.0);
     }
-    if times.0.is_empty() {
-        return crate::figure::not_measured(name, "the journal has no line of it");
+    if steps.is_empty() {
+        return crate::figure::not_measured(&format!("{of}.step"), "the journal has no line of one");
     }
-    seen(name, &times);
+    for (step, times) in steps {
+        seen(&format!("{of}.step.{step}"), &times);
+    }
 }
 
 fn seen(name: &str, subject: &Samples) {
@@ -190,7 +194,8 @@ pub(crate) fn pause(bench: &Bench) {
     let mut vm = parts.boot(MEMORY);
     let mut guest = vm.guest();
     guest.run("/bin/sh", &["-c", WORK]);
-    for _ in 0..bench.samples(5) {
+    let since = output("date", &["+@%s.%N"]);
+    for _ in 0..bench.samples(8) {
         sandbox.exec(&mut agent, "/bin/sh", &["-c", WORK]);
         time.time(|| sandbox.call(&mut agent, "PauseSandbox"));
         bytes.add(allocated(&format!("/var/lib/roost/sandboxes/{}/vm", sandbox.id)));
@@ -236,10 +241,11 @@ pub(crate) fn pause(bench: &Bench) {
         subject: &back,
         baseline: Some(("a bare --restore to the first command", &back_bare)),
         goal: Goal::AtMostTimes(1.15),
-        unmet: "beside the restore a resume makes disk, network, shim and cage, syncs twice, tells the guest its clock and thaws it, and the \
-                command goes through the agent. Next: its steps by time, as create has them",
+        unmet: "beside the restore a resume makes disk, network and cage, syncs three times, tells the guest its clock and thaws it, and the \
+                command goes through the agent: the steps are below",
     }
     .tell();
+    steps("pause_and_resume", &since);
 }
 
 /// What a directory takes on disk, in MiB.

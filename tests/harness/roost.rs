@@ -514,7 +514,7 @@ pub struct AgentConfig(String);
 impl AgentConfig {
     const FILE: &str = "/etc/roost/agent.toml";
 
-    /// Keys, or whole tables, on top of what there is.
+    /// Keys, or whole tables, on top of what there is; a key that there is already has the new value.
     ///
     /// # Panics
     /// When the agent does not start with them.
@@ -523,7 +523,10 @@ impl AgentConfig {
         let text = if lines.starts_with('[') {
             format!("{before}\n{lines}")
         } else {
-            format!("{lines}{before}")
+            let key = |line: &str| line.split_once(" = ").map(|(key, _)| key.to_owned());
+            let is_new = |line: &&str| key(line).is_none_or(|old| !lines.lines().filter_map(key).any(|new| new == old));
+            let kept: String = before.lines().filter(is_new).map(|line| format!("{line}\n")).collect();
+            format!("{lines}{kept}")
         };
         std::fs::write(Self::FILE, text).expect("written");
         assert!(Self::restart().expect("systemctl runs").success());

@@ -23,6 +23,7 @@ mod pause;
 mod power;
 mod privd;
 mod random;
+mod ready;
 mod recover;
 mod shim;
 mod templates;

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use roost_tests::census::Census;
 use roost_tests::random::{Random, number, seed};
-use roost_tests::roost::{self, Sandbox, Template, kill_9, kill_9_pid, pids, vmm_command, wait_for_agent};
+use roost_tests::roost::{self, AgentConfig, Sandbox, Template, kill_9, kill_9_pid, pids, vmm_command, wait_for_agent};
 use roost_tests::{eventually, in_rig, is_full_size, show};
 use serde_json::Value;
 
@@ -155,6 +155,8 @@ fn whatever_is_done_in_whatever_order_every_sandbox_is_what_it_must_be() {
     let operations = wanted.unwrap_or(if is_all { MANY } else { FEW });
     show(&format!("NOTE: ROOST_SEED={seed} ROOST_OPERATIONS={operations}"));
     in_rig(|| {
+        // So that kills hit what is made ahead, too.
+        let _ready = AgentConfig::with("ready_sandboxes = 1\n");
         let mut world = World(
             (0..SANDBOXES)
                 .map(|n| Known {

@@ -179,13 +179,18 @@ impl Shim {
         }
         let hello = FromShim::Hello {
             protocol: PROTOCOL,
-            vmm: ProgramId::of(&self.options.vmm).ok(),
+            vmm: self.program(),
         };
         match ipc::send(connection.as_fd(), &hello) {
             Ok(()) | Err(IpcError::Closed) => self.connections.push_back(connection),
             Err(error) => crate::log!("connection dropped: {error}"),
         }
         Ok(())
+    }
+
+    /// Which file the VMM's program is.
+    fn program(&self) -> Option<ProgramId> {
+        ProgramId::of(&self.options.vmm).ok()
     }
 
     /// Accepts all that wait at `shim.sock`, so that an agent never waits behind others for another turn of the loop. The
@@ -276,7 +281,8 @@ impl Shim {
                     FromShim::Refused(error)
                 }
             },
-            (State::Running(_), ToShim::Version) => FromShim::Refused(ShimError::AlreadyLaunched),
+            (State::Idle, ToShim::Program) => FromShim::Program(self.program()),
+            (State::Running(_), ToShim::Version | ToShim::Program) => FromShim::Refused(ShimError::AlreadyLaunched),
             (State::Idle, ToShim::Status) => FromShim::Status(Status::Idle),
             (State::Running(vm), ToShim::Status) => FromShim::Status(vm.status()),
             (State::Idle, ToShim::Kill) => return (FromShim::Killed, Then::End),

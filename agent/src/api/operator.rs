@@ -181,6 +181,19 @@ impl RoostService for Operator {
         })
     }
 
+    async fn ready<'a>(
+        &'a self,
+        _: RequestContext,
+        _: ServiceRequest<'_, ReadyRequest>,
+    ) -> ServiceResult<impl Encodable<ReadyResponse> + Send + use<'a>> {
+        let ready = &self.0.ready()?.host().ready;
+        Response::ok(ReadyResponse {
+            shims: u32::try_from(ready.shims()).unwrap_or(u32::MAX),
+            host_ips: ready.addresses().iter().map(ToString::to_string).collect(),
+            ..ReadyResponse::default()
+        })
+    }
+
     async fn drain<'a>(
         &'a self,
         _: RequestContext,

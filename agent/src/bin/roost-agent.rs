@@ -15,8 +15,8 @@ use roost_agent::control::register::register;
 use roost_agent::control::standing::{self, Standing};
 use roost_agent::control::url::Url;
 use roost_agent::errors::Chain;
-use roost_agent::host::Host;
 use roost_agent::host::files::Layout;
+use roost_agent::host::{Host, ready};
 use roost_agent::metrics::sampler;
 use roost_agent::outbox::{self, Outbox};
 use roost_agent::registry::Registry;
@@ -258,6 +258,7 @@ async fn run(config: Config, sources: Sources, lines: trace::Lines, standing: St
         async move {
             recover::recover(&registry).await.context("cannot recover")?;
             watermark::start(registry.clone()).await;
+            tokio::spawn(ready::keep(registry.host().clone()));
             tokio::spawn(sampler::run(registry.clone()));
             service.recovered();
             notify_ready();

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use clap::Args;
 use roost_hostagent::hostagent::v1::ListSandboxesRequest;
+use roost_hostagent::roost::v1::ReadyRequest;
 
-use super::client::{Client, ClientError};
+use super::client::{Client, ClientError, Operator};
 use super::{CliError, print, words};
 use crate::doctor::{self, Host, Listed, State, Text};
 use crate::errors::Chain;
@@ -27,6 +28,7 @@ pub(super) struct Doctor {
 /// Looks at this machine and prints what it finds; the exit status says how bad that is: 0 well, 1 warnings, 2 problems.
 pub(super) async fn doctor(
     client: Result<Client, ClientError>,
+    operator: Result<Operator, ClientError>,
     wish: Doctor,
     json: bool,
 ) -> Result<ExitCode, CliError> {
@@ -37,11 +39,12 @@ pub(super) async fn doctor(
     })
     .await
     .expect("a look does not panic");
-    let client = client.map_err(|error| Chain(&error).to_string());
-    let first = doctor::suspects(&host, &list(&client).await);
+    let clients = client.and_then(|client| Ok((client, operator?)));
+    let clients = clients.map_err(|error| Chain(&error).to_string());
+    let first = doctor::suspects(&host, &list(&clients).await);
     let second = if first.as_ref().is_ok_and(|suspects| !suspects.is_empty()) {
         tokio::time::sleep(PAUSE).await;
-        doctor::suspects(&host, &list(&client).await)
+        doctor::suspects(&host, &list(&clients).await)
     } else {
         first.clone()
     };
@@ -60,19 +63,27 @@ pub(super) async fn doctor(
     }))
 }
 
-/// The agent's sandboxes, paused ones too.
-async fn list(client: &Result<Client, String>) -> Result<Vec<Listed>, String> {
-    let client = client.as_ref().map_err(Clone::clone)?;
-    let answer = client.list_sandboxes(ListSandboxesRequest::default());
-    let answer = tokio::time::timeout(LIST_LIMIT, answer)
+/// The agent's sandboxes, paused ones too, and what it has made ahead.
+async fn list(clients: &Result<(Client, Operator), String>) -> Result<Vec<Listed>, String> {
+    let (client, operator) = clients.as_ref().map_err(Clone::clone)?;
+    let answers = async {
+        // First, so that what becomes a sandbox's meanwhile is in both.
+        let ready = operator.ready(ReadyRequest::default()).await?.into_owned();
+        let list = client.list_sandboxes(ListSandboxesRequest::default()).await?;
+        Ok((ready, list.into_owned()))
+    };
+    let answers = tokio::time::timeout(LIST_LIMIT, answers)
         .await
         .map_err(|_| "the agent does not answer".to_owned())?;
-    let answer = answer.map_err(|error| words(&error))?.into_owned();
-    let all = answer.sandboxes.into_iter().chain(answer.paused_sandboxes);
-    Ok(all
-        .map(|sandbox| Listed {
-            address: sandbox.host_ip.parse().ok(),
-            id: sandbox.sandbox_id,
-        })
-        .collect())
+    let (ready, list) = answers.map_err(|error| words(&error))?;
+    let sandboxes = list.sandboxes.into_iter().chain(list.paused_sandboxes);
+    let sandboxes = sandboxes.map(|sandbox| Listed {
+        address: sandbox.host_ip.parse().ok(),
+        id: Some(sandbox.sandbox_id),
+    });
+    let ready = ready.host_ips.iter().map(|address| Listed {
+        address: address.parse().ok(),
+        id: None,
+    });
+    Ok(sandboxes.chain(ready).collect())
 }

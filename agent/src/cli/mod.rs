@@ -413,7 +413,10 @@ async fn run(arguments: Arguments) -> Result<ExitCode, CliError> {
         Command::Rm { ids } => return remove(&client()?, ids).await,
         Command::Why { id } => why(&client::connect_operator(&host, &pki)?, id, json).await?,
         Command::Drain => return drain(&client::connect_operator(&host, &pki)?, json).await,
-        Command::Doctor(wish) => return doctor::doctor(client(), wish, json).await,
+        Command::Doctor(wish) => {
+            let operator = client::connect_operator(&host, &pki);
+            return doctor::doctor(client(), operator, wish, json).await;
+        }
         Command::Pki {
             command: Pki::Init { dir, names },
         } => init(&dir, &names)?,

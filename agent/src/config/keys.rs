@@ -342,6 +342,15 @@ pub const KEYS: &[Key] = &[
         field: field!(max_sandboxes, |max| (1..=4096).contains(max)),
     },
     Key {
+        name: "ready_sandboxes",
+        default: ByDefault::Is("2"),
+        range: "0 to 64 sandboxes",
+        about: "How many sandboxes to come have their shim and their network made ahead, so that a create does not wait for these. Each is a\n\
+                process of some 1.3 MiB, and a network namespace.",
+        applies: Applies::AtReload,
+        field: field!(ready_sandboxes, |ready| *ready <= 64),
+    },
+    Key {
         name: "default_disk_mb",
         default: ByDefault::Unset("4096"),
         range: "1 to 2097152 MiB",

@@ -62,6 +62,8 @@ pub struct Config {
     pub dns: Option<Vec<Ipv4Addr>>,
     /// Most sandboxes at a time, 1 to 4096 (systemd's dynamic uids end near 4,300).
     pub max_sandboxes: u32,
+    /// How many shims and networks are kept ready for sandboxes to come, 0 to 64.
+    pub ready_sandboxes: u32,
     /// Disk of a sandbox that asks for none, in MiB; unset: the image's size.
     pub default_disk_mb: Option<u32>,
     /// Largest disk that a caller may ask for, in MiB.
@@ -213,6 +215,7 @@ impl Default for Config {
             shim_args: Vec::new(),
             dns: None,
             max_sandboxes: 4096,
+            ready_sandboxes: 2,
             default_disk_mb: None,
             max_disk_mb: 1 << 20,
             disk_reserve_mb: 256,

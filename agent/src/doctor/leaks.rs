@@ -15,11 +15,11 @@ use super::{Finding, Host};
 
 const CHECK: &str = "left over";
 
-/// A sandbox of the agent's list.
+/// A sandbox of the agent's list, or the network of one to come.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Listed {
-    /// Its id.
-    pub id: String,
+    /// Its id; `None` where there is none yet.
+    pub id: Option<String>,
     /// Where it is reached, which tells its slot.
     pub address: Option<Ipv4Addr>,
 }
@@ -77,7 +77,7 @@ pub fn suspects(host: &Host, list: &Result<Vec<Listed>, String>) -> Result<BTree
     let list = list
         .as_ref()
         .map_err(|why| format!("the agent's list of sandboxes is not to be had: {why}"))?;
-    let is_listed = |id: &str| list.iter().any(|listed| listed.id == id);
+    let is_listed = |id: &str| list.iter().any(|listed| listed.id.as_deref() == Some(id));
     let mut found = BTreeSet::new();
     let mut suspect = |what, name: &str| {
         found.insert(Suspect {
@@ -178,7 +178,7 @@ mod tests {
         fake.write("run/roost/vm/one/shim.sock", "");
         fake.write("var/lib/roost/sandboxes/one/sandbox.json", "{}");
         let listed = Listed {
-            id: "one".into(),
+            id: Some("one".into()),
             address: Some(Ipv4Addr::new(10, 11, 0, 3)),
         };
         (fake, vec![listed])
@@ -187,10 +187,16 @@ mod tests {
     #[test]
     fn what_belongs_to_a_sandbox_of_the_list_is_no_suspect_and_all_else_is() {
         let (fake, list) = with_a_sandbox();
-        assert_eq!(suspects(&fake.host(), &Ok(list)), Ok(BTreeSet::new()));
+        assert_eq!(suspects(&fake.host(), &Ok(list.clone())), Ok(BTreeSet::new()));
         let found = suspects(&fake.host(), &Ok(vec![])).expect("seen");
         let what: Vec<_> = found.iter().map(|suspect| suspect.what).collect();
         assert_eq!(what, [What::Disk, What::Network, What::RunDirectory, What::Files]);
+        let ready = Listed {
+            id: None,
+            ..list[0].clone()
+        };
+        let found = suspects(&fake.host(), &Ok(vec![ready])).expect("seen");
+        assert!(found.iter().all(|suspect| suspect.what != What::Network), "{found:?}");
         fake.remove("sys/block/dm-0/holders/dm-1");
         fake.remove("sys/block/loop0/holders/dm-1");
         let found = suspects(&fake.host(), &Ok(vec![])).expect("seen");

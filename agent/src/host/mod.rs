@@ -9,6 +9,7 @@ pub mod files;
 pub mod images;
 pub mod kernels;
 pub mod privd;
+pub mod ready;
 pub mod shim;
 pub mod slots;
 
@@ -27,6 +28,7 @@ use crate::page::Changes;
 use crate::status::Timings;
 use files::Layout;
 use privd::PrivdClientHandle;
+use ready::Ready;
 use shim::Shims;
 use slots::Slots;
 
@@ -42,6 +44,8 @@ pub struct Host {
     pub shims: Shims,
     /// Which slots are free.
     pub slots: Arc<Slots>,
+    /// What was made ahead.
+    pub ready: Ready,
     resolvers: ArcSwap<Vec<Ipv4Addr>>,
     /// How paused sandboxes are listed.
     pub listing: Listing,
@@ -60,6 +64,7 @@ impl Host {
             privd: PrivdClientHandle::new(config.privd_socket.clone()),
             shims: Shims::new(&config),
             slots: Arc::new(Slots::new()),
+            ready: Ready::default(),
             resolvers: ArcSwap::from_pointee(config.resolvers()),
             listing: Listing::standalone(),
             operations: Timings::default(),
@@ -83,6 +88,7 @@ impl Host {
     pub fn reconfigure(&self, config: Config) {
         self.resolvers.store(Arc::new(config.resolvers()));
         self.config.store(Arc::new(config));
+        self.ready.changed();
     }
 
     /// The same, with a place for events.

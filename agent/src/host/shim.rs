@@ -149,21 +149,25 @@ impl Shims {
     /// # Errors
     /// Any [`ShimFault`], [`ShimFault::OldVmm`] among them; nothing is left.
     pub async fn start(&self) -> Result<NewShim, ShimFault> {
-        let (mut link, vmm) = self.greeted().await?;
+        let (mut link, program) = self.greeted().await?;
         let known = self
             .version()
             .clone()
-            .filter(|(program, _)| vmm.as_ref() == Some(program));
+            .filter(|(known, _)| program.as_ref() == Some(known));
         let vmm_version = match known {
             Some((_, version)) => version,
             None => {
                 let version = link.vmm_version().await?;
-                *self.version() = vmm.map(|vmm| (vmm, version.clone()));
+                *self.version() = program.map(|program| (program, version.clone()));
                 version
             }
         };
         if version::may_run(&vmm_version) {
-            Ok(NewShim { link, vmm_version })
+            Ok(NewShim {
+                link,
+                vmm_version,
+                program,
+            })
         } else {
             Err(ShimFault::OldVmm { found: vmm_version })
         }
@@ -317,6 +321,22 @@ pub struct NewShim {
     pub link: ShimLink,
     /// The version of the VMM that it launches, as that says. No guest has a say in it.
     pub vmm_version: String,
+    /// Which file said so.
+    program: Option<ProgramId>,
+}
+
+impl NewShim {
+    /// Whether it is still there, and the VMM that it launches still the one that it was when it started.
+    pub(super) async fn is_as_it_was(&mut self) -> bool {
+        match self.link.ask(&ToShim::Program).await {
+            Ok(FromShim::Program(program)) => program == self.program,
+            Ok(_) => false,
+            Err(error) => {
+                tracing::info!(%error, "a shim that was kept ready is of no use any more");
+                false
+            }
+        }
+    }
 }
 
 /// A connection to one shim.

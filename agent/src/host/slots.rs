@@ -1,4 +1,4 @@
-//! Slots: which place of the network plan each sandbox has.
+//! Slots: which place of the network plan each sandbox has, and the network there where that was made ahead.
 //!
 //! A slot is leased for as long as its [`SlotLease`] lives. Slots are handed out in turn rather than lowest first: the kernel
 //! takes a network down asynchronously, so the slot freed last is the one most likely to be still in use.
@@ -7,6 +7,8 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 
 use roost_common::ids::Slot;
+use roost_common::privd::Network;
+use tokio::runtime::Handle;
 
 /// All slots of the plan.
 #[derive(Debug)]
@@ -23,9 +25,22 @@ struct Pool {
 pub struct SlotLease {
     slot: Slot,
     pool: Arc<Slots>,
+    /// What was made ahead, until a start takes it.
+    network: Mutex<Option<Network>>,
 }
 
 impl SlotLease {
+    /// The same with its network, which was made ahead.
+    pub(super) fn with_network(mut self, network: Network) -> Self {
+        self.network = Mutex::new(Some(network));
+        self
+    }
+
+    /// The network that was made ahead, once.
+    pub(crate) fn take_network(&self) -> Option<Network> {
+        self.network.lock().expect("no panic while taking").take()
+    }
+
     /// The leased slot.
     pub fn slot(&self) -> Slot {
         self.slot
@@ -46,10 +61,7 @@ impl Slots {
         let mut pool = self.0.lock().expect("no panic while leasing");
         let free = pool.leased.insert(slot);
         drop(pool);
-        free.then(|| SlotLease {
-            slot,
-            pool: self.clone(),
-        })
+        free.then(|| self.leased(slot))
     }
 
     /// Leases the next free slot; `None` when all are in use.
@@ -64,10 +76,19 @@ impl Slots {
         }
         pool.next = after(slot);
         drop(pool);
-        Some(SlotLease {
+        Some(self.leased(slot))
+    }
+
+    fn leased(self: &Arc<Self>, slot: Slot) -> SlotLease {
+        SlotLease {
             slot,
             pool: self.clone(),
-        })
+            network: Mutex::default(),
+        }
+    }
+
+    fn free(&self, slot: Slot) {
+        self.0.lock().expect("no panic while leasing").leased.remove(&slot);
     }
 }
 
@@ -83,12 +104,19 @@ fn after(slot: Slot) -> Slot {
 
 impl Drop for SlotLease {
     fn drop(&mut self) {
-        self.pool
-            .0
-            .lock()
-            .expect("no panic while leasing")
-            .leased
-            .remove(&self.slot);
+        let Some(network) = self.take_network() else {
+            return self.pool.free(self.slot);
+        };
+        let (pool, slot) = (self.pool.clone(), self.slot);
+        let close = move || {
+            drop(network);
+            pool.free(slot);
+        };
+        // The last copy of a tap takes its network down, which takes tens of milliseconds: not on a thread of the runtime.
+        match Handle::try_current() {
+            Ok(runtime) => drop(runtime.spawn_blocking(close)),
+            Err(_) => close(),
+        }
     }
 }
 

@@ -31,6 +31,7 @@ use crate::host::shim::{self, ExitSummary};
 use crate::host::slots::SlotLease;
 use crate::host::{Host, files};
 use crate::snapshot::{self, Size};
+use crate::trace::step;
 use crate::vmm::{Vmm, VmmError};
 use crate::{templates, tombstone};
 
@@ -159,12 +160,14 @@ async fn steps(
         size,
         kernel,
         memory,
-    } = gate
-        .run({
+    } = step(
+        "find",
+        gate.run({
             let (host, plan) = (host.clone(), plan.clone());
             move || find(&host, &plan)
-        })
-        .await?;
+        }),
+    )
+    .await?;
     let cow_length = size.cow_length().ok_or(BuildError::DiskTooLarge(size))?;
     // What recovery has left alone is not ours to remove.
     if host.layout.record(&plan.id).exists() {
@@ -180,14 +183,16 @@ async fn steps(
     parts.start_shim(host);
     let mut record = Record::new(slot.slot().into(), plan.clone(), size, created_at_unix, Token::random());
     record.origin = Some(image.origin);
-    let cow = gate
-        .run({
-            let (host, record) = (host.clone(), record.clone());
-            move || make_files(&host, &record, cow_length)
-        })
-        .await?;
+    let cow = step(
+        "files",
+        gate.run({
+            let (host, id) = (host.clone(), plan.id.clone());
+            move || make_files(&host, &id, cow_length)
+        }),
+    )
+    .await?;
     let memory = match memory {
-        Ok(memory) => take_memory(host, parts, &plan.id, memory).await?,
+        Ok(memory) => fits_vmm(parts, &plan.id, memory).await?,
         Err(began) => Err(began),
     };
     let files = DiskFiles {
@@ -196,7 +201,21 @@ async fn steps(
         size,
     };
     reach("create.files").await?;
-    let disk_minor = parts.acquire(host, plan, slot.slot(), files).await?;
+    // The record is to be on disk before anything runs, and nothing runs before all of this is there.
+    let recorded = gate.run({
+        let (host, record) = (host.clone(), record.clone());
+        move || {
+            record.write(&host.layout)?;
+            tombstone::forget(&host.layout, &record.plan.id)
+        }
+    });
+    let (recorded, memory, disk_minor) = tokio::join!(
+        step("first_record", recorded),
+        take_memory(host, &gate, &plan.id, memory),
+        parts.acquire(host, plan, slot, files)
+    );
+    recorded?;
+    let disk_minor = disk_minor?;
     reach("create.acquired").await?;
     let start = match &memory {
         Ok((memories, _)) => {
@@ -205,7 +224,7 @@ async fn steps(
                 let (host, id, memories) = (host.clone(), plan.id.clone(), memories.clone());
                 move || memories.offer(&host, &id, CLONE, disk_minor, uid)
             });
-            let start = offered.await?;
+            let start = step("offer", offered).await?;
             reach("clone.offered").await?;
             start
         }
@@ -221,9 +240,9 @@ async fn steps(
         match &memory {
             Ok((memories, token)) => {
                 let vmm = wake::<BuildError>(&api, &STEPS).await?;
-                let envd = guest.wait_until_up(WAKE_LIMIT).await?;
+                let envd = step("up", guest.wait_until_up(WAKE_LIMIT)).await?;
                 let known = memories.manifest.about.nonces;
-                let nonces = guest.init(Some(token), identity(host, plan), known).await?;
+                let nonces = step("init", guest.init(Some(token), identity(host, plan), known)).await?;
                 reach("clone.gated").await?;
                 Ok(Versions {
                     kernel: memories.manifest.about.kernel_version.clone(),
@@ -236,9 +255,9 @@ async fn steps(
             Err(began) => {
                 let (vmm, envd) = tokio::try_join!(async { api.version().await.map_err(BuildError::from) }, async {
                     let limit = boot_limit(host, plan);
-                    guest.wait_until_up(limit).await.map_err(BuildError::from)
+                    step("boot", guest.wait_until_up(limit)).await.map_err(BuildError::from)
                 })?;
-                let nonces = guest.init(None, identity(host, plan), Nonces::Unknown).await?;
+                let nonces = step("init", guest.init(None, identity(host, plan), Nonces::Unknown)).await?;
                 Ok::<_, BuildError>(Versions {
                     kernel: kernel.version.clone(),
                     vmm,
@@ -254,7 +273,7 @@ async fn steps(
         end = shim.ended() => return Err(ended(pause::ending(end))),
     };
     if memory.is_ok() {
-        if let Some(ending) = pause::thaw(shim, &guest, &plan.id).await {
+        if let Some(ending) = step("thaw", pause::thaw(shim, &guest, &plan.id)).await {
             return Err(ended(ending));
         }
         // The VMM has it open for as long as it needs it.
@@ -269,11 +288,11 @@ async fn steps(
         versions,
         ..record.with(Phase::Running)
     };
-    gate.run({
+    let recorded = gate.run({
         let (host, record) = (host.clone(), record.clone());
         move || record.write(&host.layout)
-    })
-    .await?;
+    });
+    step("record", recorded).await?;
     pass("create.recorded").await;
     tracing::info!(sandbox_id = %plan.id, op = "create", elapsed_ms = millis(started), "guest is up");
     Ok((guest, record, load))
@@ -289,26 +308,33 @@ fn ended(end: Ending) -> BuildError {
     }
 }
 
+/// A template's memory, where the VMM that the shim would launch can load it.
+async fn fits_vmm(
+    parts: &mut Parts,
+    id: &SandboxId,
+    memory: (templates::Memory, Memories),
+) -> Result<Result<(templates::Memory, Memories), Began>, BuildError> {
+    let fits = memory.1.fits_vmm(&parts.shim().await?.vmm_version);
+    Ok(fits.map(|()| memory).map_err(|misfit| instead(id, &misfit)))
+}
+
 /// Copies a template's memory for one sandbox, where the VMM reads it: that is given the directory, and a template is everybody's. Without
 /// the copy the sandbox begins without the memory.
 async fn take_memory(
     host: &Arc<Host>,
-    parts: &mut Parts,
+    gate: &Gate,
     id: &SandboxId,
-    memory: (templates::Memory, Memories),
-) -> Result<Result<(Arc<Memories>, Token), Began>, BuildError> {
-    let (template, memories) = memory;
-    if let Err(misfit) = memories.fits_vmm(&parts.shim().await?.vmm_version) {
-        return Ok(Err(instead(id, &misfit)));
-    }
-    let copied = parts.gate.run({
+    memory: Result<(templates::Memory, Memories), Began>,
+) -> Result<(Arc<Memories>, Token), Began> {
+    let (template, memories) = memory?;
+    let copied = gate.run({
         let to = host.layout.generation(id, CLONE);
         move || snapshot::copy_generation(&template.dir, &to)
     });
-    Ok(match copied.await {
+    match step("copy_memory", copied).await {
         Ok(_) => Ok((Arc::new(memories), template.token)),
         Err(error) => Err(instead(id, &error)),
-    })
+    }
 }
 
 fn instead(id: &SandboxId, why: &(dyn std::error::Error + 'static)) -> Began {
@@ -395,12 +421,10 @@ fn left_behind(host: &Host, id: &SandboxId) -> bool {
         .any(|dir| dir.exists())
 }
 
-/// Makes a sandbox's directories, its record and its exception store.
-fn make_files(host: &Host, record: &Record, cow_length: Bytes) -> Result<File, FileError> {
-    let (layout, id) = (&host.layout, &record.plan.id);
+/// Makes a sandbox's directories and its exception store.
+fn make_files(host: &Host, id: &SandboxId, cow_length: Bytes) -> Result<File, FileError> {
+    let layout = &host.layout;
     files::make_dir(&layout.sandbox(id))?;
-    record.write(layout)?;
-    tombstone::forget(layout, id)?;
     files::make_dir(&layout.vm(id))?;
     files::make_dir(&layout.vm_run(id))?;
     files::make_cow(&layout.cow(id), cow_length)

@@ -5,6 +5,8 @@
 //!        +--> open_network ----------------------+
 //! ```
 //!
+//! Shim and network may have been made ahead ([`crate::host::ready`]).
+//!
 //! What is acquired stands in [`Parts`] from the moment it is asked for. A start that fails or is told to stop waits for what is
 //! under way and lets go of it with the rest before it ends, so that its answer comes when nothing is left but what the kernel
 //! removes in its own time.
@@ -15,7 +17,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use roost_common::ids::{SandboxId, Slot};
+use roost_common::ids::SandboxId;
 use roost_common::ipc::PassedFd;
 use roost_common::privd::{Disk, Network, OpenDisk, OpenNetwork};
 use roost_common::shim::{Launch, RestoreMode, Start, VmSpec};
@@ -33,6 +35,8 @@ use crate::host::Host;
 use crate::host::acl::{self, Access};
 use crate::host::privd::CallError;
 use crate::host::shim::{NewShim, ShimFault, ShimLink};
+use crate::host::slots::SlotLease;
+use crate::trace::step;
 
 /// A running VM with everything it has on this host. The disk and the network are held by shim and VMM, not here.
 #[derive(Debug)]
@@ -152,7 +156,7 @@ impl Parts {
     pub(super) fn start_shim(&mut self, host: &Arc<Host>) {
         self.shim = Held::start({
             let host = host.clone();
-            async move { host.shims.start().await }
+            async move { step("shim", host.shim()).await }
         });
     }
 
@@ -167,7 +171,7 @@ impl Parts {
         &mut self,
         host: &Arc<Host>,
         plan: &Plan,
-        slot: Slot,
+        slot: &SlotLease,
         files: DiskFiles,
     ) -> Result<u32, PartError> {
         let uid = self.shim.here().await?.link.uid();
@@ -181,22 +185,29 @@ impl Parts {
                     size: files.size,
                     owner: uid,
                 };
-                host.privd.open_disk(request).await
+                step("open_disk", host.privd.open_disk(request)).await
             }
         });
-        self.network = Held::start({
-            let (host, policy) = (host.clone(), plan.egress.policy(&host.resolvers()));
-            async move { host.privd.open_network(OpenNetwork { slot, policy }).await }
+        self.network = match slot.take_network() {
+            Some(ready) => Held::Here(ready),
+            None => Held::start({
+                let request = OpenNetwork {
+                    slot: slot.slot(),
+                    policy: plan.egress.policy(&host.resolvers()),
+                };
+                let host = host.clone();
+                async move { step("open_network", host.privd.open_network(request)).await }
+            }),
+        };
+        let admitted = self.gate.run({
+            let (host, id) = (host.clone(), plan.id.clone());
+            move || admit(&host, &id, uid)
         });
-        let (disk, _) = tokio::try_join!(self.disk.here(), self.network.here())?;
-        let minor = disk.node.minor;
-        self.gate
-            .run({
-                let (host, id) = (host.clone(), plan.id.clone());
-                move || admit(&host, &id, uid)
-            })
-            .await?;
-        Ok(minor)
+        let admitted = async { step("admit", admitted).await.map_err(PartError::from) };
+        let disk = async { self.disk.here().await.map_err(PartError::from) };
+        let network = async { self.network.here().await.map_err(PartError::from) };
+        let (disk, _, ()) = tokio::try_join!(disk, network, admitted)?;
+        Ok(disk.node.minor)
     }
 
     /// Launches the VMM on what was acquired. From here on the VMM and its shim hold disk and network, and we do not.
@@ -218,7 +229,7 @@ impl Parts {
             tap: network.tap.clone(),
             disk: disk.device.clone(),
         };
-        let vmm = self.shim.here().await?.link.launch(launch).await?;
+        let vmm = step("launch", self.shim.here().await?.link.launch(launch)).await?;
         tracing::info!(sandbox_id = %plan.id, vmm_pid = vmm.pid, op = "launch", elapsed_ms = millis(began), "VMM started");
         let (disk, network) = (std::mem::take(&mut self.disk), std::mem::take(&mut self.network));
         // Not on a runtime thread: closing the last copy of a tap takes its network down, which takes tens of milliseconds. Nobody

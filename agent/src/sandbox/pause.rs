@@ -1,9 +1,12 @@
 //! Pausing a sandbox: from a running VM to files that it can be resumed from.
 //!
 //! ```text
-//! drain proxied --> prepare --> freeze --> vm.pause --> sync disk --> vm.snapshot --> publish --> seal --> record --> end the VMM --> tidy
-//! '------------- a failure up to here thaws the guest, and it runs on -------------------'
+//! drain proxied --> prepare --> freeze --> shrink --> vm.pause --> sync disk --> vm.snapshot --> publish --> seal --> record
+//! '------------------------ a failure up to here thaws the guest, and it runs on ------------------------'       --> end the VMM --> tidy
 //! ```
+//!
+//! What a guest has free need not be written, nor read again by whoever wakes it: while its programs are stopped it gives that memory away
+//! to its balloon, and whoever lets it run has it given back first.
 //!
 //! Guest memory and disk agree because the guest's filesystems are frozen before its processors stop, and because the disk is
 //! synced through its device: the VMM writes through the device's page cache, so that syncing the file behind it moves nothing.
@@ -21,6 +24,7 @@ use std::time::{Duration, Instant};
 
 use roost_common::ids::SandboxId;
 use roost_common::shim::{API_SOCKET, RestoreMode, SHIM_SOCKET};
+use roost_common::units::Bytes;
 use tracing::Instrument as _;
 
 use super::parts::{self, Gate, MemoryLoad, Versions, Vm, millis};
@@ -35,8 +39,19 @@ use crate::host::shim::{self, ShimFault, ShimLink, VmmEnd};
 use crate::host::{Host, files, kernels};
 use crate::outbox::{self, EventKind};
 use crate::snapshot::{self, About, Cpu, Devices, MemoryFile, SnapshotError};
+use crate::trace::step;
 use crate::vmm::{self, State, Vmm, VmmError};
 
+/// What a guest keeps of its free memory, in bytes, and a sixty-fourth of all: its kernel has work to do when it wakes.
+const LEFT_FREE: u64 = 8 << 20;
+/// Fewer bytes are not worth asking for.
+const WORTH_TAKING: u64 = 8 << 20;
+/// How long a guest may take to give away its free memory. That costs some 5 us for each page of 4 KiB, and not to write one as much.
+const SHRINK_LIMIT: Duration = Duration::from_secs(3);
+/// How long it may give nothing meanwhile.
+const SHRINK_PATIENCE: Duration = Duration::from_millis(250);
+/// Pause between two looks at how much it has given.
+const SHRINK_PAUSE: Duration = Duration::from_millis(10);
 /// How long the disk may take to write out what the VMM has written.
 const SYNC_LIMIT: Duration = Duration::from_secs(120);
 /// How long a snapshot may take to be taken over: its memory is written out here.
@@ -140,7 +155,7 @@ async fn attempt_to_pause(host: &Arc<Host>, mut vm: Vm, reason: PauseReason) -> 
     let mut progress = Progress::default();
     match steps(host, &mut vm, reason, &mut progress).await {
         Ok(kept) => {
-            stop(host, vm, kept.generation).await;
+            step("end", stop(host, vm, kept.generation)).await;
             tracing::info!(sandbox_id = %id, op = "pause", elapsed_ms = millis(began), "sandbox is on disk");
             PauseEnd::Paused(kept)
         }
@@ -169,12 +184,16 @@ async fn steps(
     let ended = &mut progress.ended;
     load_memory(host, vm, ended).await?;
     // Before the guest makes ready, so that what it does to end a connection is in its snapshot.
-    unless_ended(&mut vm.shim, ended, vm.guest.connections().drain()).await?;
+    step(
+        "drain",
+        unless_ended(&mut vm.shim, ended, vm.guest.connections().drain()),
+    )
+    .await?;
     let Stopped {
         disk: _,
         written_at: disk_written_at,
         freeze,
-    } = stop_guest(host, vm, &STOP, ended).await?;
+    } = stop_guest(host, vm, Wanted::Memory, &STOP, ended).await?;
     let generation = write_memory(host, vm, freeze, &WRITE, ended).await?;
     let kept = Kept {
         generation,
@@ -186,13 +205,13 @@ async fn steps(
     };
     progress.recorded = true;
     let (host, record) = (host.clone(), vm.record.with(Phase::Paused(kept)));
-    in_turn(&vm.writes, RECORD_LIMIT, move || {
+    let written = in_turn(&vm.writes, RECORD_LIMIT, move || {
         // That the sandbox's directory is there at all has not been on disk so far: a sandbox that only runs does not survive a
         // power cut anyway.
         files::sync_dir(&host.layout.sandboxes())?;
         record.write(&host.layout)
-    })
-    .await?;
+    });
+    step("record", written).await?;
     pass("pause.recorded").await;
     Ok(kept)
 }
@@ -231,10 +250,42 @@ pub(super) async fn load_memory(host: &Arc<Host>, vm: &mut Vm, ended: &mut Optio
     Ok(())
 }
 
+/// What of a guest is to be read once it stands still, beside its disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Wanted {
+    Memory,
+    DiskAlone,
+}
+
+/// Takes from a guest of so much memory what it says is free. Whatever it says: it loses no more than it has, while none of its programs
+/// runs, and one that gives nothing, or late, has more written.
+async fn shrink(api: &Vmm, memory: Bytes, free: Bytes) -> Result<(), VmmError> {
+    let wanted = free.0.min(memory.0).saturating_sub(LEFT_FREE + memory.0 / 64);
+    if wanted < WORTH_TAKING {
+        return Ok(());
+    }
+    api.resize_balloon(Bytes(wanted)).await?;
+    let rest = memory.0 - wanted;
+    let began = Instant::now();
+    let (mut seen, mut seen_at) = (u64::MAX, began);
+    // No call waits for a guest to be done, and a guest may stop short of what it was asked for.
+    loop {
+        let now = api.memory().await?.0;
+        if now < seen {
+            (seen, seen_at) = (now, Instant::now());
+        }
+        if seen <= rest || seen_at.elapsed() > SHRINK_PATIENCE || began.elapsed() > SHRINK_LIMIT {
+            return Ok(());
+        }
+        tokio::time::sleep(SHRINK_PAUSE).await;
+    }
+}
+
 /// Brings a guest to a stop: filesystems, then processors, then its disk. Whoever calls this lets it [run on](run_on), or ends it.
 pub(super) async fn stop_guest(
     host: &Arc<Host>,
     vm: &mut Vm,
+    wanted: Wanted,
     steps: &StopSteps,
     ended: &mut Option<Ending>,
 ) -> Result<Stopped, PauseError> {
@@ -243,22 +294,28 @@ pub(super) async fn stop_guest(
     } = vm;
     let id = &record.plan.id;
     let api = api(host, id);
-    if let Err(error) = unless_ended(shim, ended, guest.prepare()).await? {
+    if let Err(error) = step("prepare", unless_ended(shim, ended, guest.prepare())).await? {
         tracing::info!(sandbox_id = %id, error = %Chain(&error), "the guest did not make ready for a snapshot");
     }
     reach(steps.prepared).await?;
-    let freeze = unless_ended(shim, ended, guest.freeze())
+    let (freeze, free) = step("freeze", unless_ended(shim, ended, guest.freeze()))
         .await?
         .map_err(PauseError::Freeze)?;
     reach(steps.frozen).await?;
-    unless_ended(shim, ended, api.pause()).await??;
+    if wanted == Wanted::Memory {
+        let shrunk = shrink(&api, record.plan.memory.bytes(), free);
+        if let Err(error) = step("shrink", unless_ended(shim, ended, shrunk)).await? {
+            tracing::info!(sandbox_id = %id, error = %Chain(&error), "the guest does not give away what memory it has free");
+        }
+    }
+    step("stop", unless_ended(shim, ended, api.pause())).await??;
     reach(steps.stopped).await?;
     let disk = shim.lend_disk().await.map_err(|fault| fault_of(fault, ended))?;
     let synced = blocking({
         let cow = host.layout.cow(id);
         move || sync(disk, &cow)
     });
-    let (disk, written_at) = tokio::time::timeout(SYNC_LIMIT, synced)
+    let (disk, written_at) = tokio::time::timeout(SYNC_LIMIT, step("sync", synced))
         .await
         .map_err(|_| PauseError::SyncTimeout(SYNC_LIMIT))??;
     reach(steps.synced).await?;
@@ -285,10 +342,14 @@ pub(super) async fn write_memory(
     })
     .await?;
     let directory = host.layout.generation(id, attempt);
-    unless_ended(shim, ended, api(host, id).snapshot(&directory)).await??;
+    step(
+        "snapshot",
+        unless_ended(shim, ended, api(host, id).snapshot(&directory)),
+    )
+    .await??;
     reach(steps.written).await?;
     shim.publish(attempt).await.map_err(|fault| fault_of(fault, ended))?;
-    seal(host, record, freeze, attempt, attempt + 1).await?;
+    step("seal", seal(host, record, freeze, attempt, attempt + 1)).await?;
     reach(steps.sealed).await?;
     Ok(attempt + 1)
 }
@@ -475,8 +536,10 @@ async fn undo(host: &Arc<Host>, vm: &mut Vm, progress: Progress) -> Option<Endin
 /// for what else it does is its own affair.
 pub(crate) async fn run_on(api: &Vmm, shim: &mut ShimLink, guest: &Guest, id: &SandboxId) -> Option<Ending> {
     let run = || async {
-        let stopped = api.state().await? == State::Paused;
-        if stopped { api.resume().await } else { Ok(()) }
+        if api.state().await? == State::Paused {
+            api.resume().await?;
+        }
+        api.resize_balloon(Bytes(0)).await
     };
     match until(RUN_ON_LIMIT, shim, run).await {
         Ok(()) => {}

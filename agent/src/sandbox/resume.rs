@@ -37,6 +37,7 @@ use crate::host::shim::{self, ExitSummary, ShimFault};
 use crate::host::slots::SlotLease;
 use crate::host::{Host, kernels};
 use crate::snapshot::{Manifest, Misfit, SnapshotError};
+use crate::trace::step;
 use crate::vmm::{Vmm, VmmError};
 
 const STEPS: Steps = Steps {
@@ -148,7 +149,7 @@ pub async fn resume(
         let (host, id, slot) = (host.clone(), id.clone(), slot.slot());
         move || make_ready(&host, &id, slot, kept, wish)
     });
-    let ready = match ready.await.expect("file work does not panic") {
+    let ready = match step("ready", ready).await.expect("file work does not panic") {
         Ok(ready) => ready,
         Err(error) => return ResumeEnd::Paused(kept, error),
     };
@@ -242,14 +243,14 @@ async fn steps(
     let gate = parts.gate.clone();
     let write = |record: Record| {
         let (gate, host) = (gate.clone(), host.clone());
-        async move { gate.run(move || record.write(&host.layout)).await }
+        async move { step("record", gate.run(move || record.write(&host.layout))).await }
     };
     reach("resume.ready").await?;
     parts.start_shim(host);
     if let Some(memories) = &memories {
         memories.fits_vmm(&parts.shim().await?.vmm_version)?;
     }
-    let disk_minor = parts.acquire(host, &plan, slot.slot(), files).await?;
+    let disk_minor = parts.acquire(host, &plan, slot, files).await?;
     reach("resume.acquired").await?;
     // Asked again now that the disk is ours: a VM whose end was known before may have written until its last descriptor was closed.
     if memories.is_some() {
@@ -259,28 +260,34 @@ async fn steps(
         }
     }
     let uid = parts.shim().await?.link.uid();
-    let start = match &memories {
+    let (start, before_it_runs) = match &memories {
         Some(memories) => {
-            let start = gate
-                .run({
-                    let (host, id, memories, generation) =
-                        (host.clone(), id.clone(), memories.clone(), kept.generation);
-                    move || memories.offer(&host, &id, generation, disk_minor, uid)
-                })
-                .await?;
-            // Durable before the VM runs: whoever finds this knows that the guest is frozen and nobody was told that it runs.
-            write(record.with(Phase::Resuming(*kept))).await?;
-            start
+            let offered = gate.run({
+                let (host, id, memories, generation) = (host.clone(), id.clone(), memories.clone(), kept.generation);
+                move || memories.offer(&host, &id, generation, disk_minor, uid)
+            });
+            let start = step("offer", offered).await?;
+            // Whoever finds this knows that the guest is frozen and nobody was told that it runs. A VM that is restored is stopped until
+            // it is woken, so this may be written beside its launch.
+            (start, Some(record.with(Phase::Resuming(*kept))))
         }
         None => {
             kept.memory = Memory::Spent;
             write(record.with(Phase::Paused(*kept))).await?;
-            build::boot(&kernel)
+            (build::boot(&kernel), None)
         }
     };
     reach("resume.offered").await?;
     let memory = MemoryLoad::of(&start);
-    let shim = parts.launch(host, &plan, start).await?;
+    let written = async {
+        match before_it_runs {
+            Some(record) => write(record).await,
+            None => Ok(()),
+        }
+    };
+    let (written, launched) = tokio::join!(written, parts.launch(host, &plan, start));
+    written?;
+    let shim = launched?;
 
     reach("resume.launched").await?;
     let guest = host.guest(slot.slot(), record.token.clone());
@@ -295,8 +302,8 @@ async fn steps(
             Some(_) => (wake::<ResumeError>(&api, &STEPS).await?, WAKE_LIMIT),
             None => (api.version().await?, boot_limit(host, &plan)),
         };
-        let envd = guest.wait_until_up(limit).await?;
-        let nonces = guest.init(None, identity(host, &plan), known_nonces).await?;
+        let envd = step("up", guest.wait_until_up(limit)).await?;
+        let nonces = step("init", guest.init(None, identity(host, &plan), known_nonces)).await?;
         reach("resume.gated").await?;
         Ok::<_, ResumeError>((vmm, envd, nonces))
     };
@@ -312,7 +319,7 @@ async fn steps(
         write(record.with(Phase::Thawing(*kept))).await?;
         // From here on the guest may write. Whether it has, its disk says: a VM that is lost may still be a sandbox that is paused.
         pass("resume.recorded").await;
-        if let Some(ending) = pause::thaw(shim, &guest, &id).await {
+        if let Some(ending) = step("thaw", pause::thaw(shim, &guest, &id)).await {
             return Err(ended(ending));
         }
         pass("resume.thawed").await;

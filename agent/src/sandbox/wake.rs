@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use roost_common::ids::SandboxId;
 use roost_common::shim::{RestoreMode, Start};
+use roost_common::units::Bytes;
 
 use crate::config::RestoreMemory;
 use crate::errors::FileError;
@@ -13,6 +14,7 @@ use crate::failpoint::reach;
 use crate::host::acl::{self, Access};
 use crate::host::{Host, kernels};
 use crate::snapshot::{self, Cpu, HostFacts, Manifest, Misfit, RestoreConfig, Size};
+use crate::trace::step;
 use crate::vmm::{Vmm, VmmError};
 
 /// How long a restored guest's envd may take to answer: it was running when the snapshot was taken.
@@ -98,11 +100,13 @@ pub(super) async fn wake<E>(api: &Vmm, steps: &Steps) -> Result<String, E>
 where
     E: From<VmmError> + From<FileError>,
 {
-    api.restored().await?;
+    step("load", api.restored()).await?;
     // Asked before it runs its guest, so the guest has no say in it.
     let version = api.version().await?;
     reach(steps.restored).await?;
-    api.resume().await?;
+    step("wake", api.resume()).await?;
+    // What it gave away when it was written, see [`super::pause`].
+    api.resize_balloon(Bytes(0)).await?;
     reach(steps.woken).await?;
     Ok(version)
 }

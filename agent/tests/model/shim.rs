@@ -319,7 +319,8 @@ fn answer(world: &Arc<World>, number: u64, request: ToShim) -> Result<FromShim, 
     let vm = inner.shims.get(&number).and_then(|shim| shim.vm.as_ref());
     match (request, vm) {
         (ToShim::Version, None) => Ok(FromShim::Version(format!("cloud-hypervisor v{VERSION}\n").into())),
-        (ToShim::Version, Some(_)) => Err(ShimError::AlreadyLaunched),
+        (ToShim::Program, None) => Ok(FromShim::Program(None)),
+        (ToShim::Version | ToShim::Program, Some(_)) => Err(ShimError::AlreadyLaunched),
         (ToShim::Status, None) => Ok(FromShim::Status(Status::Idle)),
         (ToShim::Status, Some(vm)) => Ok(FromShim::Status(Status::Running {
             spec: vm.spec.clone(),
