@@ -30,10 +30,13 @@ use tokio::net::TcpStream;
 
 use crate::errors::Chain;
 use crate::failpoint;
+use crate::host::consoles::Console;
 use crate::proxy::Connections;
 
-/// Pause between two attempts to reach an envd that is not up yet.
-const PROBE_PAUSE: Duration = Duration::from_millis(20);
+/// Pause between two attempts to reach an envd that is not up yet, and has not been heard of either.
+const PROBE_PAUSE: Duration = Duration::from_millis(50);
+/// Pause between two attempts in any case: a guest may write to its console all the time.
+const LEAST_PROBE_PAUSE: Duration = Duration::from_millis(2);
 /// How long one attempt to reach an envd that is not up yet may take to connect: a guest without a network drops the first packet,
 /// and a retransmission would come a second later.
 const PROBE_LIMIT: Duration = Duration::from_millis(250);
@@ -270,14 +273,16 @@ impl Guest {
     ///
     /// # Errors
     /// [`GuestError::NotUp`].
-    pub async fn wait_until_up(&self, limit: Duration) -> Result<String, GuestError> {
+    pub async fn wait_until_up(&self, limit: Duration, console: &Console) -> Result<String, GuestError> {
         let attempts = async {
             loop {
                 match self.health().await {
                     Ok(version) => return version,
                     Err(error) => {
                         tracing::trace!(error = %Chain(&error), "envd is not up yet");
-                        tokio::time::sleep(PROBE_PAUSE).await;
+                        tokio::time::sleep(LEAST_PROBE_PAUSE).await;
+                        // An envd that is up says so there.
+                        drop(tokio::time::timeout(PROBE_PAUSE, console.written()).await);
                     }
                 }
             }
@@ -595,15 +600,29 @@ mod tests {
     #[tokio::test]
     async fn health_takes_any_success_and_bounds_the_version() {
         let guest = hostile(b"HTTP/1.1 204 No Content\r\nX-Envd-Version: 0.5.7\r\n\r\n").await;
-        assert_eq!(guest.wait_until_up(Duration::from_secs(10)).await.expect("up"), "0.5.7");
+        assert_eq!(
+            guest
+                .wait_until_up(Duration::from_secs(10), &Console::unheard())
+                .await
+                .expect("up"),
+            "0.5.7"
+        );
         let guest = hostile(b"HTTP/1.1 200 OK\r\nContent-Length: 19\r\n\r\n{\"version\":\"1.2.3\"}").await;
-        assert_eq!(guest.wait_until_up(Duration::from_secs(10)).await.expect("up"), "1.2.3");
+        assert_eq!(
+            guest
+                .wait_until_up(Duration::from_secs(10), &Console::unheard())
+                .await
+                .expect("up"),
+            "1.2.3"
+        );
     }
 
     #[tokio::test]
     async fn a_guest_that_does_not_come_up_is_given_up() {
         let guest = hostile(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n").await;
-        let outcome = guest.wait_until_up(Duration::from_millis(200)).await;
+        let outcome = guest
+            .wait_until_up(Duration::from_millis(200), &Console::unheard())
+            .await;
         assert!(matches!(outcome, Err(GuestError::NotUp(_))));
     }
 

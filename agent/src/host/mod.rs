@@ -4,6 +4,7 @@
 //! configuration. Dropping the struct frees the first; the second is removed by who made it, or by recovery.
 
 pub mod acl;
+pub mod consoles;
 pub mod counters;
 pub mod files;
 pub mod images;
@@ -26,6 +27,7 @@ use crate::guest::{Guest, Token};
 use crate::outbox::{Event, Outbox};
 use crate::page::Changes;
 use crate::status::Timings;
+use consoles::Consoles;
 use files::Layout;
 use privd::PrivdClientHandle;
 use ready::Ready;
@@ -46,6 +48,8 @@ pub struct Host {
     pub slots: Arc<Slots>,
     /// What was made ahead.
     pub ready: Ready,
+    /// Guests that are coming up.
+    pub consoles: Consoles,
     resolvers: ArcSwap<Vec<Ipv4Addr>>,
     /// How paused sandboxes are listed.
     pub listing: Listing,
@@ -65,6 +69,7 @@ impl Host {
             shims: Shims::new(&config),
             slots: Arc::new(Slots::new()),
             ready: Ready::default(),
+            consoles: Consoles::default(),
             resolvers: ArcSwap::from_pointee(config.resolvers()),
             listing: Listing::standalone(),
             operations: Timings::default(),

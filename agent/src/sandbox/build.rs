@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use roost_common::ids::SandboxId;
-use roost_common::shim::{API_SOCKET, SHIM_SOCKET, Start};
+use roost_common::shim::{API_SOCKET, CONSOLE_FILE, SHIM_SOCKET, Start};
 use roost_common::units::{Bytes, Sectors};
 
 use super::parts::{Began, DiskFiles, Gate, MemoryLoad, PartError, Parts, Versions, Vm, boot_limit, identity, millis};
@@ -235,12 +235,16 @@ async fn steps(
     reach("create.launched").await?;
 
     let guest = host.guest(slot.slot(), record.token.clone());
-    let api = Vmm::new(&host.layout.vm_run(&plan.id).join(API_SOCKET));
+    let run_dir = host.layout.vm_run(&plan.id);
+    let (api, console) = (
+        Vmm::new(&run_dir.join(API_SOCKET)),
+        host.consoles.listen(&run_dir.join(CONSOLE_FILE)),
+    );
     let up = async {
         match &memory {
             Ok((memories, token)) => {
                 let vmm = wake::<BuildError>(&api, &STEPS).await?;
-                let envd = step("up", guest.wait_until_up(WAKE_LIMIT)).await?;
+                let envd = step("up", guest.wait_until_up(WAKE_LIMIT, &console)).await?;
                 let known = memories.manifest.about.nonces;
                 let nonces = step("init", guest.init(Some(token), identity(host, plan), known)).await?;
                 reach("clone.gated").await?;
@@ -255,7 +259,9 @@ async fn steps(
             Err(began) => {
                 let (vmm, envd) = tokio::try_join!(async { api.version().await.map_err(BuildError::from) }, async {
                     let limit = boot_limit(host, plan);
-                    step("boot", guest.wait_until_up(limit)).await.map_err(BuildError::from)
+                    step("boot", guest.wait_until_up(limit, &console))
+                        .await
+                        .map_err(BuildError::from)
                 })?;
                 let nonces = step("init", guest.init(None, identity(host, plan), Nonces::Unknown)).await?;
                 Ok::<_, BuildError>(Versions {

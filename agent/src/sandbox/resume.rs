@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use roost_common::ids::{SandboxId, Slot};
-use roost_common::shim::{API_SOCKET, SHIM_SOCKET};
+use roost_common::shim::{API_SOCKET, CONSOLE_FILE, SHIM_SOCKET};
 
 use super::parts::{DiskFiles, MemoryLoad, PartError, Parts, Vm, boot_limit, identity, millis};
 use super::pause::{self, tidy};
@@ -291,7 +291,11 @@ async fn steps(
 
     reach("resume.launched").await?;
     let guest = host.guest(slot.slot(), record.token.clone());
-    let api = Vmm::new(&host.layout.vm_run(&id).join(API_SOCKET));
+    let run_dir = host.layout.vm_run(&id);
+    let (api, console) = (
+        Vmm::new(&run_dir.join(API_SOCKET)),
+        host.consoles.listen(&run_dir.join(CONSOLE_FILE)),
+    );
     // The envd of its memory is the one that there was; from its disk another may boot.
     let known_nonces = match &memories {
         Some(_) => record.versions.nonces,
@@ -302,7 +306,7 @@ async fn steps(
             Some(_) => (wake::<ResumeError>(&api, &STEPS).await?, WAKE_LIMIT),
             None => (api.version().await?, boot_limit(host, &plan)),
         };
-        let envd = step("up", guest.wait_until_up(limit)).await?;
+        let envd = step("up", guest.wait_until_up(limit, &console)).await?;
         let nonces = step("init", guest.init(None, identity(host, &plan), known_nonces)).await?;
         reach("resume.gated").await?;
         Ok::<_, ResumeError>((vmm, envd, nonces))
