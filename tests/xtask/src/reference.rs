@@ -1,7 +1,7 @@
 //! `cargo xtask reference`: `docs/api.md`, the API's reference, from the `.proto` files and their comments.
 //!
 //! Holds: what it writes depends on those files alone, so that a test can tell whether the page is theirs. Reads the part of the language
-//! that they use, and refuses the rest by line.
+//! that they use, and refuses the rest by line; and so it does what has no comment, but for messages without fields.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -77,6 +77,10 @@ fn section(proto: &str) -> Result<String> {
         let said = comment.join(" ");
         comment.clear();
         let words: Vec<&str> = line.trim_end_matches(['{', ';', '}']).split_whitespace().collect();
+        let speaks_for_itself = matches!(words.first(), None | Some(&("syntax" | "package" | "import" | "oneof")));
+        if said.is_empty() && !speaks_for_itself && !line.ends_with("{}") {
+            bail!("line {number}: {line:?} has no comment");
+        }
         match (words.as_slice(), inside.last().cloned()) {
             ([], _) if line == "}" => {
                 if inside.pop().is_none() {
@@ -173,7 +177,7 @@ mod tests {
     fn every_kind_of_line_has_its_place() {
         let proto = "// Of the file.\nsyntax = \"proto3\";\n\npackage a.v1;\n\n// Of the service.\nservice S {\n  // Does.\n  rpc Do(In) \
                      returns (stream Out);\n}\n\nmessage In {}\n\n// Of it.\nmessage Out {\n  oneof which {\n    // First.\n    string a \
-                     = 1;\n  }\n  map<string, string> b = 2;\n}\n\n// Of the list.\nenum E {\n  // Nothing.\n  E_NONE = 0;\n}\n";
+                     = 1;\n  }\n  // Of b.\n  map<string, string> b = 2;\n}\n\n// Of the list.\nenum E {\n  // Nothing.\n  E_NONE = 0;\n}\n";
         let page = section(proto).expect("understood");
         for line in [
             "## a.v1.S",
@@ -182,7 +186,7 @@ mod tests {
             "| `Do` | [In](#in) | stream of [Out](#out) | Does. |",
             "No fields.",
             "| `a` | 1 | `string` | One of `which`. First. |",
-            "| `b` | 2 | `map<string, string>` |  |",
+            "| `b` | 2 | `map<string, string>` | Of b. |",
             "| `E_NONE` | 0 |  | Nothing. |",
         ] {
             assert!(page.lines().any(|there| there == line), "{line:?} is not in {page}");
@@ -192,10 +196,12 @@ mod tests {
     #[test]
     fn what_is_not_understood_is_refused_by_line() {
         for proto in [
-            "message A {\n  group B = 1 {\n",
+            "// Of A.\nmessage A {\n  // Of B.\n  group B = 1 {\n",
             "}\n",
-            "service S {\n  string a = 1;\n",
-            "extend A {\n",
+            "// Of S.\nservice S {\n  // Of a.\n  string a = 1;\n",
+            "// Of A.\nextend A {\n",
+            "// Of A.\nmessage A {\n  string a = 1;\n",
+            "message A {\n",
         ] {
             let error = format!("{:#}", section(proto).expect_err(proto));
             assert!(error.contains("line "), "{error}");
