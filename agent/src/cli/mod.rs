@@ -1,42 +1,40 @@
 //! The command line, `roost`: sandboxes of one host, by hand, over the same API that a control plane uses.
 //!
-//! Exit status: 0, 1 when something failed, 2 for a wrong command line. `roost doctor` has 1 for warnings and 2 for problems. `roost exec` has the command's own, and 125 when it could
-//! not be run at all.
+//! Exit status: 0, 1 when something failed, 2 for a wrong command line. `roost doctor` has 1 for warnings and 2 for problems. `roost exec` has the
+//! command's own, and 125 when it could not be run at all.
 
 mod client;
 mod copy;
+mod create;
 mod doctor;
 mod egress;
 mod exec;
 mod forward;
+mod output;
+mod sandboxes;
 pub(crate) mod template;
 mod top;
 
-use std::collections::HashMap;
-use std::io::{self, IsTerminal as _, Write};
+use std::io;
 use std::num::NonZeroU16;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, CommandFactory as _, Parser, Subcommand};
 use connectrpc::{ConnectError, ErrorCode};
-use serde::Serialize;
-use uuid::Uuid;
 
 use crate::errors::Chain;
 use crate::pki;
-use crate::sandbox::unix_now;
-use client::{Client, ClientError, Operator};
+use client::ClientError;
 use copy::{Copy, CopyError};
+use create::{Create, Run, pair};
 use doctor::Doctor;
-use egress::{Egress, Policy};
+use egress::Egress;
 use exec::{Exec, ExecError};
 use forward::Forward;
-use roost_hostagent::hostagent::v1::{
-    CreateSandboxRequest, CreateSnapshotRequest, DeleteSnapshotRequest, DestroySandboxRequest, FlattenRootfsRequest,
-    ListSandboxesRequest, PauseSandboxRequest, PingSandboxRequest, ResumeSandboxRequest, SandboxInfo,
-};
-use roost_hostagent::roost::v1::{DrainRequest, LogsRequest, WhyRequest};
+use output::{age, print, print_json, table};
+use roost_hostagent::hostagent::v1::{DeleteSnapshotRequest, PingSandboxRequest};
+use sandboxes::{Capture, Resume, Template};
 use template::build::BuildError;
 use template::{ResolveError, Templates};
 
@@ -154,95 +152,11 @@ enum Command {
 }
 
 #[derive(Args)]
-struct Create {
-    /// Its id; the agent makes one otherwise
-    #[arg(long)]
-    id: Option<String>,
-    /// UUID or name of the template; the minimal image otherwise
-    #[arg(long, value_name = "TEMPLATE")]
-    template: Option<String>,
-    /// UUID of the team that the template belongs to
-    #[arg(long, value_name = "UUID")]
-    team: Option<String>,
-    /// vCPUs [default: 1]
-    #[arg(long, value_name = "N")]
-    vcpus: Option<i32>,
-    /// Memory in MiB [default: 512]
-    #[arg(long, value_name = "MIB")]
-    memory: Option<i32>,
-    /// Disk in MiB [default: the image's size]
-    #[arg(long, value_name = "MIB")]
-    disk: Option<i32>,
-    /// Seconds without activity until it is paused [default: never]
-    #[arg(long, value_name = "SECONDS")]
-    timeout: Option<i32>,
-    /// The user that commands run as
-    #[arg(long)]
-    user: Option<String>,
-    /// A variable of every command's environment; may be given several times
-    #[arg(long = "env", value_name = "NAME=VALUE", value_parser = pair)]
-    env: Vec<(String, String)>,
-    #[command(flatten)]
-    policy: Policy,
-}
-
-#[derive(Args)]
-struct Resume {
-    /// Boot from its disk and give its memory up
-    #[arg(long)]
-    disk_only: bool,
-    /// Another number of seconds without activity until it is paused [default: as before]
-    #[arg(long, value_name = "SECONDS")]
-    timeout: Option<i32>,
-    /// The sandbox
-    id: String,
-}
-
-#[derive(Args)]
-struct Template {
-    /// UUID of the template
-    #[arg(long, value_name = "UUID")]
-    template: String,
-    /// UUID of the team that it belongs to
-    #[arg(long, value_name = "UUID", default_value = "")]
-    team: String,
-}
-
-#[derive(Args)]
-struct Capture {
-    #[command(flatten)]
-    template: Template,
-    /// A name for people
-    #[arg(long, default_value = "")]
-    name: String,
-    /// The sandbox
-    id: String,
-}
-
-#[derive(Args)]
 struct InSandbox {
     #[command(flatten)]
     exec: Exec,
     /// The sandbox
     id: String,
-    /// The program and its arguments
-    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
-    command: Vec<String>,
-}
-
-#[derive(Args)]
-struct Run {
-    #[command(flatten)]
-    create: Create,
-    /// Pass standard input on
-    #[arg(short, long)]
-    interactive: bool,
-    /// Give the command a terminal
-    #[arg(short, long)]
-    tty: bool,
-    /// Keep the sandbox when the command has ended
-    #[arg(long)]
-    keep: bool,
     /// The program and its arguments
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
     command: Vec<String>,
@@ -358,18 +272,18 @@ async fn run(arguments: Arguments) -> Result<ExitCode, CliError> {
     let client = || client::connect(&host, &pki);
     match command {
         Command::Create(wish) => {
-            let wish = resolved(|| client::connect_operator(&host, &pki), wish).await?;
-            create(&client()?, wish, json).await?;
+            let wish = create::resolved(|| client::connect_operator(&host, &pki), wish).await?;
+            create::create(&client()?, wish, json).await?;
         }
-        Command::Ls => list(&client()?, json).await?,
+        Command::Ls => sandboxes::list(&client()?, json).await?,
         Command::Exec(InSandbox { exec, id, command }) => {
             let operator = client::connect_operator(&host, &pki)?;
             return exec::exec((&client()?, &operator), id, exec, command, json).await;
         }
         Command::Run(mut wish) => {
             let operator = client::connect_operator(&host, &pki)?;
-            wish.create = resolved(|| Ok(operator.clone()), wish.create).await?;
-            return self::run_once((&client()?, &operator), wish).await;
+            wish.create = create::resolved(|| Ok(operator.clone()), wish.create).await?;
+            return create::run_once((&client()?, &operator), wish).await;
         }
         Command::Cp(wish) => copy::copy(&client()?, wish).await?,
         Command::Forward(wish) => forward::forward(client::connect_plain(&host, &pki)?, wish).await?,
@@ -381,7 +295,7 @@ async fn run(arguments: Arguments) -> Result<ExitCode, CliError> {
                 print(format_args!("{}", egress::text(&answer)))?;
             }
         }
-        Command::Logs { vmm, id } => logs(&client::connect_operator(&host, &pki)?, id, vmm).await?,
+        Command::Logs { vmm, id } => sandboxes::logs(&client::connect_operator(&host, &pki)?, id, vmm).await?,
         Command::Top => top::top(&client()?).await?,
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Arguments::command(), "roost", &mut io::stdout());
@@ -394,10 +308,10 @@ async fn run(arguments: Arguments) -> Result<ExitCode, CliError> {
             };
             client()?.ping_sandbox(request).await?;
         }
-        Command::Pause { ids } => return pause(&client()?, ids).await,
-        Command::Resume(wish) => resume(&client()?, wish, json).await?,
-        Command::Snapshot(wish) => snapshot(&client()?, wish, json).await?,
-        Command::Flatten(wish) => flatten(&client()?, wish, json).await?,
+        Command::Pause { ids } => return sandboxes::pause(&client()?, ids).await,
+        Command::Resume(wish) => sandboxes::resume(&client()?, wish, json).await?,
+        Command::Snapshot(wish) => sandboxes::snapshot(&client()?, wish, json).await?,
+        Command::Flatten(wish) => sandboxes::flatten(&client()?, wish, json).await?,
         Command::Rmi(Template { template, team }) => {
             let request = DeleteSnapshotRequest {
                 template_id: template,
@@ -410,9 +324,9 @@ async fn run(arguments: Arguments) -> Result<ExitCode, CliError> {
             let operator = client::connect_operator(&host, &pki)?;
             return template::run(&client()?, &operator, wish, json).await;
         }
-        Command::Rm { ids } => return remove(&client()?, ids).await,
-        Command::Why { id } => why(&client::connect_operator(&host, &pki)?, id, json).await?,
-        Command::Drain => return drain(&client::connect_operator(&host, &pki)?, json).await,
+        Command::Rm { ids } => return sandboxes::remove(&client()?, ids).await,
+        Command::Why { id } => sandboxes::why(&client::connect_operator(&host, &pki)?, id, json).await?,
+        Command::Drain => return sandboxes::drain(&client::connect_operator(&host, &pki)?, json).await,
         Command::Doctor(wish) => {
             let operator = client::connect_operator(&host, &pki);
             return doctor::doctor(client(), operator, wish, json).await;
@@ -434,268 +348,6 @@ async fn run(arguments: Arguments) -> Result<ExitCode, CliError> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// A wish whose template is a UUID. What looks like one is the agent's to judge; a name is looked up.
-async fn resolved(
-    operator: impl FnOnce() -> Result<Operator, ClientError>,
-    mut wish: Create,
-) -> Result<Create, CliError> {
-    let name = wish.template.take_if(|template| Uuid::try_parse(template).is_err());
-    if let Some(name) = name {
-        let team = wish.team.as_deref().map(Uuid::try_parse).transpose();
-        let team = team.map_err(|_| ResolveError::None(name.clone()))?;
-        let found = template::resolve(&operator()?, &name, team).await?;
-        wish.template = Some(found.template_id);
-        wish.team = Some(found.team_id);
-    }
-    Ok(wish)
-}
-
-async fn create(client: &Client, wish: Create, json: bool) -> Result<(), CliError> {
-    let answer = client.create_sandbox(create_request(wish)).await?.into_owned();
-    if json {
-        print_json(&answer)
-    } else {
-        print(format_args!("{}\n", answer.sandbox_id))
-    }
-}
-
-fn create_request(wish: Create) -> CreateSandboxRequest {
-    CreateSandboxRequest {
-        sandbox_id: wish.id.unwrap_or_default(),
-        template_id: wish.template.unwrap_or_default(),
-        team_id: wish.team.unwrap_or_default(),
-        vcpus: wish.vcpus.unwrap_or_default(),
-        memory_mb: wish.memory.unwrap_or_default(),
-        disk_size_mb: wish.disk.unwrap_or_default(),
-        timeout_sec: wish.timeout.unwrap_or_default(),
-        default_user: wish.user.unwrap_or_default(),
-        default_env: wish.env.into_iter().collect::<HashMap<_, _>>().into_iter().collect(),
-        egress: wish.policy.into_message().into(),
-        ..CreateSandboxRequest::default()
-    }
-}
-
-/// A command in a sandbox of its own; its exit status.
-async fn run_once((client, operator): (&Client, &Operator), wish: Run) -> Result<ExitCode, CliError> {
-    let made = client.create_sandbox(create_request(wish.create)).await?.into_owned();
-    let id = made.sandbox_id;
-    let ended = exec::exec(
-        (client, operator),
-        id.clone(),
-        Exec::of(wish.interactive, wish.tty),
-        wish.command,
-        false,
-    )
-    .await;
-    if wish.keep {
-        eprintln!("roost: {id} is kept");
-        return ended;
-    }
-    let request = DestroySandboxRequest {
-        sandbox_id: id.clone(),
-        ..DestroySandboxRequest::default()
-    };
-    if let Err(error) = client.destroy_sandbox(request).await {
-        eprintln!("roost: {id} was not destroyed: {}", words(&error));
-        return ended.and(Ok(ExitCode::FAILURE));
-    }
-    ended
-}
-
-/// What a guest wrote is for its reader to handle: a terminal that shows it does what it says.
-async fn logs(client: &Operator, id: String, vmm: bool) -> Result<(), CliError> {
-    let request = LogsRequest {
-        sandbox_id: id,
-        vmm,
-        ..LogsRequest::default()
-    };
-    let content = client.logs(request).await?.into_owned().content;
-    let mut out = io::stdout();
-    if out.is_terminal() {
-        let shown = |byte: &u8| matches!(byte, b'\n' | b'\t' | b' '..=b'~');
-        // A console ends its lines with both.
-        let printed = content.iter().filter(|byte| **byte != b'\r');
-        let safe: Vec<u8> = printed.map(|byte| if shown(byte) { *byte } else { b'?' }).collect();
-        out.write_all(&safe)?;
-    } else {
-        out.write_all(&content)?;
-    }
-    Ok(out.flush()?)
-}
-
-async fn list(client: &Client, json: bool) -> Result<(), CliError> {
-    let answer = client
-        .list_sandboxes(ListSandboxesRequest::default())
-        .await?
-        .into_owned();
-    if json {
-        return print_json(&answer);
-    }
-    let header = ["ID", "STATUS", "VCPUS", "MEMORY", "ADDRESS", "AGE"].map(str::to_owned);
-    let rows = answer.sandboxes.iter().chain(&answer.paused_sandboxes).map(row);
-    table(std::iter::once(header).chain(rows).collect())
-}
-
-/// Prints rows in columns that are as wide as they must be.
-fn table<const N: usize>(rows: Vec<[String; N]>) -> Result<(), CliError> {
-    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
-    let widths: Vec<usize> = (0..N).map(width).collect();
-    for row in &rows {
-        let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));
-        print(format_args!("{}\n", cells.collect::<Vec<_>>().join("  ").trim_end()))?;
-    }
-    Ok(())
-}
-
-fn row(sandbox: &SandboxInfo) -> [String; 6] {
-    [
-        sandbox.sandbox_id.clone(),
-        sandbox.status.clone(),
-        sandbox.vcpus.to_string(),
-        format!("{} MiB", sandbox.memory_mb),
-        sandbox.host_ip.clone(),
-        age(unix_now().saturating_sub(sandbox.created_at_unix)),
-    ]
-}
-
-/// An age in its largest unit.
-fn age(seconds: i64) -> String {
-    match seconds {
-        ..120 => format!("{}s", seconds.max(0)),
-        120..7200 => format!("{}m", seconds / 60),
-        7200..172_800 => format!("{}h", seconds / 3600),
-        _ => format!("{}d", seconds / 86_400),
-    }
-}
-
-async fn remove(client: &Client, ids: Vec<String>) -> Result<ExitCode, CliError> {
-    each(ids, async |id| {
-        let request = DestroySandboxRequest {
-            sandbox_id: id,
-            ..DestroySandboxRequest::default()
-        };
-        client.destroy_sandbox(request).await.map(drop)
-    })
-    .await
-}
-
-async fn pause(client: &Client, ids: Vec<String>) -> Result<ExitCode, CliError> {
-    each(ids, async |id| {
-        let request = PauseSandboxRequest {
-            sandbox_id: id,
-            ..PauseSandboxRequest::default()
-        };
-        client.pause_sandbox(request).await.map(drop)
-    })
-    .await
-}
-
-/// Calls for one sandbox after the other; a failure is told, and the others have their turn.
-async fn each(ids: Vec<String>, call: impl AsyncFn(String) -> Result<(), ConnectError>) -> Result<ExitCode, CliError> {
-    let mut code = ExitCode::SUCCESS;
-    for id in ids {
-        if let Err(error) = call(id.clone()).await {
-            eprintln!("roost: {id}: {}", words(&error));
-            code = ExitCode::FAILURE;
-        }
-    }
-    Ok(code)
-}
-
-async fn resume(client: &Client, wish: Resume, json: bool) -> Result<(), CliError> {
-    let request = ResumeSandboxRequest {
-        sandbox_id: wish.id,
-        timeout_sec: wish.timeout.unwrap_or_default(),
-        disk_only: wish.disk_only,
-        ..ResumeSandboxRequest::default()
-    };
-    let answer = client.resume_sandbox(request).await?.into_owned();
-    if json { print_json(&answer) } else { Ok(()) }
-}
-
-async fn snapshot(client: &Client, wish: Capture, json: bool) -> Result<(), CliError> {
-    let request = CreateSnapshotRequest {
-        sandbox_id: wish.id,
-        name: wish.name,
-        team_id: wish.template.team,
-        template_id: wish.template.template,
-        ..CreateSnapshotRequest::default()
-    };
-    let answer = client.create_snapshot(request).await?.into_owned();
-    if json {
-        print_json(&answer)
-    } else {
-        print_size(answer.size_bytes)
-    }
-}
-
-async fn flatten(client: &Client, wish: Capture, json: bool) -> Result<(), CliError> {
-    let request = FlattenRootfsRequest {
-        sandbox_id: wish.id,
-        name: wish.name,
-        team_id: wish.template.team,
-        template_id: wish.template.template,
-        ..FlattenRootfsRequest::default()
-    };
-    let answer = client.flatten_rootfs(request).await?.into_owned();
-    if json {
-        print_json(&answer)
-    } else {
-        print_size(answer.size_bytes)
-    }
-}
-
-fn print_size(bytes: i64) -> Result<(), CliError> {
-    print(format_args!("{} MiB\n", bytes.max(0).unsigned_abs().div_ceil(1 << 20)))
-}
-
-async fn why(client: &Operator, id: String, json: bool) -> Result<(), CliError> {
-    let request = WhyRequest {
-        sandbox_id: id,
-        ..WhyRequest::default()
-    };
-    let answer = client.why(request).await?.into_owned();
-    if json {
-        return print_json(&answer);
-    }
-    print(format_args!(
-        "{}: {} ({}), {} ago, {} after it was made\n",
-        answer.sandbox_id,
-        answer.summary,
-        answer.reason,
-        age(unix_now().saturating_sub(answer.ended_at_unix)),
-        age(answer.ended_at_unix.saturating_sub(answer.created_at_unix)),
-    ))?;
-    for (what, tail) in [("console", &answer.console_tail), ("VMM's log", &answer.vmm_log_tail)] {
-        if !tail.is_empty() {
-            print(format_args!("\nthe end of the {what}:\n{tail}\n"))?;
-        }
-    }
-    Ok(())
-}
-
-async fn drain(client: &Operator, json: bool) -> Result<ExitCode, CliError> {
-    let answer = client.drain(DrainRequest::default()).await?.into_owned();
-    if json {
-        print_json(&answer)?;
-    } else {
-        for (became, ids) in [
-            ("paused", &answer.paused_sandbox_ids),
-            ("destroyed", &answer.destroyed_sandbox_ids),
-            ("FAILED", &answer.failed_sandbox_ids),
-        ] {
-            for id in ids {
-                print(format_args!("{id}  {became}\n"))?;
-            }
-        }
-    }
-    Ok(if answer.failed_sandbox_ids.is_empty() {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
-}
-
 fn init(dir: &Path, names: &[String]) -> Result<(), CliError> {
     pki::init(dir, names)?;
     print(format_args!("wrote {} to {}\n", pki::FILES.join(", "), dir.display()))?;
@@ -707,23 +359,6 @@ fn init(dir: &Path, names: &[String]) -> Result<(), CliError> {
         print(format_args!("gave server-key.pem to user roost\n"))?;
     }
     Ok(())
-}
-
-fn print_json(answer: &impl Serialize) -> Result<(), CliError> {
-    let text = serde_json::to_string_pretty(answer).map_err(io::Error::from)?;
-    print(format_args!("{text}\n"))
-}
-
-/// Prints to standard output; `println!` would panic when the reader has gone.
-fn print(text: std::fmt::Arguments<'_>) -> Result<(), CliError> {
-    io::stdout().write_fmt(text).map_err(CliError::from)
-}
-
-fn pair(text: &str) -> Result<(String, String), String> {
-    match text.split_once('=') {
-        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
-        _ => Err("not of the form NAME=VALUE".to_owned()),
-    }
 }
 
 #[cfg(test)]
@@ -748,19 +383,5 @@ mod tests {
             panic!("no exec")
         };
         assert_eq!(exec.command, ["--version"]);
-    }
-
-    #[test]
-    fn ages_are_in_the_largest_unit_that_says_something() {
-        for (seconds, text) in [
-            (-5, "0s"),
-            (0, "0s"),
-            (119, "119s"),
-            (120, "2m"),
-            (7200, "2h"),
-            (200_000, "2d"),
-        ] {
-            assert_eq!(age(seconds), text);
-        }
     }
 }

@@ -10,7 +10,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
-use tokio::io::unix::AsyncFd;
+use rustix::io::Errno;
 use tokio::sync::Notify;
 
 /// The consoles that are listened to. One of the kernel's instances for all: a user has few.
@@ -19,7 +19,7 @@ pub struct Consoles(OnceLock<Option<Arc<Watches>>>);
 
 #[derive(Debug)]
 struct Watches {
-    inotify: AsyncFd<OwnedFd>,
+    inotify: OwnedFd,
     /// By the kernel's number for each.
     listening: Mutex<HashMap<i32, Arc<Notify>>>,
 }
@@ -36,7 +36,7 @@ struct Watch {
 }
 
 impl Consoles {
-    /// Listens to a console, a [`roost_common::ring`] that a shim writes. Needs a runtime.
+    /// Listens to a console, a [`roost_common::ring`] that a shim writes.
     pub fn listen(&self, file: &Path) -> Console {
         let watches = self.0.get_or_init(|| {
             let watches = Watches::start();
@@ -50,19 +50,21 @@ impl Consoles {
 
 impl Watches {
     fn start() -> std::io::Result<Arc<Self>> {
-        let inotify = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
         let watches = Arc::new(Self {
-            inotify: AsyncFd::register(inotify)?,
+            inotify: inotify::init(CreateFlags::CLOEXEC)?,
             listening: Mutex::default(),
         });
-        tokio::spawn(watches.clone().tell());
+        let telling = watches.clone();
+        std::thread::Builder::new()
+            .name("consoles".into())
+            .spawn(move || telling.tell())?;
         Ok(watches)
     }
 
     fn add(self: &Arc<Self>, file: &Path) -> Option<Watch> {
         // Together with the number, so that an event finds whom it is for.
         let mut listening = self.lock();
-        let number = inotify::add_watch(self.inotify.get_ref(), file, WatchFlags::MODIFY).ok()?;
+        let number = inotify::add_watch(&self.inotify, file, WatchFlags::MODIFY).ok()?;
         let written = listening.entry(number).or_default().clone();
         drop(listening);
         Some(Watch {
@@ -72,17 +74,20 @@ impl Watches {
         })
     }
 
-    /// Tells whoever listens, until the process ends.
-    async fn tell(self: Arc<Self>) {
+    /// Tells whoever listens, until the process ends. Blocks.
+    fn tell(&self) {
         let mut buffer = [MaybeUninit::uninit(); 4096];
-        while let Ok(mut ready) = self.inotify.readable().await {
-            let mut events = inotify::Reader::new(self.inotify.get_ref(), &mut buffer);
-            while let Ok(event) = events.next() {
-                if let Some(written) = self.lock().get(&event.wd()) {
-                    written.notify_one();
+        let mut events = inotify::Reader::new(&self.inotify, &mut buffer);
+        loop {
+            match events.next() {
+                Ok(event) => {
+                    if let Some(written) = self.lock().get(&event.wd()) {
+                        written.notify_one();
+                    }
                 }
+                Err(Errno::INTR) => {}
+                Err(error) => return tracing::error!(%error, "consoles are not heard any more"),
             }
-            ready.clear_ready();
         }
     }
 
@@ -111,7 +116,7 @@ impl Drop for Watch {
     fn drop(&mut self) {
         self.watches.lock().remove(&self.number);
         // One whose file has gone has gone with it.
-        inotify::remove_watch(self.watches.inotify.get_ref(), self.number).ok();
+        inotify::remove_watch(&self.watches.inotify, self.number).ok();
     }
 }
 
