@@ -7,9 +7,11 @@ use std::io::{self, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use landlock::{ABI, Access as _, AccessFs, CompatLevel, Compatible as _, Ruleset, RulesetAttr as _};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use crate::config::{Config, Loaded, Problems, Sources};
 use crate::sandbox::unix_now;
@@ -82,7 +84,7 @@ impl Host {
             root: "/".into(),
             now: unix_now(),
             landlock: landlock_version(),
-            vmm_version: said_by_vmm,
+            vmm_version: |program| said_by_vmm(program, ANSWER_LIMIT),
             health: health(config.status_listen),
             loaded,
             config,
@@ -188,8 +190,8 @@ fn landlock_version() -> u32 {
     known.iter().find(|(_, abi)| has(*abi)).map_or(0, |(number, _)| *number)
 }
 
-/// What a program writes for `--version`.
-fn said_by_vmm(program: &Path) -> io::Result<Vec<u8>> {
+/// What a program writes for `--version`. One that has not ended within `limit` is killed.
+fn said_by_vmm(program: &Path, limit: Duration) -> io::Result<Vec<u8>> {
     let mut child = Command::new(program)
         .arg("--version")
         .env_clear()
@@ -197,14 +199,17 @@ fn said_by_vmm(program: &Path) -> io::Result<Vec<u8>> {
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()?;
-    let began = Instant::now();
-    while child.try_wait()?.is_none() {
-        if began.elapsed() > ANSWER_LIMIT {
-            child.kill()?;
-            child.wait()?;
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        std::thread::sleep(Duration::from_millis(10));
+    // Can be read from once it has ended.
+    let pidfd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?;
+    let limit = Timespec::try_from(limit).expect("a few seconds");
+    let mut ends = [PollFd::new(&pidfd, PollFlags::IN)];
+    let has_ended = rustix::io::retry_on_intr(|| poll(&mut ends, Some(&limit)))? > 0;
+    if !has_ended {
+        child.kill()?;
+    }
+    child.wait()?;
+    if !has_ended {
+        return Err(io::ErrorKind::TimedOut.into());
     }
     let mut said = Vec::new();
     child
@@ -405,13 +410,22 @@ mod tests {
     }
 
     #[test]
-    fn a_program_is_asked_for_its_version_and_one_that_is_not_there_is_an_error() {
-        let said = said_by_vmm(Path::new("/bin/cat")).expect("it runs");
+    fn a_program_is_asked_for_its_version_and_one_that_is_not_there_or_does_not_answer_is_an_error() {
+        let said = said_by_vmm(Path::new("/bin/cat"), ANSWER_LIMIT).expect("it runs");
         assert!(said.starts_with(b"cat "), "{}", said.escape_ascii());
-        assert_eq!(
-            said_by_vmm(Path::new("/nonexistent")).expect_err("missing").kind(),
-            io::ErrorKind::NotFound
-        );
+        let kind = |program: &Path, limit| said_by_vmm(program, limit).expect_err("nothing was said").kind();
+        assert_eq!(kind(Path::new("/nonexistent"), ANSWER_LIMIT), io::ErrorKind::NotFound);
+        let dir = tempfile::tempdir().expect("a directory");
+        let endless = dir.path().join("endless");
+        // By another process: a file that this one has open for writing, or one that it has started meanwhile, cannot be run.
+        let write = "printf '#!/bin/sh\nexec sleep 1000\n' > \"$0\"; chmod 755 \"$0\"";
+        let written = Command::new("sh")
+            .args(["-c", write])
+            .arg(&endless)
+            .status()
+            .expect("sh runs");
+        assert!(written.success());
+        assert_eq!(kind(&endless, Duration::from_millis(100)), io::ErrorKind::TimedOut);
     }
 
     #[test]
