@@ -2,6 +2,7 @@
 //! bounded, and a client whose certificate is not listed gets one answer and no further.
 
 use std::convert::Infallible;
+use std::net::SocketAddr;
 use std::num::NonZeroU32;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -56,6 +57,8 @@ const PROBE: (Duration, Duration, u32) = (Duration::from_secs(60), Duration::fro
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
 /// How long it has to say so.
 const KEEPALIVE_LIMIT: Duration = Duration::from_secs(20);
+/// Pause after a connection that could not be accepted.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Largest request, and largest message in it: a whole file, in JSON, where its bytes take a third more.
 const MAX_REQUEST: usize = files::MAX_WHOLE * 3 / 2;
 /// Most bytes of a refused request that are read only to be thrown away.
@@ -198,15 +201,7 @@ pub async fn serve(listener: TcpListener, access: impl Into<Arc<Access>>, servic
     }
     loop {
         let place = places.clone().acquire_owned().await.expect("never closed");
-        let (stream, peer) = match listener.accept().await {
-            Ok(accepted) => accepted,
-            Err(error) => {
-                // Out of descriptors, mostly: those that are open must close before another attempt makes sense.
-                tracing::error!(%error, "cannot accept a connection");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-                continue;
-            }
-        };
+        let (stream, peer) = accept(&listener).await;
         number += 1;
         let (services, access) = (services.clone(), access.clone());
         tokio::spawn(async move {
@@ -215,6 +210,20 @@ pub async fn serve(listener: TcpListener, access: impl Into<Arc<Access>>, servic
             }
             drop(place);
         });
+    }
+}
+
+/// The next connection. Where there is one that cannot be had, for want of descriptors mostly, those that are open must close before another
+/// attempt makes sense.
+pub(crate) async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
+    loop {
+        match listener.accept().await {
+            Ok(accepted) => return accepted,
+            Err(error) => {
+                tracing::error!(listener = ?listener.local_addr(), %error, "cannot accept a connection");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
     }
 }
 

@@ -32,6 +32,7 @@ use crate::host::files::blocking;
 use crate::page::{self, Status};
 use crate::registry::Registry;
 use crate::sandbox::task::View;
+use crate::serve;
 
 /// Most connections at a time; more wait in the kernel's backlog.
 const MAX_CONNECTIONS: usize = 16;
@@ -214,15 +215,7 @@ pub async fn serve(
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         let place = places.clone().acquire_owned().await.expect("never closed");
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                // Out of descriptors, mostly: those that are open must close before another attempt makes sense.
-                tracing::error!(%error, "cannot accept a connection on the status listener");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-                continue;
-            }
-        };
+        let (stream, _) = serve::accept(&listener).await;
         let (pages, is_ready) = (pages.clone(), is_ready.clone());
         tokio::spawn(async move {
             let service = hyper::service::service_fn(move |request: Request<Incoming>| {

@@ -29,6 +29,7 @@ use tokio::task::JoinSet;
 use super::{Egress, name};
 use crate::errors::Chain;
 use crate::sandbox::unix_now;
+use crate::serve;
 
 /// Most connections of one sandbox at a time, and of all of them.
 const MAX_CONNECTIONS: usize = 128;
@@ -44,8 +45,6 @@ const MAX_DIALS: usize = 4;
 const MAX_REMEMBERED: usize = 32;
 /// Connections that wait to be accepted.
 const BACKLOG: u32 = 64;
-/// Pause after an accept that failed for want of something.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Why a guest's connection leads nowhere.
 #[derive(Debug, thiserror::Error)]
@@ -211,14 +210,7 @@ async fn accept(listener: TcpListener, protocol: Protocol, guest: Ipv4Addr, way:
     loop {
         // What has ended is forgotten.
         while connections.try_join_next().is_some() {}
-        let (stream, peer) = match listener.accept().await {
-            Ok(accepted) => accepted,
-            Err(error) => {
-                tracing::warn!(sandbox_id = %way.sandbox, error = %Chain(&error), "a connection by name was not accepted");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-                continue;
-            }
-        };
+        let (stream, peer) = serve::accept(&listener).await;
         // The host's own programs reach it too; it is no way out for them.
         if peer.ip() != IpAddr::V4(guest) {
             continue;
