@@ -232,20 +232,6 @@ mod tests {
     /// Changes of each seed.
     const CHANGES: u64 = 3000;
 
-    /// Splitmix64.
-    struct Random(u64);
-
-    impl Random {
-        fn below(&mut self, bound: usize) -> usize {
-            self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-            let mut z = self.0;
-            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-            let drawn = (z ^ (z >> 31)) % u64::try_from(bound.max(1)).expect("small");
-            usize::try_from(drawn).expect("below a usize")
-        }
-    }
-
     fn corpus(target: &str) -> PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR"))
             .join("../fuzz/corpus")
@@ -253,28 +239,28 @@ mod tests {
     }
 
     /// One to four changes: bits, numbers at their edges, cuts, repetitions, and parts of another seed.
-    fn changed(seeds: &[Vec<u8>], random: &mut Random) -> Vec<u8> {
-        let mut bytes = seeds[random.below(seeds.len())].clone();
-        for _ in 0..=random.below(4) {
-            let at = random.below(bytes.len());
-            match random.below(7) {
-                0 if !bytes.is_empty() => bytes[at] ^= 1 << random.below(8),
-                1 if !bytes.is_empty() => bytes[at] = [0, 1, 0x7f, 0x80, 0xff, b'"', b'/', b'.'][random.below(8)],
+    fn changed(seeds: &[Vec<u8>], random: &mut fastrand::Rng) -> Vec<u8> {
+        let mut bytes = seeds[random.usize(..seeds.len())].clone();
+        for _ in 0..=random.usize(..4) {
+            let at = random.usize(..bytes.len().max(1));
+            match random.usize(..7) {
+                0 if !bytes.is_empty() => bytes[at] ^= 1 << random.usize(..8),
+                1 if !bytes.is_empty() => bytes[at] = [0, 1, 0x7f, 0x80, 0xff, b'"', b'/', b'.'][random.usize(..8)],
                 2 => bytes.truncate(at),
                 3 => {
-                    let piece = bytes[at..(at + random.below(16)).min(bytes.len())].to_vec();
+                    let piece = bytes[at..(at + random.usize(..16)).min(bytes.len())].to_vec();
                     bytes.splice(at..at, piece);
                 }
                 4 => {
                     let number = ["-1", "18446744073709551615", "4096", "1e999", "null", "[]", "\u{e4}"];
-                    bytes.splice(at..at, number[random.below(number.len())].bytes());
+                    bytes.splice(at..at, number[random.usize(..number.len())].bytes());
                 }
                 5 => {
-                    let other = &seeds[random.below(seeds.len())];
+                    let other = &seeds[random.usize(..seeds.len())];
                     bytes.truncate(at);
-                    bytes.extend_from_slice(&other[random.below(other.len()).min(other.len())..]);
+                    bytes.extend_from_slice(&other[random.usize(..other.len().max(1)).min(other.len())..]);
                 }
-                _ => drop(bytes.drain(at..(at + random.below(8)).min(bytes.len()))),
+                _ => drop(bytes.drain(at..(at + random.usize(..8)).min(bytes.len()))),
             }
         }
         bytes
@@ -289,7 +275,7 @@ mod tests {
             let seeds: Vec<Vec<u8>> = files.iter().map(|file| std::fs::read(file).expect("a seed")).collect();
             assert!(!seeds.is_empty(), "{name} has no seeds");
             seeds.iter().for_each(|seed| target(seed));
-            let mut random = Random(number);
+            let mut random = fastrand::Rng::with_seed(number);
             for _ in 0..CHANGES {
                 target(&changed(&seeds, &mut random));
             }

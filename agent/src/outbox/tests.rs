@@ -5,6 +5,7 @@ use std::fs;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use fastrand::Rng;
 use tempfile::TempDir;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
@@ -69,20 +70,6 @@ impl<F: Fn(&Event) -> Delivery + Send + Sync + 'static> Deliver for Arc<Receiver
         }
         self.being_asked.lock().expect("not poisoned").remove(&event.sandbox_id);
         delivery
-    }
-}
-
-/// Numbers that look random; the same for the same seed.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, end: u64) -> u64 {
-        // SplitMix64.
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (mixed ^ (mixed >> 31)) % end
     }
 }
 
@@ -235,11 +222,11 @@ async fn sandboxes_keep_their_order_and_do_not_wait_for_each_other() {
     for at in 0..8 {
         put_all(&outbox, ids.iter().map(|id| event(EventKind::AutoPaused, id, at))).await;
     }
-    let random = Mutex::new(Random(1));
+    let random = Mutex::new(Rng::with_seed(1));
     let receiver = Receiver::new(move |event| match event.sandbox_id.as_str() {
         // Not before all the others have been served.
         "s0" => Delivery::Later,
-        _ if random.lock().expect("not poisoned").below(5) == 0 => Delivery::Later,
+        _ if random.lock().expect("not poisoned").u64(..5) == 0 => Delivery::Later,
         _ => Delivery::Delivered,
     });
     let others_served = async {
@@ -647,42 +634,41 @@ async fn the_log_stays_small_whether_events_are_delivered_or_dropped() {
 
 /// A host that loses power: the log has every put that was answered, maybe not all of what is gone, and maybe half of a put that
 /// was under way.
-fn power_failure(log: &[u8], random: &mut Random) -> Vec<u8> {
+fn power_failure(log: &[u8], random: &mut Rng) -> Vec<u8> {
     let lines: Vec<&[u8]> = log.split_inclusive(|byte| *byte == b'\n').collect();
     let synced = 1 + lines
         .iter()
         .rposition(|line| !line[9..].starts_with(b"{\"gone\""))
         .expect("a first line");
-    let survive = synced + usize::try_from(random.below((lines.len() - synced + 1) as u64)).expect("small");
+    let survive = synced + random.usize(..=lines.len() - synced);
     let mut left = lines[..survive].concat();
     let under_way = log::put_line(1 << 40, &event(EventKind::Stopped, "never-answered", 0));
-    let torn = random.below(under_way.len() as u64);
-    left.extend(&under_way[..usize::try_from(torn).expect("small")]);
+    left.extend(&under_way[..random.usize(..under_way.len())]);
     left
 }
 
 #[tokio::test(start_paused = true)]
 async fn whatever_crashes_nothing_that_was_put_is_lost_and_no_sandbox_loses_its_order() {
     for seed in 0..8 {
-        let mut random = Random(seed);
+        let mut random = Rng::with_seed(seed);
         let mut dir = dir();
         let mut outbox = open(&dir);
         let mut put_so_far = BTreeMap::<String, i64>::new();
         let mut taken_so_far = BTreeMap::<String, i64>::new();
         for step in 0..40 {
-            for _ in 0..random.below(4) {
-                let id = format!("s{}", random.below(4));
+            for _ in 0..random.u64(..4) {
+                let id = format!("s{}", random.u64(..4));
                 let at = put_so_far.entry(id.clone()).or_default();
                 *at += 1;
                 put(&outbox, &id, *at).await;
             }
             // Some time with a receiver of moods.
-            let moods = Mutex::new(Random(random.below(u64::MAX)));
-            let receiver = Receiver::new(move |_| match moods.lock().expect("not poisoned").below(4) {
+            let moods = Mutex::new(Rng::with_seed(random.u64(..)));
+            let receiver = Receiver::new(move |_| match moods.lock().expect("not poisoned").u64(..4) {
                 0 => Delivery::Later,
                 _ => Delivery::Delivered,
             });
-            let time = Duration::from_millis(random.below(3000));
+            let time = Duration::from_millis(random.u64(..3000));
             let stopped = timeout(time, run(outbox.clone(), receiver.clone())).await;
             assert!(stopped.is_err());
             check(
@@ -690,7 +676,7 @@ async fn whatever_crashes_nothing_that_was_put_is_lost_and_no_sandbox_loses_its_
                 &mut taken_so_far,
                 &format!("seed {seed}, step {step}"),
             );
-            if random.below(3) == 0 {
+            if random.u64(..3) == 0 {
                 let log = {
                     let _between_writes = outbox.shared.log.lock().expect("not poisoned");
                     fs::read(log_of(&dir)).expect("read")

@@ -51,7 +51,7 @@ enum Truth {
 pub(crate) struct Chance(Mutex<Odds>);
 
 struct Odds {
-    state: u64,
+    dice: fastrand::Rng,
     /// Of a thousand calls.
     faults: u64,
     /// Until when the agent's calls do not arrive, and those to it.
@@ -62,12 +62,7 @@ struct Odds {
 
 impl Odds {
     fn below(&mut self, end: u64) -> u64 {
-        // SplitMix64.
-        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.state;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (mixed ^ (mixed >> 31)) % end
+        self.dice.u64(..end)
     }
 
     fn fate(&mut self, is_out: bool, slowest: u64) -> Fate {
@@ -101,7 +96,7 @@ impl Chance {
     fn new(seed: u64) -> Arc<Self> {
         let now = Instant::now();
         let mut odds = Odds {
-            state: seed,
+            dice: fastrand::Rng::with_seed(seed),
             faults: 0,
             out_until: now,
             in_until: now,
