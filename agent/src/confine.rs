@@ -303,6 +303,8 @@ mod tests {
             "a namespace" => drop(nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWUSER)),
             // To itself, and none: nothing else is in its way.
             "a signal" => drop(nix::sys::signal::kill(nix::unistd::getpid(), None)),
+            // By whoever has started it, which nothing but the filter refuses.
+            "a trace" => drop(nix::sys::ptrace::traceme()),
             other => panic!("{other}"),
         }
     }
@@ -336,6 +338,7 @@ mod tests {
             "a root directory",
             "a namespace",
             "a signal",
+            "a trace",
         ] {
             let (status, said) = attempted(what);
             assert_eq!(status.signal(), Some(libc::SIGSYS), "{what}: {said}");
