@@ -1,8 +1,9 @@
-# roost on each client node of a Nomad cluster with the meta key roost = "true". NOT TESTED: no cluster is part of this project's tests; the
-# packages, which this does no more than install, are.
+# roost on each client node of a Nomad cluster with the meta key roost = "true". NOT TESTED on one, as no cluster is part of this project's
+# tests: only its syntax is. The packages, which this does no more than install, are tested.
 #
 # Nomad brings the packages to the node and says whether the agent serves. It is no scheduler of sandboxes: they are units of the node's systemd,
-# made by whoever calls the agents, and outlive this job and each version of it. Needs the driver raw_exec.
+# made by whoever calls the agents, and outlive this job and each version of it. Needs the driver raw_exec, and in the
+# client's configuration host_network "loopback" { cidr = "127.0.0.0/8" }, where the agent says whether it serves.
 job "roost" {
   type        = "system"
   datacenters = ["*"]

@@ -7,6 +7,7 @@
 //! rig     a throw-away Debian host in QEMU with this build installed; runs one command in it
 //! test    what CI checks, the end-to-end tests in the rig included
 //! bench   figures of this build's speed, in the rig, each against a baseline
+//! fleet   the manifests for Kubernetes and Nomad, by their schemas and syntax
 //! deny    licences, sources and banned crates, by cargo-deny
 //! fuzz    what the agent reads of others, by libFuzzer
 //! page    the status page, in a headless Chromium
@@ -25,6 +26,7 @@ mod debian;
 mod demo;
 mod deny;
 mod dependencies;
+mod fleet;
 mod fuzz;
 mod guest;
 mod host;
@@ -77,6 +79,8 @@ enum Task {
     Fuzz(fuzz::Options),
     /// Licences, sources and banned crates, by cargo-deny
     Deny,
+    /// The manifests for Kubernetes and Nomad; needs Python and its registry
+    Fleet,
     /// Client libraries of others against envd; needs Node.js and its registry
     Sdk,
     /// Write docs/api.md anew, from the .proto files
@@ -102,6 +106,7 @@ fn main() -> ExitCode {
         Task::Bench(options) => bench::run(&options),
         Task::Fuzz(options) => fuzz::run(&options).map(|()| 0),
         Task::Deny => deny::run().map(|()| 0),
+        Task::Fleet => fleet::run().map(|()| 0),
         Task::Sdk => sdk::run().map(|()| 0),
         Task::Reference => reference::run().map(|()| 0),
         Task::Page => page::run().map(|()| 0),

@@ -15,7 +15,7 @@ use clap::Args;
 use crate::binaries::{self, Binaries, cargo};
 use crate::rig::{self, Boot, DEFAULT_PROCESSORS, STATUS_RIG_FAILED};
 use crate::step::{shown, step};
-use crate::{cache, deny, dependencies, page, sdk, series, setup};
+use crate::{cache, deny, dependencies, fleet, page, sdk, series, setup};
 
 /// Time for all rig tests, and for those of full size.
 const RIG_SECONDS: u64 = 3600;
@@ -213,6 +213,7 @@ pub(crate) fn run(options: &Options) -> Result<u8> {
         record(&mut summary, "licences and sources", deny::run);
         record(&mut summary, "client libraries", sdk::run);
         record(&mut summary, "status page", page::run);
+        record(&mut summary, "fleet manifests", fleet::run);
     }
     let mut closing = Vec::new();
     let rig_tests = !options.no_rig && (options.rig || !(options.power || options.packages));
