@@ -26,6 +26,8 @@ mod debian;
 mod demo;
 mod deny;
 mod dependencies;
+#[cfg(test)]
+mod documents;
 mod fleet;
 mod fuzz;
 mod guest;
@@ -37,8 +39,6 @@ mod qemu;
 mod reference;
 mod rig;
 mod sdk;
-#[cfg(test)]
-mod security;
 mod series;
 mod setup;
 mod step;

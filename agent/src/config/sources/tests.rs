@@ -210,3 +210,15 @@ fn files_that_cannot_be_read_are_errors_and_only_the_usual_one_may_be_missing() 
         assert!(said.contains(name), "{said}");
     }
 }
+
+#[test]
+fn the_examples_of_the_readme_and_the_manual_page_are_configurations() {
+    for (page, begin, end) in [
+        (include_str!("../../../../README.md"), "```toml\n", "```"),
+        (include_str!("../../../../packaging/man/agent.toml.5"), ".EX\n", ".EE"),
+    ] {
+        let (_, rest) = page.split_once(begin).expect("an example");
+        let (example, _) = rest.split_once(end).expect("its end");
+        of_text(&example.replace('\\', "")).expect(example);
+    }
+}
