@@ -6,10 +6,12 @@
 pub mod census;
 pub mod counts;
 pub mod disk;
+pub mod doctor;
 pub mod internet;
 pub mod privd;
 pub mod random;
 pub mod roost;
+pub mod saved;
 pub mod trace;
 
 use std::io::Write as _;

@@ -5,6 +5,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::process::{Command, Output};
 
 use roost_tests::disk::run;
+use roost_tests::doctor::Report;
 use roost_tests::roost::{Sandbox, ok};
 use roost_tests::{in_rig, show};
 use serde_json::Value;
@@ -28,22 +29,6 @@ const CERTIFICATE: &str = "/etc/roost/pki/server.pem";
 const ADDITION: &str = "/etc/roost/agent.toml.d/99-test.toml";
 const PAGE: &str = "http://127.0.0.1:50052/status.json";
 const LEFT: &str = "/var/lib/roost/left-over";
-
-/// Exit status and findings.
-fn doctor() -> (Option<i32>, Vec<Value>) {
-    let output = roost_tests::roost::roost(&["doctor", "--json"]);
-    let report: Value = serde_json::from_slice(&output.stdout).expect("JSON");
-    let findings = report["findings"].as_array().expect("findings").clone();
-    (output.status.code(), findings)
-}
-
-fn said<'a>(findings: &'a [Value], state: &str) -> Vec<(&'a str, &'a str)> {
-    let text = |finding: &'a Value, field: &str| finding[field].as_str().expect("a text");
-    let of_state = findings.iter().filter(|finding| finding["state"] == state);
-    of_state
-        .map(|finding| (text(finding, "check"), text(finding, "said")))
-        .collect()
-}
 
 fn reload() -> Output {
     let mut systemctl = Command::new("systemctl");
@@ -95,18 +80,19 @@ impl Drop for Broken {
 fn a_host_is_well_and_each_thing_that_is_broken_is_named_and_keeps_a_reload_from_doing_anything() {
     in_rig(|| {
         let sandbox = Sandbox::create(&[]);
-        let (status, findings) = doctor();
-        for (check, said) in [said(&findings, "warning"), said(&findings, "not_checked")].concat() {
+        let report = Report::take();
+        for (check, said) in [report.said("warning"), report.said("not_checked")].concat() {
             show(&format!("{check}: {said}"));
         }
-        assert_eq!(said(&findings, "problem"), []);
-        let unexcused: Vec<_> = said(&findings, "warning")
+        assert_eq!(report.said("problem"), []);
+        let unexcused: Vec<_> = report
+            .said("warning")
             .into_iter()
             .filter(|(check, _)| !EXCUSED.contains(check))
             .collect();
         assert_eq!(unexcused, []);
-        assert_eq!(status, Some(i32::from(!said(&findings, "warning").is_empty())));
-        let well = said(&findings, "ok");
+        assert_eq!(report.status, Some(i32::from(!report.said("warning").is_empty())));
+        let well = report.said("ok");
         for check in [
             "VMM",
             "devices",
@@ -120,7 +106,7 @@ fn a_host_is_well_and_each_thing_that_is_broken_is_named_and_keeps_a_reload_from
         ] {
             assert!(
                 well.iter().any(|(name, _)| *name == check),
-                "{check} was not checked: {findings:?}"
+                "{check} was not checked: {report:?}"
             );
         }
         // Whoever may see less is told so.
@@ -136,9 +122,9 @@ fn a_host_is_well_and_each_thing_that_is_broken_is_named_and_keeps_a_reload_from
         assert_ne!(output.status.code(), Some(2), "{text}");
 
         let broken = Broken::new();
-        let (status, findings) = doctor();
-        assert_eq!(status, Some(2), "{findings:?}");
-        let (problems, warnings) = (said(&findings, "problem"), said(&findings, "warning"));
+        let report = Report::take();
+        assert_eq!(report.status, Some(2), "{report:?}");
+        let (problems, warnings) = (report.said("problem"), report.said("warning"));
         for (check, words) in [
             ("sockets", "nobody listens on /run/roost/vmmshim.sock"),
             ("directories", "/var/lib/roost/images has mode 0755"),
@@ -159,8 +145,7 @@ fn a_host_is_well_and_each_thing_that_is_broken_is_named_and_keeps_a_reload_from
         assert!(!refused.status.success(), "{refused:?}");
         drop(broken);
 
-        let (_, findings) = doctor();
-        assert_eq!(said(&findings, "problem"), []);
+        assert_eq!(Report::take().said("problem"), []);
         fs::create_dir_all("/etc/roost/agent.toml.d").expect("made");
         fs::write(ADDITION, "max_vcpus = 1\nstatus_page = true\n").expect("written");
         assert!(reload().status.success());

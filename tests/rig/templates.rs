@@ -4,7 +4,9 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use roost_tests::disk::run;
 use roost_tests::roost::{self, Sandbox, TEAM, Template, find, find_paused, kill_9, wait_for_agent};
+use roost_tests::saved::Saved;
 use roost_tests::{eventually, in_rig};
 use serde_json::Value;
 
@@ -235,58 +237,32 @@ fn no_template_is_made_of_what_is_not_there_nor_in_place_of_the_platforms_own() 
     });
 }
 
-/// Makes an archive as `docker save` does, of two layers: programs with their libraries, and changes to them. As root, so that files have the
-/// owners and attributes that they are to have in the sandbox.
-const SAVE: &str = r#"set -eu; umask 022; cd "$1"; mkdir -p one/srv two
-for program in /usr/bin/bash /usr/bin/cat /usr/bin/stat /usr/bin/id /usr/bin/setpriv; do
-    for file in $program $(ldd $program | grep -o '/[^ ]*'); do mkdir -p one$(dirname $file); cp -L $file one$file; done
-done
-echo hidden > one/srv/hidden; echo first > one/srv/changed; echo linked > one/srv/name; ln one/srv/name one/srv/other
-ln -s usr/bin one/bin; echo secret > one/srv/secret; chmod 600 one/srv/secret
-cp one/usr/bin/id one/srv/suid; chown 1234:70000 one/srv/suid; chmod 4755 one/srv/suid
-# Whoever runs this reads everything.
-cp one/usr/bin/cat one/srv/reader
-setcap cap_dac_read_search+ep one/srv/reader
-mkdir two/srv two/bin; : > two/srv/.wh.hidden; echo second > two/srv/changed; echo by way of a link > two/bin/note
-layer() { tar --xattrs --xattrs-include='*' --numeric-owner --format=pax -C $1 -cf $1.tar "${@:2}"; }
-# Without an entry for bin itself, which would be a directory in place of the link.
-layer one .; layer two srv bin/note
-id() { sha256sum < $1 | cut -c-64; }
-echo '{"architecture": "'$2'", "os": "linux", "rootfs": {"diff_ids": ["sha256:'$(id one.tar)'", "sha256:'$(id two.tar)'"]}}' > config
-config=$(id config).json; mv config $config
-echo '[{"Config": "'$config'", "RepoTags": ["web:1"], "Layers": ["one.tar", "two.tar"]}]' > manifest.json
-tar -cf web.tar $config one.tar two.tar manifest.json; rm -r one two one.tar two.tar
-cp -r /etc/roost/pki pki; debugfs -R "dump /usr/bin/envd envd" /var/lib/roost/images/minimal/rootfs.ext4 2>/dev/null
-mkdir work; chown -R nobody: .; chmod 755 ."#;
-
 #[test]
 fn a_containers_image_becomes_a_template_and_damage_to_it_is_noticed() {
     in_rig(|| {
-        let dir = Dir::new();
-        let machine = if cfg!(target_arch = "x86_64") { "amd64" } else { "arm64" };
-        run(Command::new("bash").args(["-c", SAVE, "save", dir.path(), machine]));
-        // As a user who is nobody, and may call.
-        let build = "cd $0 && TMPDIR=work roost --pki pki template build --envd envd --name web --snapshot --memory 192 web.tar";
+        let image = Saved::new(&["stat", "setpriv"]);
+        let envd = format!("{}/envd", image.path());
+        run(
+            "debugfs",
+            &[
+                "-R",
+                &format!("dump /usr/bin/envd {envd}"),
+                "/var/lib/roost/images/minimal/rootfs.ext4",
+            ],
+        );
         let built = once_it_boots(|| {
-            Command::new("setpriv")
-                .args([
-                    "--reuid=nobody",
-                    "--regid=nogroup",
-                    "--clear-groups",
-                    "--no-new-privs",
-                    "sh",
-                    "-c",
-                    build,
-                    dir.path(),
-                ])
-                .output()
-                .expect("setpriv runs")
+            image.build(&[
+                "--envd",
+                &envd,
+                "--name",
+                "web",
+                "--snapshot",
+                "--memory",
+                "192",
+                "web.tar",
+            ])
         });
         let id = built.trim();
-        assert_eq!(
-            std::fs::read_dir(format!("{}/work", dir.path())).expect("read").count(),
-            0
-        );
         let listed: Value = serde_json::from_str(&roost::ok(&["template", "ls", "--json"])).expect("JSON");
         let listed = listed["templates"].as_array().expect("a list");
         let listed: Vec<_> = listed.iter().filter(|template| template["name"] == "web").collect();
@@ -376,35 +352,4 @@ fn flip_byte(path: &Path, at: u64) {
     file.read_exact_at(&mut byte, at).expect("read");
     file.write_all_at(&[byte[0] ^ 1], at).expect("written");
     file.sync_all().expect("synced");
-}
-
-fn run(command: &mut Command) {
-    let output = command.output().expect("it runs");
-    assert!(
-        output.status.success(),
-        "{}{}",
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
-}
-
-/// A directory that goes with this value.
-struct Dir(String);
-
-impl Dir {
-    fn new() -> Self {
-        let dir = "/var/tmp/roost-templates".to_owned();
-        std::fs::create_dir(&dir).expect("made");
-        Self(dir)
-    }
-
-    fn path(&self) -> &str {
-        &self.0
-    }
-}
-
-impl Drop for Dir {
-    fn drop(&mut self) {
-        drop(std::fs::remove_dir_all(&self.0));
-    }
 }
