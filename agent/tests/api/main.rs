@@ -1,6 +1,7 @@
 //! The API from outside, over real TLS, on a host that has no image, no privd and no shim: who may call, and what is refused before
 //! anything of the host is needed. What needs a host is tested in the rig.
 
+mod debian;
 mod templates;
 
 use std::net::SocketAddr;

@@ -62,14 +62,14 @@ impl Agent {
         Ok(answer)
     }
 
-    fn team(&self) -> PathBuf {
+    pub(super) fn team(&self) -> PathBuf {
         let teams = fs::read_dir(self.dir.path().join("lib/images/teams"));
         let team = teams.into_iter().flatten().flatten().map(|entry| entry.path());
         team.last().unwrap_or_else(|| self.dir.path().join("none"))
     }
 
     /// What there is of templates, made or in the making.
-    fn on_disk(&self) -> Vec<String> {
+    pub(super) fn on_disk(&self) -> Vec<String> {
         let names = fs::read_dir(self.team()).into_iter().flatten().flatten();
         names
             .map(|entry| entry.file_name().to_string_lossy().into_owned())
@@ -83,7 +83,7 @@ impl Agent {
     }
 
     /// Runs the command line with a directory for what is on the way, and this on standard input.
-    async fn build(&self, work: &Path, args: &[&str], input: Vec<u8>) -> Output {
+    pub(super) async fn build(&self, work: &Path, args: &[&str], input: Vec<u8>) -> Output {
         let mut command = Command::new(env!("CARGO_BIN_EXE_roost"));
         command
             .args(["--host", &self.address.to_string(), "--pki"])
@@ -113,7 +113,7 @@ fn root() -> tempfile::TempDir {
     root
 }
 
-fn text(bytes: &[u8]) -> String {
+pub(super) fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).trim().to_owned()
 }
 
@@ -472,6 +472,8 @@ async fn a_build_that_fails_says_why_and_leaves_nothing() {
         &[][..],
         &["--debian", "--x"],
         &["--debian", "sid", source],
+        &["--include", "python3", source],
+        &["--mirror", "http://localhost/debian", source],
         &["--team", "web", source],
         &["--size-mb", "0", source],
     ] {

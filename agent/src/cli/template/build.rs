@@ -11,7 +11,6 @@ use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Cursor, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -24,6 +23,7 @@ use uuid::Uuid;
 use super::super::client::{Client, Operator};
 use super::super::{CliError, print, print_json};
 use super::archive::{Archive, ArchiveError, Entry, EntryKind, Time};
+use super::debian::{self, DebianError};
 use super::directory::{self, DirectoryError};
 use super::ext4::{self, Ext4Error};
 use super::oci::{self, Limited, MAX_UNPACKED, OciError, Store, unpack};
@@ -53,8 +53,12 @@ pub(super) struct Build {
     #[arg(long, value_name = "RELEASE", value_parser = release)]
     debian: Option<String>,
     /// Packages that it has besides
-    #[arg(long, value_name = "PACKAGES", requires = "debian")]
+    #[arg(long, value_name = "PACKAGES", requires = "debian", conflicts_with = "source")]
     include: Option<String>,
+    /// Where packages come from in place of Debian's archive, as mmdebstrap has it: a URI, a line of sources.list, or a file of such; may be
+    /// given several times
+    #[arg(long, value_name = "MIRROR", requires = "debian", conflicts_with = "source")]
+    mirror: Vec<String>,
     /// Which image, where the source has several
     #[arg(long, value_name = "NAME", conflicts_with = "debian")]
     image: Option<String>,
@@ -117,12 +121,6 @@ pub(crate) enum BuildError {
         #[source]
         source: io::Error,
     },
-    /// mmdebstrap.
-    #[error("mmdebstrap is not installed; it is in Debian's package of that name")]
-    NoMmdebstrap,
-    /// It failed.
-    #[error("mmdebstrap failed ({0})")]
-    Mmdebstrap(String),
     /// The directory for what is on the way.
     #[error("no directory can be made below {}", dir.display())]
     Work {
@@ -144,6 +142,9 @@ pub(crate) enum BuildError {
     /// A directory.
     #[error(transparent)]
     Directory(#[from] DirectoryError),
+    /// A Debian.
+    #[error(transparent)]
+    Debian(#[from] DebianError),
     /// The filesystem.
     #[error(transparent)]
     Ext4(#[from] Ext4Error),
@@ -331,7 +332,12 @@ fn make_image(wish: &Build, work: &Path, bar: &ProgressBar, stop: &AtomicBool) -
     bar.set_message("reading the source");
     let what = match (&wish.debian, &wish.source) {
         (Some(release), _) => {
-            add_debian(&mut tree, release, wish.include.as_deref(), stop)?;
+            let debian = debian::Wish {
+                release,
+                include: wish.include.as_deref(),
+                mirrors: &wish.mirror,
+            };
+            debian::add(&mut tree, &debian, work, stop)?;
             release.clone()
         }
         (None, Some(source)) => {
@@ -503,43 +509,4 @@ fn add_image(
         })?;
     }
     Ok(())
-}
-
-fn add_debian(tree: &mut Tree, release: &str, include: Option<&str>, stop: &AtomicBool) -> Result<(), BuildError> {
-    let mut command = Command::new("mmdebstrap");
-    command.args(["--quiet", "--variant=minbase", "--format=tar"]);
-    if let Some(packages) = include {
-        command.arg(format!("--include={packages}"));
-    }
-    command.args([release, "-"]).stdin(Stdio::null()).stdout(Stdio::piped());
-    let child = command.spawn().map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => BuildError::NoMmdebstrap,
-        _ => BuildError::Mmdebstrap(error.to_string()),
-    })?;
-    let mut child = Reaped(child);
-    let out = child.0.stdout.take().expect("it was asked for");
-    let added = tree.add(&mut Archive::new(out), Meaning::Plain, stop);
-    if let Err(TreeError::Stopped) = added {
-        return Err(BuildError::Interrupted);
-    }
-    // What it says of itself counts for more than what came of it.
-    let status = child
-        .0
-        .wait()
-        .map_err(|error| BuildError::Mmdebstrap(error.to_string()))?;
-    if !status.success() {
-        return Err(BuildError::Mmdebstrap(status.to_string()));
-    }
-    Ok(added?)
-}
-
-/// A program that is ended with this value.
-struct Reaped(Child);
-
-impl Drop for Reaped {
-    fn drop(&mut self) {
-        // One that has ended is neither ended nor waited for again.
-        drop(self.0.kill());
-        drop(self.0.wait());
-    }
 }

@@ -3,7 +3,7 @@
 //! | module | holds |
 //! |---|---|
 //! | [`build`] | the command: source, image, agent, memory |
-//! | [`archive`], [`oci`], [`directory`] | what it reads: tar archives, images of containers, directories |
+//! | [`archive`], [`oci`], [`directory`], [`debian`] | what it reads: tar archives, images of containers, directories, what mmdebstrap makes |
 //! | [`tree`], [`spool`] | the files of an image, merged from layers, and what is in them |
 //! | [`ext4`] | the image, by e2fsprogs |
 //! | [`upload`], [`warm`] | the image's way to the agent, and its memory |
@@ -12,6 +12,7 @@
 
 pub(crate) mod archive;
 pub(super) mod build;
+mod debian;
 mod directory;
 mod ext4;
 #[cfg(any(test, fuzzing))]
