@@ -56,6 +56,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
+use nix::time::{ClockId, clock_gettime};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
@@ -161,9 +162,13 @@ async fn serve(address: SocketAddr, guest: Arc<Guest>) -> anyhow::Result<Arc<Pro
     let listener = TcpListener::bind(address)
         .await
         .with_context(|| format!("cannot listen on {address}"))?;
+    // The kernel's log has the rest of a boot by the same clock.
+    let uptime = clock_gettime(ClockId::CLOCK_BOOTTIME).context("no clock")?;
     say!(
-        "listening on {}",
-        listener.local_addr().context("the listener has no address")?
+        "listening on {} after {}.{:06} s",
+        listener.local_addr().context("the listener has no address")?,
+        uptime.tv_sec(),
+        uptime.tv_nsec() / 1000
     );
     let service = ProcessService {
         guest: Arc::clone(&guest),

@@ -62,12 +62,14 @@ pub(crate) fn create(bench: &Bench) {
     // The first one of a host has the shim ask the VMM its version.
     drop(Sandbox::create(&mut agent, MEMORY));
     let [mut whole, mut bare, mut made, mut booted] = <[Samples; 4]>::default();
+    let mut chart = Chart::default();
     let since = output("date", &["+@%s.%N"]);
     for n in 0..bench.samples(8) {
         let began = Instant::now();
         let sandbox = made.time(|| Sandbox::create(&mut agent, MEMORY));
         sandbox.exec(&mut agent, TRUE, &[]);
         whole.add_time(began.elapsed());
+        chart.add(&sandbox.id);
         drop(sandbox);
 
         let parts = Parts::make(&rig, &format!("bare-{n}"), RIG_SLOTS + n);
@@ -89,6 +91,38 @@ pub(crate) fn create(bench: &Bench) {
     seen("create.answered", &made);
     seen("create.bare.health", &booted);
     steps("create", &since);
+    chart.tell();
+}
+
+/// Where the time of a guest's boot goes, in milliseconds of its own clock.
+#[derive(Default)]
+struct Chart([Samples; 3]);
+
+impl Chart {
+    /// Adds the boot of a sandbox that has just come up.
+    fn add(&mut self, id: &str) {
+        let kernel = output("roost", &["exec", "--timeout", "400", id, "--", "dmesg"]);
+        let at = |what: &str| {
+            let line = kernel.lines().find(|line| line.contains(what));
+            let time = line.and_then(|line| line.trim_start_matches(['[', ' ']).split(']').next());
+            let seconds: f64 = time.and_then(|time| time.parse().ok()).unwrap_or_else(|| panic!("{what:?} in\n{kernel}"));
+            seconds * 1000.0
+        };
+        let console = output("roost", &["logs", id]);
+        let up = console.split("listening on ").nth(1).and_then(|rest| rest.split(" after ").nth(1));
+        let up = up.and_then(|rest| rest.split(' ').next()?.parse::<f64>().ok());
+        let up = up.unwrap_or_else(|| panic!("envd says when it listens: {console}")) * 1000.0;
+        let (init, mounted) = (at("Run /init as init process"), at("mounted filesystem"));
+        for (samples, time) in self.0.iter_mut().zip([init, mounted - init, up - mounted]) {
+            samples.add(time);
+        }
+    }
+
+    fn tell(&self) {
+        for (part, samples) in ["kernel", "modules_and_root", "envd"].into_iter().zip(&self.0) {
+            seen(&format!("create.boot.{part}"), samples);
+        }
+    }
 }
 
 /// The times of an operation's steps since a moment, in the order in which they end: lines of the journal like `step="boot"

@@ -51,6 +51,7 @@ impl Envd {
         let address = line
             .trim()
             .strip_prefix("envd: listening on ")
+            .and_then(|rest| rest.split(' ').next())
             .expect(&line)
             .parse()
             .unwrap();
