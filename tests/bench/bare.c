@@ -5,7 +5,7 @@
  *   bare ORIGIN-MINOR RULES     RULES: a file with the netlink batch that loads a sandbox's packet filter
  *
  * Each line on standard input, `NAME COW SECTORS SLOT`, lets go of what the last one made, and makes a disk and a network; answered with a
- * line of the nanoseconds that each took. An empty line lets go alone.
+ * line of the nanoseconds that each took and the disk's minor number. An empty line lets go alone.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -52,7 +52,7 @@ static long long now(void)
 /* --- disk --- */
 
 static int control, loops;
-static unsigned origin_minor;
+static unsigned origin_minor, disk_minor;
 
 union dm {
     struct dm_ioctl head;
@@ -83,6 +83,7 @@ static int make_disk(const char *name, const char *file, unsigned long long sect
     memset(&ask, 0, sizeof ask);
     dm(DM_DEV_CREATE, &ask, name, "DM_DEV_CREATE");
     unsigned major = (ask.head.dev >> 8) & 0xfff, minor = (ask.head.dev & 0xff) | ((ask.head.dev >> 12) & 0xfff00);
+    disk_minor = minor;
     memset(&ask, 0, sizeof ask);
     ask.head.target_count = 1;
     struct dm_target_spec *target = (void *)(ask.bytes + sizeof ask.head);
@@ -296,7 +297,7 @@ int main(int argc, char **argv)
             disk = -1;
         }
         if (sscanf(line, "%127s %255s %llu %d", name, cow, &sectors, &slot) != 4) {
-            puts("0 0");
+            puts("0 0 0");
             fflush(stdout);
             continue;
         }
@@ -306,7 +307,7 @@ int main(int argc, char **argv)
         pthread_t thread;
         pthread_create(&thread, NULL, make_network, NULL);
         pthread_join(thread, NULL);
-        printf("%lld %lld\n", between - began, now() - between);
+        printf("%lld %lld %u\n", between - began, now() - between, disk_minor);
         fflush(stdout);
     }
     return 0;

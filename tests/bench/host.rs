@@ -1,5 +1,6 @@
 //! `host`: a sandbox's disk and network through privd, against the command-line tools of such hosts, and against the bare system calls.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::Path;
@@ -7,8 +8,8 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use roost_common::ids::Slot;
-use roost_common::privd::{EgressPolicy, Internet};
-use roost_common::units::Mebibytes;
+use roost_common::privd::{Disk, EgressPolicy, Internet};
+use roost_common::units::{Mebibytes, Sectors};
 use roost_tests::eventually;
 use roost_tests::privd::Rig;
 
@@ -27,20 +28,10 @@ pub(crate) fn run(bench: &Bench) {
     let size = Mebibytes(1024).sectors();
     let image = rig.image("bench.img", 64 << 20, 1);
     let policy = || EgressPolicy::of(Internet::Open);
-    // One sandbox of this image is there already, as on any host at work: the origin is shared.
-    let before = dm_devices();
-    let first = rig.request("bench-first", &image, &rig.cow("bench-first.cow", size), size);
-    let _first = rig.open_disk(first).expect("opened");
-    let origin = dm_devices()
-        .into_iter()
-        .find(|(name, minor)| name.starts_with("roost-o-") && !before.contains(&(name.clone(), *minor)))
-        .expect("an origin")
-        .1;
-    let origin_number = fs::read_to_string(format!("/sys/block/dm-{origin}/dev")).expect("a device");
-    let origin_number = origin_number.trim().to_owned();
-    let rules = rig.place.join("rules");
-    fs::write(&rules, batch(&rig)).expect("written");
-    let mut bare = Bare::start(origin, &rules);
+    let (_first, mut bare) = Bare::beside(&rig, &image, size);
+    // The tools need it by number.
+    let origin = fs::read_to_string(format!("/sys/block/dm-{}/dev", bare.origin)).expect("a device");
+    let origin = origin.trim();
 
     let [mut by_privd, mut by_tools, mut by_bare, mut removal, mut removal_tools] = <[Samples; 5]>::default();
     let [mut disk, mut network, mut bare_disk, mut bare_network] = <[Samples; 4]>::default();
@@ -53,28 +44,25 @@ pub(crate) fn run(bench: &Bench) {
         let made = disk.time(|| rig.open_disk(request).expect("opened"));
         let net = network.time(|| rig.open_network(slot, policy()).expect("opened"));
         by_privd.add_time(began.elapsed());
-        let began = Instant::now();
-        drop((made, net));
-        let name = format!("roost-bench-{n}");
-        gone(&name, &format!("roost-v{slot}"));
-        removal.add_time(began.elapsed());
+        let minor = made.node.minor;
+        removal.time(|| {
+            drop((made, net));
+            gone(minor, &format!("roost-v{slot}"));
+        });
 
         let cow_file = cow("tools");
         let mut tools = Tools::prepare(n, Slot::try_from(slot).expect("a slot"), &rig.place);
         by_tools.time(|| {
-            tools.make_disk(&origin_number, &cow_file, size);
+            tools.make_disk(origin, &cow_file, size);
             tools.make_network();
         });
         removal_tools.time(|| tools.remove());
 
-        let cow_file = cow("bare");
-        let name = format!("bench-b{n}");
-        let took = bare.make(&name, &cow_file, size.0, slot);
-        bare_disk.add_time(took.0);
-        bare_network.add_time(took.1);
-        by_bare.add_time(took.0 + took.1);
+        let took = bare.make(&format!("bench-b{n}"), &cow("bare"), size, slot);
+        bare_disk.add_time(took.disk);
+        bare_network.add_time(took.network);
+        by_bare.add_time(took.disk + took.network);
         bare.let_go();
-        gone(&name, &format!("benchv{slot}"));
     }
     let tell = |name, subject, baseline, goal, unmet| {
         Figure {
@@ -129,25 +117,14 @@ pub(crate) fn run(bench: &Bench) {
     drop(bare);
 }
 
-/// Waits until a device and a link are no more.
-fn gone(device: &str, link: &str) {
+/// Waits until a device and a link are no more. Asks for these two alone: there may be thousands of others.
+pub(crate) fn gone(minor: u32, link: &str) {
+    let places = [format!("/sys/block/dm-{minor}"), format!("/sys/class/net/{link}")];
     let deadline = Instant::now() + Duration::from_secs(60);
-    while dm_devices().iter().any(|(name, _)| name == device) || Path::new("/sys/class/net").join(link).exists() {
-        assert!(Instant::now() < deadline, "{device} or {link} is still there");
+    while let Some(there) = places.iter().find(|place| Path::new(place).exists()) {
+        assert!(Instant::now() < deadline, "{there} is still there");
         std::thread::sleep(Duration::from_millis(1));
     }
-}
-
-/// Name and minor number of every device of device-mapper.
-fn dm_devices() -> Vec<(String, u32)> {
-    let blocks = fs::read_dir("/sys/block").expect("there is one").flatten();
-    blocks
-        .filter_map(|block| {
-            let minor = block.file_name().to_str()?.strip_prefix("dm-")?.parse().ok()?;
-            let name = fs::read_to_string(block.path().join("dm/name")).ok()?;
-            Some((name.trim().to_owned(), minor))
-        })
-        .collect()
 }
 
 /// The netlink batch with which privd loads a sandbox's packet filter, as it is seen from outside.
@@ -175,7 +152,10 @@ fn batch(rig: &Rig) -> Vec<u8> {
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).expect("strace runs");
     strace.wait().expect("it ends");
     drop(network);
-    gone("", &format!("roost-v{RIG_SLOTS}"));
+    eventually("the network to be gone", || {
+        let link = format!("/sys/class/net/roost-v{RIG_SLOTS}");
+        (!Path::new(&link).exists()).then_some(())
+    });
     let text = fs::read_to_string(&log).expect("a log");
     let batches: Vec<_> = dumps(&text)
         .into_iter()
@@ -205,14 +185,31 @@ fn dumps(text: &str) -> Vec<Vec<u8>> {
 }
 
 /// The program of bare system calls.
-struct Bare {
-    child: Child,
+pub(crate) struct Bare {
+    pub(crate) child: Child,
     input: ChildStdin,
     output: BufReader<ChildStdout>,
+    /// Minor number of the origin below its disks, which is privd's.
+    origin: u32,
+    /// What it has made last: its disk's minor number, and its network's slot.
+    made: Option<(u32, u32)>,
+}
+
+/// How long the bare system calls took.
+pub(crate) struct Took {
+    pub(crate) disk: Duration,
+    pub(crate) network: Duration,
 }
 
 impl Bare {
-    fn start(origin: u32, rules: &Path) -> Self {
+    /// Starts it beside a sandbox's disk of the same image, as on any host at work: the origin is shared. That disk keeps the origin.
+    pub(crate) fn beside(rig: &Rig, image: &Path, size: Sectors) -> (Disk, Self) {
+        let before = origins();
+        let request = rig.request("bench-first", image, &rig.cow("bench-first.cow", size), size);
+        let first = rig.open_disk(request).expect("opened");
+        let origin = *origins().difference(&before).next().expect("a new origin");
+        let rules = rig.place.join("rules");
+        fs::write(&rules, batch(rig)).expect("written");
         let mut child = Command::new(BARE)
             .arg(origin.to_string())
             .arg(rules)
@@ -222,27 +219,45 @@ impl Bare {
             .unwrap_or_else(|error| panic!("{BARE}: {error}"));
         let input = child.stdin.take().expect("a pipe");
         let output = BufReader::new(child.stdout.take().expect("a pipe"));
-        Self { child, input, output }
+        let bare = Self {
+            child,
+            input,
+            output,
+            origin,
+            made: None,
+        };
+        (first, bare)
     }
 
-    /// How long a disk took, and a network.
-    fn make(&mut self, name: &str, cow: &Path, sectors: u64, slot: u32) -> (Duration, Duration) {
-        self.ask(&format!("{name} {} {sectors} {slot}", cow.display()))
+    /// Makes a disk and a network.
+    pub(crate) fn make(&mut self, name: &str, cow: &Path, size: Sectors, slot: u32) -> Took {
+        let [disk, network, minor] = self.ask(&format!("{name} {} {} {slot}", cow.display(), size.0));
+        self.made = Some((u32::try_from(minor).expect("a minor number"), slot));
+        Took {
+            disk: Duration::from_nanos(disk),
+            network: Duration::from_nanos(network),
+        }
     }
 
-    fn let_go(&mut self) {
+    /// Lets go of both, and waits until they are no more.
+    pub(crate) fn let_go(&mut self) {
         self.ask("");
+        if let Some((minor, slot)) = self.made.take() {
+            gone(minor, &format!("benchv{slot}"));
+        }
     }
 
-    fn ask(&mut self, line: &str) -> (Duration, Duration) {
+    fn ask(&mut self, line: &str) -> [u64; 3] {
         writeln!(self.input, "{line}").expect("written");
         let mut answer = String::new();
         self.output.read_line(&mut answer).expect("an answer");
-        let mut taken = answer
+        let numbers: Vec<u64> = answer
             .split_whitespace()
-            .map(|nanos| Duration::from_nanos(nanos.parse().expect("a number")));
-        let mut next = || taken.next().expect("bare has said on standard error why it ended");
-        (next(), next())
+            .map(|number| number.parse().expect("a number"))
+            .collect();
+        numbers
+            .try_into()
+            .expect("bare has said on standard error why it ended")
     }
 }
 
@@ -251,4 +266,16 @@ impl Drop for Bare {
         drop(self.child.kill());
         drop(self.child.wait());
     }
+}
+
+/// Minor numbers of the origins that there are.
+fn origins() -> BTreeSet<u32> {
+    let blocks = fs::read_dir("/sys/block").expect("there is one").flatten();
+    blocks
+        .filter_map(|block| {
+            let minor = block.file_name().to_str()?.strip_prefix("dm-")?.parse().ok()?;
+            let name = fs::read_to_string(block.path().join("dm/name")).ok()?;
+            name.starts_with("roost-o-").then_some(minor)
+        })
+        .collect()
 }

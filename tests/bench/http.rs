@@ -21,8 +21,8 @@ const PATIENCE: Duration = Duration::from_secs(400);
 /// How long one attempt to connect may take.
 const CONNECT_LIMIT: Duration = Duration::from_millis(100);
 
-trait Stream: Read + Write {}
-impl<T: Read + Write> Stream for T {}
+trait Stream: Read + Write + Send {}
+impl<T: Read + Write + Send> Stream for T {}
 
 /// A connection.
 pub(crate) struct Http {
@@ -34,6 +34,11 @@ pub(crate) struct Http {
 impl Http {
     /// The agent's API.
     pub(crate) fn agent() -> Self {
+        Self::tls("127.0.0.1:50051")
+    }
+
+    /// Who has the agent's certificate, at an address.
+    pub(crate) fn tls(address: &str) -> Self {
         let file = |name: &str| format!("{PKI}/{name}");
         let mut roots = RootCertStore::empty();
         for certificate in CertificateDer::pem_file_iter(file("ca.pem")).expect("a CA") {
@@ -50,10 +55,7 @@ impl Http {
             .expect("a client's certificate");
         let name = "127.0.0.1".try_into().expect("an address");
         let tls = ClientConnection::new(Arc::new(config), name).expect("a client");
-        Self::over(StreamOwned::new(
-            tls,
-            eventually("the agent", || tcp("127.0.0.1:50051").ok()),
-        ))
+        Self::over(StreamOwned::new(tls, eventually("a connection", || tcp(address).ok())))
     }
 
     /// A server at an address, in the clear.
@@ -68,7 +70,7 @@ impl Http {
         Ok(Self::over(stream))
     }
 
-    fn over(stream: impl Read + Write + 'static) -> Self {
+    fn over(stream: impl Read + Write + Send + 'static) -> Self {
         Self {
             stream: BufReader::with_capacity(64 << 10, Box::new(stream)),
             headers: "Host: bench\r\n".to_owned(),

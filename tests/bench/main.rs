@@ -11,6 +11,7 @@ mod http;
 mod many;
 mod proxied;
 mod sandboxes;
+mod scale;
 mod tools;
 mod vm;
 
@@ -37,7 +38,7 @@ const GROUPS: &[Group] = &[
     ("density", many::density),
     ("proxy", proxied::run),
     ("storm", many::storm),
-    ("scale", many::scale),
+    ("scale", scale::measure),
 ];
 
 /// How much is measured.

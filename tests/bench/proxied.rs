@@ -1,60 +1,275 @@
-//! `proxy`: a port of a guest through the agent's proxy.
+//! `proxy`: ports through the agent's proxy, against nginx as reverse proxy for the same servers and the same client.
+//!
+//! ```text
+//! client --TLS--> agent or nginx --> the guest's address, port 8080: server.c in the guest
+//!                                '-> the same address, port 8081:   server.c on the host, by a rule of ours for what the host sends
+//! ```
+//!
+//! An emulated guest is slow, and both proxies wait for it: what a guest's pages are like to callers. In front of the host's server, which
+//! the agent takes for the guest, the proxies themselves are what is waited for.
 
-use std::path::Path;
-use std::time::Instant;
+use std::fs;
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use roost_tests::eventually;
+use roost_tests::internet::run as run_command;
+use roost_tests::roost::{PKI, ok, pids};
 use serde_json::json;
 
 use crate::Bench;
-use crate::figure::{Figure, Goal, Samples, not_measured};
+use crate::figure::{Figure, Goal, Samples};
 use crate::http::Http;
 use crate::sandboxes::Sandbox;
+use crate::scale::cpu_seconds;
 
-/// Answers each request of a connection that is kept.
-const SERVER: &str = "use IO::Socket::INET; $SIG{CHLD} = 'IGNORE';
-    $s = IO::Socket::INET->new(LocalAddr => '0.0.0.0', LocalPort => 8080, Listen => 99, ReuseAddr => 1) or die;
-    while ($c = $s->accept) { if (fork) { close $c; next } $c->autoflush(1);
-    while (<$c>) { print $c \"HTTP/1.1 200 OK\\r\\nContent-Length: 5\\r\\n\\r\\nhello\" if /^\\r?$/ } exit }";
-/// Where nginx would be.
-const NGINX: &str = "/usr/sbin/nginx";
+/// The server's program, see `tests/bench/server.c`.
+const SERVER: &str = "/root/bench-server";
+/// Where it listens in the guest.
+const IN_GUEST: u16 = 8080;
+/// Where it listens on the host.
+const ON_HOST: u16 = 8081;
+/// Where nginx listens.
+const NGINX: &str = "127.0.0.1:8443";
+/// How long requests are made for a sample.
+const ROUND: Duration = Duration::from_secs(2);
+/// Bytes of a small answer.
+const SMALL: usize = 100;
+/// Bytes of large answers on one connection, and on each of many.
+const LARGE: (usize, usize) = (32 << 20, 1 << 20);
 
 pub(crate) fn run(bench: &Bench) {
     let mut agent = Http::agent();
     let sandbox = Sandbox::create(&mut agent, 256);
-    let request = json!({"sandboxId": sandbox.id, "cmd": "/usr/bin/perl", "args": ["-e", SERVER]});
+    ok(&["cp", SERVER, &format!("{}:/root/server", sandbox.id)]);
+    sandbox.exec(&mut agent, "/bin/chmod", &["755", "/root/server"]);
+    let request = json!({"sandboxId": sandbox.id, "cmd": "/root/server", "args": [IN_GUEST.to_string()]});
     agent.ask("StartBackground", &request);
-    let direct = || Http::plain((&*sandbox.host, 8080));
-    let mut server = eventually("the guest's server", || direct().ok());
-    let path = format!("/proxy/{}/8080/", sandbox.id);
-    let ask = |http: &mut Http, path: &str, times: &mut Samples| {
-        let began = Instant::now();
-        let (status, body) = http.call("GET", path, "text/plain", b"").expect("an answer");
-        times.add_time(began.elapsed());
-        assert_eq!((status, &body[..]), (200, &b"hello"[..]));
-    };
+    let _redirect = Redirect::of(&sandbox.host);
+    let _server = Process::start(SERVER, &[&ON_HOST.to_string()]);
+    let _nginx = nginx(&sandbox.host);
+    let direct = |port| eventually("a server", || Http::plain((&*sandbox.host, port)).ok());
+    for (server, port, rounds) in [("", ON_HOST, 8), ("guest.", IN_GUEST, 4)] {
+        latency(bench, server, &sandbox, port, direct(port));
+        for connections in [1, if bench.smoke { 4 } else { 64 }] {
+            let size = if connections == 1 { LARGE.0 } else { LARGE.1 };
+            let mut subject = Load::new(connections, Http::agent, "roost-agent");
+            let mut baseline = Load::new(connections, || Http::tls(NGINX), "nginx");
+            let rounds = bench.samples(rounds);
+            let path = |bytes| {
+                (
+                    format!("/proxy/{}/{port}/{bytes}", sandbox.id),
+                    format!("/{port}/{bytes}"),
+                )
+            };
+            let [small, large] = [SMALL, size].map(|bytes| {
+                let (to_agent, to_nginx) = path(bytes);
+                let [mut ours, mut theirs] = <[Rates; 2]>::default();
+                for _ in 0..rounds {
+                    subject.round(&to_agent, bytes, &mut ours);
+                    baseline.round(&to_nginx, bytes, &mut theirs);
+                }
+                (ours, theirs)
+            });
+            tell(
+                &format!("proxy.{server}requests.{connections}"),
+                "/s",
+                &small.0.requests,
+                &small.1.requests,
+                Goal::AtLeastTimes(0.9),
+            );
+            tell(
+                &format!("proxy.{server}bytes.{connections}"),
+                "MiB/s",
+                &large.0.mebibytes,
+                &large.1.mebibytes,
+                Goal::AtLeastTimes(0.9),
+            );
+            tell(
+                &format!("proxy.{server}cpu.{connections}"),
+                "us of CPU each",
+                &small.0.cpu,
+                &small.1.cpu,
+                Goal::Seen,
+            );
+        }
+    }
+}
+
+/// What a request takes beside one of the server itself.
+fn latency(bench: &Bench, server: &str, sandbox: &Sandbox, port: u16, mut direct: Http) {
+    let mut agent = Http::agent();
+    let path = format!("/proxy/{}/{port}/{SMALL}", sandbox.id);
     let [mut proxied, mut bare] = <[Samples; 2]>::default();
     for _ in 0..bench.samples(200) {
-        ask(&mut agent, &path, &mut proxied);
-        ask(&mut server, "/", &mut bare);
+        proxied.time(|| get(&mut agent, &path, SMALL));
+        bare.time(|| get(&mut direct, &format!("/{SMALL}"), SMALL));
     }
     Figure {
-        name: "proxy.direct",
+        name: &format!("proxy.{server}direct"),
         unit: "ms",
         subject: &proxied,
-        baseline: Some(("the guest's server itself", &bare)),
+        baseline: Some(("the server itself, without TLS", &bare)),
         goal: Goal::Seen,
         unmet: "",
     }
     .tell();
-    if !Path::new(NGINX).exists() {
-        not_measured(
-            "proxy.nginx.1",
-            "no nginx in the rig, which the ordinary image does not have",
-        );
-        not_measured(
-            "proxy.nginx.64",
-            "no nginx in the rig, which the ordinary image does not have",
-        );
+}
+
+fn tell(name: &str, unit: &'static str, subject: &Samples, baseline: &Samples, goal: Goal) {
+    Figure {
+        name,
+        unit,
+        subject,
+        baseline: Some(("nginx", baseline)),
+        goal,
+        unmet: "the figure of CPU says whether the proxy or what is behind it is waited for",
     }
+    .tell();
+}
+
+/// A request that must be answered with so many bytes.
+fn get(http: &mut Http, path: &str, bytes: usize) {
+    let mut got = 0;
+    let status = http.stream("GET", path, "text/plain", b"", |piece| got += piece.len());
+    assert_eq!((status.expect("an answer"), got), (200, bytes), "{path}");
+}
+
+/// Connections that are kept, on each of which a thread makes one request after another.
+struct Load {
+    connections: Vec<Http>,
+    /// Name of the processes that answer.
+    server: &'static str,
+}
+
+/// What rounds have shown.
+#[derive(Default)]
+struct Rates {
+    requests: Samples,
+    mebibytes: Samples,
+    /// Of the proxy's processor time, for each request.
+    cpu: Samples,
+}
+
+impl Load {
+    fn new(connections: usize, connect: impl Fn() -> Http, server: &'static str) -> Self {
+        Self {
+            connections: (0..connections).map(|_| connect()).collect(),
+            server,
+        }
+    }
+
+    /// Makes requests for a while.
+    fn round(&mut self, path: &str, bytes: usize, rates: &mut Rates) {
+        let cpu = |server| pids(server).into_iter().map(cpu_seconds).sum::<f64>();
+        let (before, began) = (cpu(self.server), Instant::now());
+        let count: u32 = thread::scope(|scope| {
+            let asking: Vec<_> = self
+                .connections
+                .iter_mut()
+                .map(|http| {
+                    scope.spawn(move || {
+                        let mut count = 0;
+                        while count == 0 || began.elapsed() < ROUND {
+                            get(http, path, bytes);
+                            count += 1;
+                        }
+                        count
+                    })
+                })
+                .collect();
+            asking.into_iter().map(|asking| asking.join().expect("answered")).sum()
+        });
+        let seconds = began.elapsed().as_secs_f64();
+        let cpu = cpu(self.server) - before;
+        rates.requests.add(f64::from(count) / seconds);
+        rates
+            .mebibytes
+            .add(f64::from(count) * bytes as f64 / f64::from(1 << 20) / seconds);
+        rates.cpu.add(cpu * 1e6 / f64::from(count));
+    }
+}
+
+/// Has what the host sends to a guest's port [`ON_HOST`] reach a server of the host's, until it is dropped.
+struct Redirect;
+
+impl Redirect {
+    fn of(guest: &str) -> Self {
+        let file = "/run/bench-redirect.nft";
+        let rule = format!("ip daddr {guest} tcp dport {ON_HOST} redirect");
+        let table = format!("table ip bench {{ chain output {{ type nat hook output priority -100; {rule}; }} }}\n");
+        fs::write(file, table).expect("written");
+        run_command(&format!("nft -f {file}"));
+        Self
+    }
+}
+
+impl Drop for Redirect {
+    fn drop(&mut self) {
+        run_command("nft delete table ip bench");
+    }
+}
+
+/// A process that ends with this value.
+struct Process(Child);
+
+impl Process {
+    fn start(program: &str, arguments: &[&str]) -> Self {
+        let child = Command::new(program).args(arguments).stdin(Stdio::null()).spawn();
+        Self(child.unwrap_or_else(|error| panic!("{program}: {error}")))
+    }
+}
+
+impl Drop for Process {
+    /// By SIGTERM, at which nginx ends its workers.
+    fn drop(&mut self) {
+        let pid = nix::unistd::Pid::from_raw(self.0.id().cast_signed());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).ok();
+        drop(self.0.wait());
+    }
+}
+
+/// nginx with the agent's certificates, on as many processors, with connections kept on both sides, and without logs or temporary files.
+fn nginx(guest: &str) -> Process {
+    let processors = thread::available_parallelism().expect("known");
+    let upstreams: String = [IN_GUEST, ON_HOST]
+        .map(|port| {
+            format!("upstream port{port} {{ server {guest}:{port}; keepalive 64; keepalive_requests 1000000000; }}\n")
+        })
+        .concat();
+    let places: String = [IN_GUEST, ON_HOST]
+        .map(|port| format!("location /{port}/ {{ proxy_pass http://port{port}/; }}\n"))
+        .concat();
+    let config = format!(
+        "daemon off; pid /run/bench-nginx.pid; user www-data; worker_processes {processors};
+         error_log stderr warn;
+         events {{ worker_connections 4096; }}
+         http {{
+           access_log off;
+           keepalive_requests 1000000000;
+           keepalive_timeout 600;
+           {upstreams}
+           server {{
+             listen {NGINX} ssl;
+             ssl_certificate {PKI}/server.pem;
+             ssl_certificate_key {PKI}/server-key.pem;
+             ssl_client_certificate {PKI}/ca.pem;
+             ssl_verify_client on;
+             ssl_protocols TLSv1.3;
+             proxy_http_version 1.1;
+             proxy_set_header Connection \"\";
+             proxy_set_header X-Forwarded-Host $http_host;
+             proxy_set_header X-Forwarded-Proto https;
+             proxy_buffers 16 64k;
+             proxy_buffer_size 64k;
+             proxy_busy_buffers_size 128k;
+             proxy_max_temp_file_size 0;
+             {places}
+           }}
+         }}\n"
+    );
+    let file = "/run/bench-nginx.conf";
+    fs::write(file, config).expect("written");
+    Process::start("/usr/sbin/nginx", &["-c", file])
 }

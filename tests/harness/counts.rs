@@ -1,4 +1,4 @@
-//! What operations ask of the host, in exact numbers: calls of privd, syncs, programs started, wake-ups.
+//! What operations ask of the host, in exact numbers: calls of privd, system calls, syncs, programs started, wake-ups, waits for locks.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -54,6 +54,58 @@ impl Counts {
         };
         (value, counts)
     }
+}
+
+/// How many system calls a process makes during an operation.
+///
+/// # Panics
+/// When the kernel does not tell.
+pub fn system_calls<T>(process: i32, operation: impl FnOnce() -> T) -> (T, usize) {
+    let trace = Trace::of_processes(&["raw_syscalls/sys_enter"], &[process]);
+    let value = operation();
+    (value, trace.events().len())
+}
+
+/// How threads of a process have waited for each other's locks.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Contention {
+    /// How often.
+    pub waits: u32,
+    /// For how long, all of them together.
+    pub waited: Duration,
+}
+
+impl Contention {
+    /// That of a process during an operation.
+    ///
+    /// # Panics
+    /// When the kernel does not tell.
+    pub fn of<T>(process: i32, operation: impl FnOnce() -> T) -> (T, Self) {
+        let trace = Trace::of_processes(&["syscalls/sys_enter_futex", "syscalls/sys_exit_futex"], &[process]);
+        let value = operation();
+        (value, Self::among(&trace.events()))
+    }
+
+    /// A lock that somebody waits for has the value 2, in Rust's library and in C's, and a wait names the value that it has seen. So waits
+    /// for anything else, such as work, are told apart, but for a condition variable's second wait.
+    fn among(events: &[Event]) -> Self {
+        let (mut found, mut waiting) = (Self::default(), BTreeMap::new());
+        for event in events {
+            if is_wait_for_a_lock(&event.what) {
+                waiting.insert(event.thread, event.at);
+            } else if let Some(since) = waiting.remove(&event.thread) {
+                found.waits += 1;
+                found.waited += event.at.saturating_sub(since);
+            }
+        }
+        found
+    }
+}
+
+/// `sys_futex(uaddr: 7f06b0000b80, op: 89, val: 2, utime: 0, uaddr2: 0, val3: ffffffff)`: `FUTEX_WAIT` or `FUTEX_WAIT_BITSET`, private.
+fn is_wait_for_a_lock(what: &str) -> bool {
+    let argument = |name: &str| what.split_once(name)?.1.split([',', ')']).next();
+    what.starts_with("sys_futex(") && matches!(argument("op: "), Some("80" | "89")) && argument("val: ") == Some("2")
 }
 
 /// The path of a program that was started, other than by the test itself.
@@ -113,4 +165,41 @@ pub fn wakes_of_an_uncalled_privd() -> u64 {
         let is_quiet = privd_calls() == calls && before.keys().eq(after.keys());
         is_quiet.then(|| after.values().sum::<u64>() - before.values().sum::<u64>())
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wait_for_a_lock_is_told_from_a_wait_for_work() {
+        let event = |thread, millis, what: &str| Event {
+            process: 1,
+            thread,
+            at: Duration::from_millis(millis),
+            what: what.to_owned(),
+        };
+        let found = Contention::among(&[
+            event(
+                1,
+                10,
+                "sys_futex(uaddr: 7f06b0000b80, op: 89, val: 2, utime: 0, uaddr2: 0, val3: ffffffff)",
+            ),
+            event(
+                2,
+                11,
+                "sys_futex(uaddr: 7f06b0000b84, op: 89, val: 27, utime: 0, uaddr2: 0, val3: ffffffff)",
+            ),
+            event(
+                3,
+                12,
+                "sys_futex(uaddr: 7f06b0000b80, op: 81, val: 1, utime: 0, uaddr2: 0, val3: 2)",
+            ),
+            event(3, 12, "sys_futex -> 0x1"),
+            event(1, 15, "sys_futex -> 0x0"),
+            event(2, 90, "sys_futex -> 0x0"),
+        ]);
+        let waited = Duration::from_millis(5);
+        assert_eq!(found, Contention { waits: 1, waited });
+    }
 }

@@ -17,8 +17,8 @@ use crate::{cache, setup};
 
 /// How the line of a figure begins.
 const MARK: &str = "BENCH ";
-/// Where the program of bare system calls is in the rig.
-const BARE: &str = "/root/bench-bare";
+/// The programs in C: `NAME.c` is `/root/bench-NAME` in the rig.
+const PROGRAMS: [&str; 2] = ["bare", "server"];
 
 /// Arguments of `cargo xtask bench`.
 #[derive(Args)]
@@ -50,17 +50,17 @@ pub(crate) struct Options {
 pub(crate) fn run(options: &Options) -> Result<u8> {
     setup::run()?;
     let binaries = binaries::build_as(options.profile, "bench")?;
-    let bare = build_bare()?;
+    let mut add = vec![format!("{}:/root/bench", binaries.tests.display())];
+    for program in PROGRAMS {
+        add.push(format!("{}:/root/bench-{program}", build(program)?.display()));
+    }
     // Thousands of disks and networks are a descriptor each, and more.
     let mut command = ["prlimit", "--nofile=65536", "/root/bench"].map(str::to_owned).to_vec();
     command.extend(options.smoke.then(|| "--smoke".to_owned()));
     command.extend(options.quick.then(|| "--quick".to_owned()));
     command.extend(options.names.iter().cloned());
     let rig = rig::Options {
-        add: vec![
-            format!("{}:/root/bench", binaries.tests.display()),
-            format!("{}:{BARE}", bare.display()),
-        ],
+        add,
         timeout: options.timeout,
         memory: options.memory,
         processors: options.processors,
@@ -80,10 +80,10 @@ pub(crate) fn run(options: &Options) -> Result<u8> {
     Ok(end.status)
 }
 
-/// Builds the system calls of a sandbox's host side with nothing around them.
-fn build_bare() -> Result<PathBuf> {
-    let program = cache::dir()?.join("bench-bare");
-    let source = cache::workspace().join("tests/bench/bare.c");
+/// Builds a program in C, statically: it runs in the rig, or in a guest.
+fn build(name: &str) -> Result<PathBuf> {
+    let program = cache::dir()?.join(format!("bench-{name}"));
+    let source = cache::workspace().join(format!("tests/bench/{name}.c"));
     let mut compiler = Command::new("cc");
     compiler.args(["-O2", "-Wall", "-Wextra", "-Werror", "-static", "-pthread", "-o"]);
     quiet(compiler.arg(&program).arg(source))?;

@@ -32,6 +32,8 @@ const RECIPE: Recipe<'_> = Recipe {
         "libmnl0",
         "libnftnl11",
         "nftables",
+        // What the agent's proxy is measured against.
+        "nginx",
         "openssl",
         "procps",
         // The stand-in VMM drives it.
@@ -62,6 +64,7 @@ const MASKED: &[&str] = &[
     "getty.target",
     "ldconfig.service",
     "logrotate.timer",
+    "nginx.service",
     "serial-getty@ttyS0.service",
     "systemd-binfmt.service",
     "systemd-firstboot.service",
