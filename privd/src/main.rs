@@ -13,7 +13,8 @@
 //! | [`host`] | what a start makes sure of |
 //! | [`confine`] | what it gives up before it listens |
 //!
-//! It keeps nothing between calls and may be killed at any moment: what it made is held by the descriptors it handed out.
+//! It keeps nothing between calls but a list that the kernel keeps true (`kernel::own`), and may be killed at any moment: what it made is
+//! held by the descriptors it handed out.
 //! Not here: HTTP, TLS, protobuf; executing anything; mounting anything; paths or kernel names chosen by a peer. `AUDIT.md`
 //! beside the sources lists each call with its checks, its effects in the kernel and the capabilities it needs.
 

@@ -139,8 +139,9 @@ impl Privd for Session {
             let spec = DiskSpec::check(&session.limits, session.peer, request)?;
             entry.add("image", format_args!("{}:{}", spec.image.device, spec.image.inode));
             let kernel = dm::RealKernel::open().map_err(at(Step::ListDevices))?;
-            let existing = kernel.count_disks().map_err(at(Step::ListDevices))?;
-            check::room_for_a_disk(&session.limits, existing)?;
+            let limits = &session.limits;
+            let existing = kernel.count_disks(limits.disks).map_err(at(Step::ListDevices))?;
+            check::room_for_a_disk(limits, existing)?;
             let disk = dm::open_snapshot(&kernel, &spec)?;
             entry.add("node", disk.node);
             Ok(Disk {

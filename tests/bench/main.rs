@@ -16,6 +16,7 @@ mod tools;
 mod vm;
 
 use std::process::Command;
+use std::time::Duration;
 
 use roost_tests::roost::AgentConfig;
 
@@ -57,6 +58,11 @@ impl Bench {
             (false, true) => usual.div_ceil(4),
             (false, false) => usual,
         }
+    }
+
+    /// For how long something is watched that is worth `usual`.
+    fn time(&self, usual: Duration) -> Duration {
+        if self.smoke { usual / 20 } else { usual }
     }
 }
 

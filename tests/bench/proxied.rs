@@ -67,8 +67,8 @@ pub(crate) fn run(bench: &Bench) {
                 let (to_agent, to_nginx) = path(bytes);
                 let [mut ours, mut theirs] = <[Rates; 2]>::default();
                 for _ in 0..rounds {
-                    subject.round(&to_agent, bytes, &mut ours);
-                    baseline.round(&to_nginx, bytes, &mut theirs);
+                    subject.round(&to_agent, bytes, bench.time(ROUND), &mut ours);
+                    baseline.round(&to_nginx, bytes, bench.time(ROUND), &mut theirs);
                 }
                 (ours, theirs)
             });
@@ -161,7 +161,7 @@ impl Load {
     }
 
     /// Makes requests for a while.
-    fn round(&mut self, path: &str, bytes: usize, rates: &mut Rates) {
+    fn round(&mut self, path: &str, bytes: usize, limit: Duration, rates: &mut Rates) {
         let cpu = |server| pids(server).into_iter().map(cpu_seconds).sum::<f64>();
         let (before, began) = (cpu(self.server), Instant::now());
         let count: u32 = thread::scope(|scope| {
@@ -171,7 +171,7 @@ impl Load {
                 .map(|http| {
                     scope.spawn(move || {
                         let mut count = 0;
-                        while count == 0 || began.elapsed() < ROUND {
+                        while count == 0 || began.elapsed() < limit {
                             get(http, path, bytes);
                             count += 1;
                         }
@@ -198,7 +198,7 @@ impl Redirect {
     fn of(guest: &str) -> Self {
         let file = "/run/bench-redirect.nft";
         let rule = format!("ip daddr {guest} tcp dport {ON_HOST} redirect");
-        let table = format!("table ip bench {{ chain output {{ type nat hook output priority -100; {rule}; }} }}\n");
+        let table = format!("table ip bench {{\nchain output {{ type nat hook output priority -100; {rule}; }}\n}}\n");
         fs::write(file, table).expect("written");
         run_command(&format!("nft -f {file}"));
         Self

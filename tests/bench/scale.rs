@@ -24,7 +24,7 @@ use crate::{Bench, RIG_SLOTS};
 const FIRST_SLOT: u32 = RIG_SLOTS + 1000;
 /// The agent's sandboxes.
 const SANDBOXES: &str = "/var/lib/roost/sandboxes";
-/// Seconds in which an agent is watched that nobody asks for anything.
+/// How long an agent is watched that nobody asks for anything.
 const IDLE: Duration = Duration::from_secs(20);
 
 /// Both halves.
@@ -178,8 +178,9 @@ impl Records {
         let pid = *pids("roost-agent").first().expect("it runs");
         let start = Samples(vec![cpu_seconds(pid)]);
         let before = cpu_seconds(pid);
-        std::thread::sleep(IDLE);
-        let idle = Samples(vec![(cpu_seconds(pid) - before) * 1000.0 / IDLE.as_secs_f64()]);
+        let idle = bench.time(IDLE);
+        std::thread::sleep(idle);
+        let idle = Samples(vec![(cpu_seconds(pid) - before) * 1000.0 / idle.as_secs_f64()]);
         let [mut list, mut one, mut destroy] = <[Samples; 3]>::default();
         let mut agent = Http::agent();
         for n in 0..bench.samples(20) {

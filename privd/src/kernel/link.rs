@@ -27,6 +27,8 @@ use super::netlink::{Kind, Netlink};
 
 /// `RTMGRP_LINK`: links that come, change and go.
 const LINK_EVENTS: u32 = 1;
+/// `RTMGRP_IPV4_IFADDR`: IPv4 addresses that come, change and go.
+const ADDRESS_EVENTS: u32 = 0x10;
 /// Length of `struct ifinfomsg`, which the attributes of a link follow.
 const LINK_HEADER: usize = 16;
 /// Length of `struct ifaddrmsg`, which the attributes of an address follow.
@@ -203,9 +205,7 @@ impl Links {
         let mut addresses = Vec::new();
         self.0
             .request(RouteNetlinkMessage::GetAddress(message), Kind::List, |payload| {
-                let local = attribute(payload, ADDRESS_HEADER, libc::IFA_LOCAL);
-                let octets: Option<[u8; 4]> = local.and_then(|bytes| bytes.try_into().ok());
-                addresses.extend(octets.map(Ipv4Addr::from));
+                addresses.extend(local_address(payload));
             })?;
         Ok(addresses)
     }
@@ -228,6 +228,30 @@ impl LinkEvents {
     pub(crate) fn wait(&mut self, limit: Duration) -> io::Result<bool> {
         self.0.wait_for_event(limit)
     }
+}
+
+/// IPv4 addresses of the calling thread's network namespace that come and go, from now on.
+pub(crate) struct AddressEvents(Netlink);
+
+impl AddressEvents {
+    /// Listens.
+    pub(crate) fn open() -> io::Result<Self> {
+        Netlink::open(SockProtocol::NetlinkRoute, ADDRESS_EVENTS).map(Self)
+    }
+
+    /// Whether an address for which `counts` holds has come, changed or gone since this was last asked, or may have. Does not wait.
+    pub(crate) fn any(&mut self, counts: impl Fn(Ipv4Addr) -> bool) -> io::Result<bool> {
+        let mut any = false;
+        let is_whole = self
+            .0
+            .events(|payload| any |= local_address(payload).is_none_or(&counts))?;
+        Ok(any || !is_whole)
+    }
+}
+
+fn local_address(payload: &[u8]) -> Option<Ipv4Addr> {
+    let local = attribute(payload, ADDRESS_HEADER, libc::IFA_LOCAL)?;
+    <[u8; 4]>::try_from(local).ok().map(Ipv4Addr::from)
 }
 
 /// An attribute of a message with a header of `header` bytes.

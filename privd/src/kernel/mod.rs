@@ -7,8 +7,9 @@
 //! | [`netns`] | networks: namespace, tap, veth pair; entering the namespace of a tap |
 //! | [`tap`] | taps, and telling ours from other descriptors |
 //! | [`link`] | addresses, routes, neighbours, by rtnetlink |
+//! | [`own`] | nothing: the host's addresses |
 //! | [`nft`] | packet filter rules and their counters |
-//! | [`netlink`] | the socket under the last two |
+//! | [`netlink`] | the socket under the last three |
 //! | [`sys`] | system calls without a safe wrapper; the only unsafe code |
 
 pub(crate) mod dm;
@@ -17,6 +18,7 @@ pub(crate) mod loopdev;
 pub(crate) mod netlink;
 pub(crate) mod netns;
 pub(crate) mod nft;
+mod own;
 pub(crate) mod sys;
 pub(crate) mod tap;
 

@@ -133,13 +133,26 @@ impl Netlink {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(errno) => return Err(errno.into()),
         }
+        // More events than the queue holds are events all the same.
+        self.events(|_| {}).map(|_| true)
+    }
+
+    /// Hands the payloads of the messages of the multicast groups joined to `on`, as far as they are there. `false` when there were more
+    /// than the queue holds, and some are lost.
+    pub(crate) fn events(&mut self, mut on: impl FnMut(&[u8])) -> io::Result<bool> {
+        let mut is_whole = true;
         loop {
-            match self.receive(MsgFlags::MSG_DONTWAIT) {
-                Ok(_) => {}
-                // More events than the queue holds are events all the same.
-                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(true),
+            let length = match self.receive(MsgFlags::MSG_DONTWAIT) {
+                Ok(length) => length,
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
+                    is_whole = false;
+                    continue;
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(is_whole),
                 Err(error) => return Err(error),
+            };
+            for message in messages(self.buffer.get(..length).unwrap_or_default()) {
+                on(message?.payload());
             }
         }
     }

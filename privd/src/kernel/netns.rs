@@ -22,7 +22,7 @@ use roost_common::privd::{DescriptorRole, EgressPolicy, NetworkCounters, PrivdEr
 
 use super::link::{Index, LinkEvents, Links, VethEnd};
 use super::nft::Rules;
-use super::{BUSY, at, tap};
+use super::{BUSY, at, own, tap};
 use crate::check::NetworkSpec;
 
 /// Name of the veth pair's end in the namespace.
@@ -47,7 +47,7 @@ pub(crate) fn open(spec: &NetworkSpec) -> Result<OpenedNetwork, PrivdError> {
     // Opened here, so these act on and listen to the initial namespace, whichever thread uses them.
     let mut host = Links::open().map_err(at(Step::MakeVeth))?;
     let mut events = LinkEvents::open().map_err(at(Step::MakeVeth))?;
-    let own = host.addresses().map_err(at(Step::ListLinks))?;
+    let own = own::addresses().map_err(at(Step::ListLinks))?;
     on_a_thread(|| build(spec, &mut host, &mut events, &own))?
 }
 
@@ -57,9 +57,7 @@ pub(crate) fn open(spec: &NetworkSpec) -> Result<OpenedNetwork, PrivdError> {
 /// [`PrivdError::WrongDescriptor`] when it is no tap of ours.
 pub(crate) fn set_policy(tap: BorrowedFd<'_>, policy: &EgressPolicy) -> Result<(), PrivdError> {
     restore_host_table()?;
-    let own = Links::open()
-        .and_then(|mut links| links.addresses())
-        .map_err(at(Step::ListLinks))?;
+    let own = own::addresses().map_err(at(Step::ListLinks))?;
     inside(tap, || {
         let agent = Links::open()
             .and_then(|mut links| links.addresses())

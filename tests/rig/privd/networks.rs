@@ -700,6 +700,36 @@ fn a_host_table_that_somebody_flushed_is_back_before_a_network_is_handed_out() {
     });
 }
 
+#[test]
+fn an_address_that_the_host_gets_or_loses_counts_from_the_next_network_on() {
+    in_rig(|| {
+        let rig = Rig::start();
+        let is_closed = |network: &Network| {
+            let rows = rig.rows(&network.tap, Rule::ClosedRange);
+            rows.iter().any(|row| row.network == Some(range("198.51.100.9")))
+        };
+        let opened = |slot| rig.open_network(slot, open_policy()).expect("opened");
+        let before = opened(9);
+        assert!(!is_closed(&before));
+        for slot in [10, 12] {
+            run("ip addr add 198.51.100.9/32 dev lo");
+            assert!(is_closed(&opened(slot)));
+            rig.set_policy(&before.tap, open_policy()).expect("replaced");
+            assert!(is_closed(&before), "a policy is one of its time");
+            // More changes than the kernel keeps for who does not ask.
+            let others: String = (0..254)
+                .map(|n| format!("addr add 198.51.102.{n}/32 dev lo\naddr del 198.51.102.{n}/32 dev lo\n"))
+                .collect();
+            std::fs::write("/run/addresses", others).expect("written");
+            run("ip -batch /run/addresses");
+            run("ip addr del 198.51.100.9/32 dev lo");
+            assert!(!is_closed(&opened(slot + 1)));
+            rig.set_policy(&before.tap, open_policy()).expect("replaced");
+            assert!(!is_closed(&before), "a policy is one of its time");
+        }
+    });
+}
+
 fn host_table() -> Option<String> {
     run_for_text("nft", &["list", "table", "inet", "roost"])
 }

@@ -20,6 +20,10 @@ const MARK: &str = "BENCH ";
 /// The programs in C: `NAME.c` is `/root/bench-NAME` in the rig.
 const PROGRAMS: [&str; 2] = ["bare", "server"];
 
+/// The groups that an ordinary `cargo xtask test` shows to work, and how long they may take: those whose parts no test has.
+const SMOKE: [&str; 3] = ["host", "proxy", "scale"];
+const SMOKE_SECONDS: u64 = 900;
+
 /// Arguments of `cargo xtask bench`.
 #[derive(Args)]
 pub(crate) struct Options {
@@ -46,7 +50,23 @@ pub(crate) struct Options {
     names: Vec<String>,
 }
 
-/// Runs it; the program's exit status.
+/// Shows that these groups of figures can be measured; of each one sample, which is no measure of anything.
+pub(crate) fn smoke(processors: u8) -> Result<()> {
+    let options = Options {
+        profile: Profile::Dev,
+        smoke: true,
+        quick: false,
+        memory: 4096,
+        processors,
+        timeout: SMOKE_SECONDS,
+        names: SMOKE.map(str::to_owned).to_vec(),
+    };
+    let status = run(&options)?;
+    ensure!(status == 0, "status {status}");
+    Ok(())
+}
+
+/// Runs it; the program's exit status. With one sample of each figure, one that is missing is an error.
 pub(crate) fn run(options: &Options) -> Result<u8> {
     setup::run()?;
     let binaries = binaries::build_as(options.profile, "bench")?;
@@ -77,6 +97,11 @@ pub(crate) fn run(options: &Options) -> Result<u8> {
     println!("\n{about}");
     table(&figures).iter().for_each(|line| println!("{line}"));
     println!("{}", path.display());
+    let missing: Vec<_> = figures.iter().filter(|figure| figure["missing"].is_string()).collect();
+    ensure!(
+        !options.smoke || missing.is_empty(),
+        "figures that could not be measured: {missing:?}"
+    );
     Ok(end.status)
 }
 

@@ -15,7 +15,7 @@ use clap::Args;
 use crate::binaries::{self, Binaries, cargo};
 use crate::rig::{self, Boot, DEFAULT_PROCESSORS, STATUS_RIG_FAILED};
 use crate::step::{shown, step};
-use crate::{cache, deny, dependencies, fleet, page, sdk, series, setup};
+use crate::{bench, cache, deny, dependencies, fleet, page, sdk, series, setup};
 
 /// Time for all rig tests, and for those of full size.
 const RIG_SECONDS: u64 = 3600;
@@ -249,6 +249,11 @@ pub(crate) fn run(options: &Options) -> Result<u8> {
                 ..options.clone()
             };
             record(&mut summary, "rig tests, direct", || verdict(&run_in_rig(&direct)?));
+        }
+        if whole {
+            record(&mut summary, "bench, one sample", || {
+                bench::smoke(options.processors.unwrap_or(PROCESSORS_BESIDE))
+            });
         }
         if whole || options.packages {
             record(&mut summary, "packages", || {

@@ -7,7 +7,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::time::{Duration, Instant};
 
 use devicemapper::{DM, DevId, DmError, DmFlags, DmName, DmOptions, DmUuid, errors};
@@ -193,6 +193,16 @@ pub(crate) struct Listed {
     pub(crate) loops: Vec<u32>,
 }
 
+/// Loops and devices of device-mapper, a directory each.
+const BLOCK_DEVICES: &str = "/sys/devices/virtual/block";
+
+/// A number of disks that there are no more of, by the links of [`BLOCK_DEVICES`]: one for each directory in it, and two of its own. Each
+/// disk is a device, and has a loop for its exception store. `None` where there is nothing, as where there is no sysfs.
+fn most_disks(links: u64) -> Option<usize> {
+    let devices = links.checked_sub(2).filter(|devices| *devices > 0)?;
+    usize::try_from(devices / 2).ok()
+}
+
 /// Longest status line handed on; the kernel's own are some 40 bytes.
 const MAX_STATUS: usize = 64;
 
@@ -208,8 +218,13 @@ impl RealKernel {
         Ok(listed)
     }
 
-    /// How many disks there are: snapshots of sandboxes.
-    pub(crate) fn count_disks(&self) -> io::Result<usize> {
+    /// How many disks there are: snapshots of sandboxes. Where there are fewer than `limit` for certain, a number that they are no more
+    /// than: to count them costs the more the more there are.
+    pub(crate) fn count_disks(&self, limit: u32) -> io::Result<usize> {
+        let links = std::fs::metadata(BLOCK_DEVICES).map_or(0, |directory| directory.nlink());
+        if let Some(at_most) = most_disks(links).filter(|at_most| *at_most < limit as usize) {
+            return Ok(at_most);
+        }
         let devices = self.dm.list_devices().map_err(errno)?;
         let disks = devices
             .iter()
@@ -260,5 +275,23 @@ impl RealKernel {
                 .collect(),
             name,
         }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_disk_is_two_directories_of_block_devices() {
+        let found = [0, 1, 2, 3, 4, 5, 12].map(most_disks);
+        assert_eq!(found, [None, None, None, Some(0), Some(1), Some(1), Some(5)]);
+    }
+
+    #[test]
+    fn the_kernel_counts_directories_of_block_devices_as_links() {
+        let directory = std::fs::metadata(BLOCK_DEVICES).expect("sysfs");
+        let listed = std::fs::read_dir(BLOCK_DEVICES).expect("a directory").count();
+        assert_eq!(directory.nlink(), listed as u64 + 2);
     }
 }
