@@ -219,7 +219,19 @@ impl Registry {
 
     /// All sandboxes, in order of their ids.
     pub fn list(&self) -> Vec<Handle> {
-        let mut all: Vec<Handle> = self.lock().values().cloned().collect();
+        self.those(|_| true)
+    }
+
+    /// Those sandboxes, in order of their ids. Who looks again and again asks for no more than it sees to: of thousands most may be paused.
+    pub(crate) fn those(&self, wanted: impl Fn(&View) -> bool) -> Vec<Handle> {
+        let mut all: Vec<Handle> = {
+            let sandboxes = self.lock();
+            sandboxes
+                .values()
+                .filter(|handle| wanted(&handle.view()))
+                .cloned()
+                .collect()
+        };
         all.sort_by(|a, b| a.plan.id.cmp(&b.plan.id));
         all
     }

@@ -207,15 +207,11 @@ async fn go_on(registry: &Arc<Registry>, mut watermark: Watermark) -> Infallible
 }
 
 async fn look_once(registry: &Arc<Registry>, watermark: &mut Watermark, number: u64) {
-    let running: Vec<Handle> = registry
-        .list()
-        .into_iter()
-        // Also those that are about to run, and those whose pause has not written all yet.
-        .filter(|handle| match handle.view() {
-            View::Creating | View::Running(..) | View::Pausing | View::Resuming | View::Unreachable => true,
-            View::Paused(_) | View::Destroying | View::Gone => false,
-        })
-        .collect();
+    // Also those that are about to run, and those whose pause has not written all yet.
+    let running = registry.those(|view| match view {
+        View::Creating | View::Running(..) | View::Pausing | View::Resuming | View::Unreachable => true,
+        View::Paused(_) | View::Destroying | View::Gone => false,
+    });
     let seen = tokio::task::spawn_blocking({
         let (host, running) = (registry.host().clone(), running.clone());
         move || look(&host, &running)

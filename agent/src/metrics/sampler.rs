@@ -74,7 +74,7 @@ pub async fn run(registry: Arc<Registry>) {
     loop {
         ticks.tick().await;
         let mut before = std::mem::take(&mut known);
-        for handle in registry.list() {
+        for handle in registry.those(|view| matches!(view, View::Running(..))) {
             // One that is held stands still, and its guest would not answer.
             let View::Running(guest, _) = handle.view() else {
                 continue;

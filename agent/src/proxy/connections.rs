@@ -24,8 +24,8 @@ use super::upstream::Upstream;
 const IDLE_LIMIT: Duration = Duration::from_secs(30);
 /// How often those are looked for, while there are any.
 const IDLE_PAUSE: Duration = Duration::from_secs(10);
-/// Most idle connections of a guest.
-const MAX_IDLE: usize = 32;
+/// Most idle connections of a guest: as many as a busy page's callers have at a time, who would else have one made for most requests.
+const MAX_IDLE: usize = 128;
 /// How long requests that are under way may take to end once a pause has begun.
 const DRAIN_LIMIT: Duration = Duration::from_secs(2);
 /// How long sockets may take to be closed: as long as a busy runtime takes to come to it.

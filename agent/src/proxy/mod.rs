@@ -414,6 +414,10 @@ impl Rest {
         let Ok(place) = idle_places.try_acquire_owned() else {
             return;
         };
+        // As it mostly is by the time that an answer has been passed on.
+        if upstream.is_usable() {
+            return home.keep(upstream, port, place);
+        }
         tokio::spawn(async move {
             if upstream.becomes_ready().await {
                 home.keep(upstream, port, place);

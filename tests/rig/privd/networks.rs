@@ -704,9 +704,10 @@ fn a_host_table_that_somebody_flushed_is_back_before_a_network_is_handed_out() {
 fn an_address_that_the_host_gets_or_loses_counts_from_the_next_network_on() {
     in_rig(|| {
         let rig = Rig::start();
+        let address: Cidr = "198.51.100.9".parse().expect("an address");
         let is_closed = |network: &Network| {
             let rows = rig.rows(&network.tap, Rule::ClosedRange);
-            rows.iter().any(|row| row.network == Some(range("198.51.100.9")))
+            rows.iter().any(|row| row.network == Some(address))
         };
         let opened = |slot| rig.open_network(slot, open_policy()).expect("opened");
         let before = opened(9);
