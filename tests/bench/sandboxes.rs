@@ -105,11 +105,16 @@ impl Chart {
         let at = |what: &str| {
             let line = kernel.lines().find(|line| line.contains(what));
             let time = line.and_then(|line| line.trim_start_matches(['[', ' ']).split(']').next());
-            let seconds: f64 = time.and_then(|time| time.parse().ok()).unwrap_or_else(|| panic!("{what:?} in\n{kernel}"));
+            let seconds: f64 = time
+                .and_then(|time| time.parse().ok())
+                .unwrap_or_else(|| panic!("{what:?} in\n{kernel}"));
             seconds * 1000.0
         };
         let console = output("roost", &["logs", id]);
-        let up = console.split("listening on ").nth(1).and_then(|rest| rest.split(" after ").nth(1));
+        let up = console
+            .split("listening on ")
+            .nth(1)
+            .and_then(|rest| rest.split(" after ").nth(1));
         let up = up.and_then(|rest| rest.split(' ').next()?.parse::<f64>().ok());
         let up = up.unwrap_or_else(|| panic!("envd says when it listens: {console}")) * 1000.0;
         let (init, mounted) = (at("Run /init as init process"), at("mounted filesystem"));
