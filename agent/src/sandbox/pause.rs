@@ -19,6 +19,7 @@ use std::fs::File;
 use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -36,7 +37,7 @@ use crate::guest::{Freeze, Guest, GuestError};
 use crate::host::acl::{self, Access};
 use crate::host::files::blocking;
 use crate::host::shim::{self, ShimFault, ShimLink, VmmEnd};
-use crate::host::{Host, files, kernels};
+use crate::host::{Host, counters, files, kernels};
 use crate::outbox::{self, EventKind};
 use crate::snapshot::{self, About, Cpu, Devices, MemoryFile, SnapshotError};
 use crate::trace::step;
@@ -46,8 +47,8 @@ use crate::vmm::{self, State, Vmm, VmmError};
 const LEFT_FREE: u64 = 8 << 20;
 /// Fewer bytes are not worth asking for.
 const WORTH_TAKING: u64 = 8 << 20;
-/// How long a guest may take to give away its free memory. That costs some 5 us for each page of 4 KiB, and not to write one as much.
-const SHRINK_LIMIT: Duration = Duration::from_secs(3);
+/// How long a guest may take to give away its free memory: two calls of the kernel for each page of 4 KiB, and writing one is not free either.
+const SHRINK_LIMIT: Duration = Duration::from_secs(2);
 /// How long it may give nothing meanwhile.
 const SHRINK_PATIENCE: Duration = Duration::from_millis(250);
 /// Pause between two looks at how much it has given.
@@ -259,8 +260,16 @@ pub(super) enum Wanted {
 
 /// Takes from a guest of so much memory what it says is free. Whatever it says: it loses no more than it has, while none of its programs
 /// runs, and one that gives nothing, or late, has more written.
-async fn shrink(api: &Vmm, memory: Bytes, free: Bytes) -> Result<(), VmmError> {
-    let wanted = free.0.min(memory.0).saturating_sub(LEFT_FREE + memory.0 / 64);
+async fn shrink(api: &Vmm, memory: Bytes, free: Bytes, cgroup: Option<PathBuf>) -> Result<(), VmmError> {
+    let free = free.0.min(memory.0);
+    // What the host has allocated and the guest does not use. The rest of what is free was never touched, and is not written anyway; a guest
+    // takes from it last, because it takes small blocks first.
+    let allocated = match cgroup {
+        Some(cgroup) => blocking(move || counters::memory(&cgroup)).await.unwrap_or(memory.0),
+        None => memory.0,
+    };
+    let unused = allocated.saturating_sub(memory.0 - free);
+    let wanted = unused.min(free.saturating_sub(LEFT_FREE + memory.0 / 64));
     if wanted < WORTH_TAKING {
         return Ok(());
     }
@@ -303,7 +312,8 @@ pub(super) async fn stop_guest(
         .map_err(PauseError::Freeze)?;
     reach(steps.frozen).await?;
     if wanted == Wanted::Memory {
-        let shrunk = shrink(&api, record.plan.memory.bytes(), free);
+        let cgroup = shim.cgroup().map(ToOwned::to_owned);
+        let shrunk = shrink(&api, record.plan.memory.bytes(), free, cgroup);
         if let Err(error) = step("shrink", unless_ended(shim, ended, shrunk)).await? {
             tracing::info!(sandbox_id = %id, error = %Chain(&error), "the guest does not give away what memory it has free");
         }
