@@ -11,7 +11,6 @@ use bytes::Bytes;
 use http::{Method, Request, StatusCode};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper_util::rt::TokioIo;
-use roost_common::units;
 use tokio::net::UnixStream;
 
 use crate::failpoint;
@@ -123,31 +122,6 @@ impl Vmm {
         }
         let info: Info = self.ask("vm.info").await?;
         Ok(info.state)
-    }
-
-    /// How much memory the guest has, without what it has given away to its [balloon](Self::resize_balloon).
-    ///
-    /// # Errors
-    /// Any [`VmmError`].
-    pub async fn memory(&self) -> Result<units::Bytes, VmmError> {
-        #[derive(serde::Deserialize)]
-        struct Info {
-            memory_actual_size: u64,
-        }
-        let info: Info = self.ask("vm.info").await?;
-        Ok(units::Bytes(info.memory_actual_size))
-    }
-
-    /// Asks the guest for so many bytes of its memory in all, which are the host's then; 0 gives them back. Answered before the guest has
-    /// done anything.
-    ///
-    /// # Errors
-    /// Any [`VmmError`].
-    pub async fn resize_balloon(&self, size: units::Bytes) -> Result<(), VmmError> {
-        let body = serde_json::json!({ "desired_balloon": size.0 });
-        self.call(Method::PUT, "vm.resize", body.to_string().into_bytes(), CALL_LIMIT)
-            .await
-            .map(drop)
     }
 
     /// Stops the guest's processors.

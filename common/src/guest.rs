@@ -72,7 +72,7 @@ pub const SNAPSHOT_PREPARE_PATH: &str = "/snapshot/prepare";
 /// restore: guests that wake from one snapshot draw no random number before `POST /init` has made them differ. Calls that
 /// start a program wait; those that only read, and `POST /init`, are answered as ever. May be repeated.
 ///
-/// Answers: 204, with [`HELD_HEADER`] and [`FREE_HEADER`]; 404 an envd that cannot; 500 a filesystem cannot be frozen: then this call has frozen
+/// Answers: 204, with [`HELD_HEADER`]; 404 an envd that cannot; 500 a filesystem cannot be frozen: then this call has frozen
 /// none, and the programs go on.
 pub const FSFREEZE_PATH: &str = "/fsfreeze";
 
@@ -85,10 +85,6 @@ pub const FSTHAW_PATH: &str = "/fsthaw";
 /// The response header of [`FSFREEZE_PATH`] that says which programs were stopped: a word of [`Held`]. An envd that freezes
 /// filesystems alone does not send it.
 pub const HELD_HEADER: &str = "x-roost-held";
-
-/// The response header of [`FSFREEZE_PATH`] with the bytes of memory that nobody uses now, in decimal: the host may take them out of a
-/// snapshot. An envd that does not send it has none to give.
-pub const FREE_HEADER: &str = "x-roost-free-memory";
 
 /// Which programs of a guest [`FSFREEZE_PATH`] has stopped. A snapshot is whole whatever it says; it is to be woken more than
 /// once only where all were.

@@ -81,11 +81,6 @@ fn used_percent(before: CpuTime, now: CpuTime) -> f64 {
     }
 }
 
-/// Bytes of memory that nobody uses.
-pub(crate) fn free_memory() -> u64 {
-    meminfo(&fs::read_to_string("/proc/meminfo").unwrap_or_default(), "MemFree")
-}
-
 /// A line of `/proc/meminfo`, in bytes.
 fn meminfo(text: &str, name: &str) -> u64 {
     let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));

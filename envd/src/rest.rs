@@ -13,7 +13,7 @@ use http::{HeaderMap, Response, StatusCode, header};
 use http_body_util::{BodyExt as _, Full, LengthLimitError, Limited};
 use hyper::body::Incoming;
 use roost_common::guest::{
-    ACCESS_TOKEN_HEADER, FREE_HEADER, HELD_HEADER, InitRequest, MAX_ENTROPY, MAX_NONCE, NONCE_HEADER, VERSION_HEADER,
+    ACCESS_TOKEN_HEADER, HELD_HEADER, InitRequest, MAX_ENTROPY, MAX_NONCE, NONCE_HEADER, VERSION_HEADER,
 };
 use serde::de::DeserializeOwned;
 use tokio::sync::Mutex;
@@ -27,7 +27,7 @@ use crate::filesystem::FileError;
 use crate::filesystems::Files;
 use crate::guest::{Guest, Machine, Readiness};
 use crate::identity;
-use crate::metrics::{self, Sampler};
+use crate::metrics::Sampler;
 use crate::process::spawn::is_variable;
 use crate::snapshot::Settling;
 use crate::users::UserError;
@@ -206,7 +206,6 @@ impl Rest {
         let mut answer = empty();
         let held = HeaderValue::from_static(held.word());
         answer.headers_mut().insert(HELD_HEADER, held);
-        answer.headers_mut().insert(FREE_HEADER, metrics::free_memory().into());
         Ok(answer)
     }
 

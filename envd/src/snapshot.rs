@@ -58,9 +58,10 @@ impl Settling {
 
 fn settle_machine() {
     sync();
-    // The clean page cache, after the sync has made it so, and dentries and inodes: what was cached is on the disk all the same. What is
-    // free then the host takes out of the snapshot, so it is smaller, written and read faster.
-    if let Err(error) = fs::write("/proc/sys/vm/drop_caches", "3") {
+    // The clean page cache, after the sync has made it so. Free pages are reported to the host through the balloon and
+    // become holes in the snapshot, so it is smaller, written and read faster, and what was cached is on the disk all the
+    // same. Not dentries and inodes (2): they are few bytes, scattered over pages that stay in use.
+    if let Err(error) = fs::write("/proc/sys/vm/drop_caches", "1") {
         say!("cannot drop the page cache: {error}");
     }
 }

@@ -261,8 +261,8 @@ pub(crate) fn pause(bench: &Bench) {
         subject: &bytes,
         baseline: Some(("vm.pause and vm.snapshot", &bytes_bare)),
         goal: Goal::AtMostTimes(0.5),
-        unmet: "what is left is the guest's kernel, what its programs have, and free pages that it did not give away in time: the VMM makes two \
-                calls of the kernel for each. Next: have the guest give them away in larger pieces",
+        unmet: "the guest drops its caches just before, and its reports of free pages come two seconds later, which is too late for the \
+                snapshot. Next: wait for them where nobody waits for the pause",
     }
     .tell();
     Figure {

@@ -426,52 +426,6 @@ fn an_agent_killed_at_any_moment_of_a_pause_or_resume_loses_nothing() {
     });
 }
 
-/// A line of the guest's `/proc/meminfo`, in MiB.
-fn meminfo(sandbox: &Sandbox, line: &str) -> u64 {
-    let text = sandbox.sh(&format!("grep ^{line}: /proc/meminfo"));
-    let value = text
-        .split_whitespace()
-        .nth(1)
-        .and_then(|value| value.parse::<u64>().ok());
-    value.unwrap_or_else(|| panic!("{text:?}")) >> 10
-}
-
-/// What the only VM has allocated, in MiB.
-fn memory_of_the_vm() -> u64 {
-    let [vmm] = pids(vmm_command())[..] else {
-        panic!("one VM runs")
-    };
-    let cgroup = std::fs::read_to_string(format!("/proc/{vmm}/cgroup")).expect("it runs");
-    let path = cgroup.trim().rsplit("::").next().expect("a cgroup");
-    let stat = std::fs::read_to_string(format!("/sys/fs/cgroup{path}/memory.stat")).expect("its numbers");
-    let of = |name: &str| {
-        let line = stat.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-        line.and_then(|value| value.parse::<u64>().ok()).expect("a number") >> 20
-    };
-    of("anon") + of("shmem")
-}
-
-#[test]
-fn what_a_guest_has_free_is_not_written_and_is_its_own_again_when_it_wakes() {
-    in_rig(|| {
-        let sandbox = Sandbox::create(&["--memory", "256"]);
-        let total = meminfo(&sandbox, "MemTotal");
-        // Some 60 MiB of what its disk has too.
-        sandbox.sh("find /usr -xdev -type f -size -200k | head -n 3000 | xargs cat > /dev/null");
-        let (cached, of_vm) = (meminfo(&sandbox, "Cached"), memory_of_the_vm());
-        sandbox.pause();
-        let written = allocated(&sandbox.id) >> 20;
-        assert!(
-            written + cached / 2 < of_vm,
-            "{written} MiB were written of {of_vm} MiB, {cached} of which were cache"
-        );
-        sandbox.resume();
-        eventually("its memory to be its own again", || {
-            (meminfo(&sandbox, "MemTotal") == total).then_some(())
-        });
-    });
-}
-
 #[test]
 fn a_sandbox_that_nobody_uses_is_paused_and_one_in_use_is_not() {
     in_rig(|| {

@@ -20,12 +20,11 @@ use hyper_util::rt::TokioIo;
 use roost_common::guest::filesystem::FilesystemClient;
 use roost_common::guest::process::ProcessClient;
 use roost_common::guest::{
-    ACCESS_TOKEN_HEADER, FREE_HEADER, FSFREEZE_PATH, FSTHAW_PATH, HEALTH_PATH, HELD_HEADER, Held, INIT_PATH,
-    InitRequest, METRICS_PATH, Metrics, NONCE_HEADER, PORT, SNAPSHOT_PREPARE_PATH, VERSION_HEADER,
+    ACCESS_TOKEN_HEADER, FSFREEZE_PATH, FSTHAW_PATH, HEALTH_PATH, HELD_HEADER, Held, INIT_PATH, InitRequest,
+    METRICS_PATH, Metrics, NONCE_HEADER, PORT, SNAPSHOT_PREPARE_PATH, VERSION_HEADER,
 };
 use roost_common::ids::{SandboxId, Slot};
 use roost_common::net::HOST_NET;
-use roost_common::units;
 use tokio::net::TcpStream;
 
 use crate::errors::Chain;
@@ -430,26 +429,20 @@ impl Guest {
             .map(drop)
     }
 
-    /// Stops the guest's programs and freezes its filesystems; what is frozen stays so. Also how much of its memory nobody uses, as it
-    /// says: 0 where it does not.
+    /// Stops the guest's programs and freezes its filesystems; what is frozen stays so.
     ///
     /// # Errors
     /// [`GuestError::Http`], [`GuestError::Refused`]; whether they are frozen is then unknown.
-    pub async fn freeze(&self) -> Result<(Freeze, units::Bytes), GuestError> {
+    pub async fn freeze(&self) -> Result<Freeze, GuestError> {
         match self.call(Method::POST, FSFREEZE_PATH, FREEZE_LIMIT).await {
             Ok(answer) => {
-                let header = |name: &str| answer.headers().get(name);
-                let word = header(HELD_HEADER).map(http::HeaderValue::as_bytes);
-                let freeze = match word.and_then(Held::of_word) {
+                let word = answer.headers().get(HELD_HEADER).map(http::HeaderValue::as_bytes);
+                Ok(match word.and_then(Held::of_word) {
                     Some(Held::All) => Freeze::Held,
                     Some(Held::Some | Held::None) | None => Freeze::Frozen,
-                };
-                let free = header(FREE_HEADER).and_then(|free| free.to_str().ok()?.parse().ok());
-                Ok((freeze, units::Bytes(free.unwrap_or(0))))
+                })
             }
-            Err(GuestError::Refused { status, .. }) if status == StatusCode::NOT_FOUND => {
-                Ok((Freeze::Unknown, units::Bytes(0)))
-            }
+            Err(GuestError::Refused { status, .. }) if status == StatusCode::NOT_FOUND => Ok(Freeze::Unknown),
             Err(error) => Err(error),
         }
     }

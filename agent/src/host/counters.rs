@@ -1,6 +1,6 @@
 //! The counters of a running VM: those of its cgroup, and of its network; and what its network lets through.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -108,33 +108,5 @@ impl Counters {
             network_bytes,
             ..cgroup.unwrap_or_default()
         })
-    }
-}
-
-/// Bytes of memory that a VM's cgroup has, without what the kernel has cached of files for it: its guest's, and its VMM's own. `None` where
-/// that cannot be read. Blocks.
-pub(crate) fn memory(cgroup: &Path) -> Option<u64> {
-    memory_in(&std::fs::read_to_string(cgroup.join("memory.stat")).ok()?)
-}
-
-fn memory_in(stat: &str) -> Option<u64> {
-    let of = |name: &str| {
-        let mut lines = stat.lines().filter_map(|line| line.split_once(' '));
-        lines.find(|(key, _)| *key == name)?.1.parse::<u64>().ok()
-    };
-    Some(of("anon")?.saturating_add(of("shmem")?))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_memory_of_a_vm_is_without_what_is_cached_for_it() {
-        let stat = "anon 4096\nfile 900000\nkernel 1\nshmem 268435456\nanon_thp 7\n";
-        assert_eq!(memory_in(stat), Some(4096 + (256 << 20)));
-        for unreadable in ["", "anon 1\n", "anon x\nshmem 1\n", "shmem -1\nanon 1\n"] {
-            assert_eq!(memory_in(unreadable), None, "{unreadable:?}");
-        }
     }
 }

@@ -24,7 +24,7 @@ use roost_common::privd::OpenDisk;
 use roost_common::units::Bytes;
 
 use super::parts::{Vm, millis};
-use super::pause::{self, PauseError, StopSteps, Wanted, WriteSteps, unless_ended};
+use super::pause::{self, PauseError, StopSteps, WriteSteps, unless_ended};
 use super::record::{Kept, Record, RecordError};
 use super::{BuildError, CaptureEnd, Ending};
 use crate::errors::{Chain, FileError};
@@ -210,11 +210,7 @@ async fn stand_still(
     if wish.kind == CaptureKind::Snapshot {
         pause::load_memory(host, vm, ended).await?;
     }
-    let wanted = match wish.kind {
-        CaptureKind::Rootfs => Wanted::DiskAlone,
-        CaptureKind::Snapshot => Wanted::Memory,
-    };
-    let stopped = pause::stop_guest(host, vm, wanted, &steps.stop, ended).await?;
+    let stopped = pause::stop_guest(host, vm, &steps.stop, ended).await?;
     let generation = match wish.kind {
         CaptureKind::Rootfs => None,
         CaptureKind::Snapshot => Some(pause::write_memory(host, vm, stopped.freeze, &WRITE, ended).await?),

@@ -1,12 +1,9 @@
 //! Pausing a sandbox: from a running VM to files that it can be resumed from.
 //!
 //! ```text
-//! drain proxied --> prepare --> freeze --> shrink --> vm.pause --> sync disk --> vm.snapshot --> publish --> seal --> record
-//! '------------------------ a failure up to here thaws the guest, and it runs on ------------------------'       --> end the VMM --> tidy
+//! drain proxied --> prepare --> freeze --> vm.pause --> sync disk --> vm.snapshot --> publish --> seal --> record --> end the VMM --> tidy
+//! '------------- a failure up to here thaws the guest, and it runs on -------------------'
 //! ```
-//!
-//! What a guest has free need not be written, nor read again by whoever wakes it: while its programs are stopped it gives that memory away
-//! to its balloon, and whoever lets it run has it given back first.
 //!
 //! Guest memory and disk agree because the guest's filesystems are frozen before its processors stop, and because the disk is
 //! synced through its device: the VMM writes through the device's page cache, so that syncing the file behind it moves nothing.
@@ -19,13 +16,11 @@ use std::fs::File;
 use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use roost_common::ids::SandboxId;
 use roost_common::shim::{API_SOCKET, RestoreMode, SHIM_SOCKET};
-use roost_common::units::Bytes;
 use tracing::Instrument as _;
 
 use super::parts::{self, Gate, MemoryLoad, Versions, Vm, millis};
@@ -37,22 +32,12 @@ use crate::guest::{Freeze, Guest, GuestError};
 use crate::host::acl::{self, Access};
 use crate::host::files::blocking;
 use crate::host::shim::{self, ShimFault, ShimLink, VmmEnd};
-use crate::host::{Host, counters, files, kernels};
+use crate::host::{Host, files, kernels};
 use crate::outbox::{self, EventKind};
 use crate::snapshot::{self, About, Cpu, Devices, MemoryFile, SnapshotError};
 use crate::trace::step;
 use crate::vmm::{self, State, Vmm, VmmError};
 
-/// What a guest keeps of its free memory, in bytes, and a sixty-fourth of all: its kernel has work to do when it wakes.
-const LEFT_FREE: u64 = 8 << 20;
-/// Fewer bytes are not worth asking for.
-const WORTH_TAKING: u64 = 8 << 20;
-/// How long a guest may take to give away its free memory: two calls of the kernel for each page of 4 KiB, and writing one is not free either.
-const SHRINK_LIMIT: Duration = Duration::from_secs(2);
-/// How long it may give nothing meanwhile.
-const SHRINK_PATIENCE: Duration = Duration::from_millis(250);
-/// Pause between two looks at how much it has given.
-const SHRINK_PAUSE: Duration = Duration::from_millis(10);
 /// How long the disk may take to write out what the VMM has written.
 const SYNC_LIMIT: Duration = Duration::from_secs(120);
 /// How long a snapshot may take to be taken over: its memory is written out here.
@@ -194,7 +179,7 @@ async fn steps(
         disk: _,
         written_at: disk_written_at,
         freeze,
-    } = stop_guest(host, vm, Wanted::Memory, &STOP, ended).await?;
+    } = stop_guest(host, vm, &STOP, ended).await?;
     let generation = write_memory(host, vm, freeze, &WRITE, ended).await?;
     let kept = Kept {
         generation,
@@ -251,50 +236,10 @@ pub(super) async fn load_memory(host: &Arc<Host>, vm: &mut Vm, ended: &mut Optio
     Ok(())
 }
 
-/// What of a guest is to be read once it stands still, beside its disk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Wanted {
-    Memory,
-    DiskAlone,
-}
-
-/// Takes from a guest of so much memory what it says is free. Whatever it says: it loses no more than it has, while none of its programs
-/// runs, and one that gives nothing, or late, has more written.
-async fn shrink(api: &Vmm, memory: Bytes, free: Bytes, cgroup: Option<PathBuf>) -> Result<(), VmmError> {
-    let free = free.0.min(memory.0);
-    // What the host has allocated and the guest does not use. The rest of what is free was never touched, and is not written anyway; a guest
-    // takes from it last, because it takes small blocks first.
-    let allocated = match cgroup {
-        Some(cgroup) => blocking(move || counters::memory(&cgroup)).await.unwrap_or(memory.0),
-        None => memory.0,
-    };
-    let unused = allocated.saturating_sub(memory.0 - free);
-    let wanted = unused.min(free.saturating_sub(LEFT_FREE + memory.0 / 64));
-    if wanted < WORTH_TAKING {
-        return Ok(());
-    }
-    api.resize_balloon(Bytes(wanted)).await?;
-    let rest = memory.0 - wanted;
-    let began = Instant::now();
-    let (mut seen, mut seen_at) = (u64::MAX, began);
-    // No call waits for a guest to be done, and a guest may stop short of what it was asked for.
-    loop {
-        let now = api.memory().await?.0;
-        if now < seen {
-            (seen, seen_at) = (now, Instant::now());
-        }
-        if seen <= rest || seen_at.elapsed() > SHRINK_PATIENCE || began.elapsed() > SHRINK_LIMIT {
-            return Ok(());
-        }
-        tokio::time::sleep(SHRINK_PAUSE).await;
-    }
-}
-
 /// Brings a guest to a stop: filesystems, then processors, then its disk. Whoever calls this lets it [run on](run_on), or ends it.
 pub(super) async fn stop_guest(
     host: &Arc<Host>,
     vm: &mut Vm,
-    wanted: Wanted,
     steps: &StopSteps,
     ended: &mut Option<Ending>,
 ) -> Result<Stopped, PauseError> {
@@ -307,17 +252,10 @@ pub(super) async fn stop_guest(
         tracing::info!(sandbox_id = %id, error = %Chain(&error), "the guest did not make ready for a snapshot");
     }
     reach(steps.prepared).await?;
-    let (freeze, free) = step("freeze", unless_ended(shim, ended, guest.freeze()))
+    let freeze = step("freeze", unless_ended(shim, ended, guest.freeze()))
         .await?
         .map_err(PauseError::Freeze)?;
     reach(steps.frozen).await?;
-    if wanted == Wanted::Memory {
-        let cgroup = shim.cgroup().map(ToOwned::to_owned);
-        let shrunk = shrink(&api, record.plan.memory.bytes(), free, cgroup);
-        if let Err(error) = step("shrink", unless_ended(shim, ended, shrunk)).await? {
-            tracing::info!(sandbox_id = %id, error = %Chain(&error), "the guest does not give away what memory it has free");
-        }
-    }
     step("stop", unless_ended(shim, ended, api.pause())).await??;
     reach(steps.stopped).await?;
     let disk = shim.lend_disk().await.map_err(|fault| fault_of(fault, ended))?;
@@ -546,10 +484,8 @@ async fn undo(host: &Arc<Host>, vm: &mut Vm, progress: Progress) -> Option<Endin
 /// for what else it does is its own affair.
 pub(crate) async fn run_on(api: &Vmm, shim: &mut ShimLink, guest: &Guest, id: &SandboxId) -> Option<Ending> {
     let run = || async {
-        if api.state().await? == State::Paused {
-            api.resume().await?;
-        }
-        api.resize_balloon(Bytes(0)).await
+        let stopped = api.state().await? == State::Paused;
+        if stopped { api.resume().await } else { Ok(()) }
     };
     match until(RUN_ON_LIMIT, shim, run).await {
         Ok(()) => {}

@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use roost_common::ids::SandboxId;
 use roost_common::shim::{RestoreMode, Start};
-use roost_common::units::Bytes;
 
 use crate::config::RestoreMemory;
 use crate::errors::FileError;
@@ -105,8 +104,6 @@ where
     let version = api.version().await?;
     reach(steps.restored).await?;
     step("wake", api.resume()).await?;
-    // What it gave away when it was written, see [`super::pause`].
-    api.resize_balloon(Bytes(0)).await?;
     reach(steps.woken).await?;
     Ok(version)
 }

@@ -266,7 +266,6 @@ fn act(world: &World, number: u64, request: &Request<Bytes>) -> Option<Answer> {
                 vmm.state = State::Running;
                 answered(done, &Value::Null)
             }
-            (&Method::PUT, "vm.resize", State::Running) => answered(done, &Value::Null),
             (&Method::PUT, "vm.snapshot", State::Paused) => {
                 if !vmm.memory.is_frozen {
                     wrong = Some(format!("{id} is written while its filesystems are not frozen"));

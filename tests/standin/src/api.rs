@@ -136,7 +136,6 @@ fn answer(request: &Request, vmm: &Vmm) -> Answer {
         ("PUT", "vm.boot") => vmm.boot().map(|()| None),
         ("PUT", "vm.pause") => vmm.pause().map(|()| None),
         ("PUT", "vm.resume") => vmm.resume().map(|()| None),
-        ("PUT", "vm.resize") => body().and_then(|body| vmm.resize(&body)).map(|()| None),
         ("PUT", "vm.snapshot") => body().and_then(|body| vmm.snapshot(&body)).map(|()| None),
         ("PUT", "vm.shutdown") => vmm.shutdown().map(|()| None),
         ("PUT", "vm.delete") => {
@@ -152,9 +151,7 @@ fn answer(request: &Request, vmm: &Vmm) -> Answer {
             };
         }
         (_, "vmm.ping" | "vm.info" | "vm.counters" | "vm.boot" | "vm.pause" | "vm.resume" | "vm.snapshot")
-        | (_, "vm.resize" | "vm.shutdown" | "vm.delete" | "vmm.shutdown") => {
-            Err(Refusal::BadRequest("Bad Request".to_owned()))
-        }
+        | (_, "vm.shutdown" | "vm.delete" | "vmm.shutdown") => Err(Refusal::BadRequest("Bad Request".to_owned())),
         (_, action) if action.starts_with("vm.") => {
             return failure(501, vec![format!("the stand-in does not know {action}")]);
         }

@@ -152,33 +152,23 @@ impl Vmm {
     /// `vm.info`.
     pub(crate) fn info(&self) -> Result<Value, Refusal> {
         let vm = self.lock();
-        let (config, state, memory) = match &*vm {
+        let (config, state) = match &*vm {
             Vm::Absent => return Err(Refusal::NotCreated),
-            Vm::Created(config) => (config, "Created", json!(config.memory.size)),
-            Vm::Live(live) => {
-                let state = match live.state {
-                    State::Running => "Running",
-                    State::Paused => "Paused",
-                };
-                // Without the balloon's part, which QEMU knows once the guest's driver is there.
-                let balloon = live.qemu.run("query-balloon", json!({}));
-                let memory = balloon.ok().and_then(|balloon| balloon.get("actual").cloned());
-                let memory = memory.unwrap_or_else(|| json!(live.config.memory.size));
-                (&live.config, state, memory)
-            }
+            Vm::Created(config) => (config, "Created"),
+            Vm::Live(Live {
+                config,
+                state: State::Running,
+                ..
+            }) => (config, "Running"),
+            Vm::Live(Live {
+                config,
+                state: State::Paused,
+                ..
+            }) => (config, "Paused"),
         };
+        let balloon = config.balloon.as_ref().map_or(0, |balloon| balloon.size);
+        let memory = config.memory.size.saturating_sub(balloon);
         Ok(json!({ "config": config, "state": state, "memory_actual_size": memory, "device_tree": null }))
-    }
-
-    /// `vm.resize`, of the balloon alone.
-    pub(crate) fn resize(&self, body: &Value) -> Result<(), Refusal> {
-        let size = body.get("desired_balloon").and_then(Value::as_u64);
-        let size = size.ok_or_else(|| Refusal::BadRequest("only desired_balloon can be resized here".to_owned()))?;
-        let mut vm = self.lock();
-        let live = live(&mut vm)?;
-        let rest = live.config.memory.size.saturating_sub(size);
-        live.qemu.run("balloon", json!({ "value": rest }))?;
-        Ok(())
     }
 
     /// `vm.counters`: the disk's, as QEMU counts them.
