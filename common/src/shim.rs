@@ -85,7 +85,7 @@ pub enum ToShim {
     },
     /// Asks for the version of the VMM that it would launch.
     Version,
-    /// Asks which file the program of that VMM is by now. A shim that was started ahead may have said hello long ago.
+    /// Asks which file the program of that VMM is by now, where it could run a VM. A shim that was started ahead may have said hello long ago.
     Program,
 }
 
@@ -228,7 +228,7 @@ pub enum FromShim {
     /// Answer to [`ToShim::Version`]: the beginning of what the VMM's program writes for `--version`, at most [`MAX_VERSION`] bytes,
     /// unparsed.
     Version(Vec<u8>),
-    /// Answer to [`ToShim::Program`]; `None` where there is none.
+    /// Answer to [`ToShim::Program`]; `None` where there is none, or this shim may not open `/dev/kvm`.
     Program(Option<ProgramId>),
 }
 

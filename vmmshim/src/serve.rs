@@ -15,6 +15,7 @@
 //! says, and until there is one it would run for nobody. (Where the agent goes with the answer unread, that is left to the next.)
 
 use std::collections::VecDeque;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
@@ -115,6 +116,12 @@ pub(crate) fn serve(options: Options, connection: OwnedFd) -> io::Result<()> {
             shim.accept();
         }
     }
+}
+
+/// Whether this process may open KVM. What its unit lets it open was settled when it was started: where the module was being loaded anew
+/// just then, the device was not there to be let through.
+fn can_run_a_vm() -> bool {
+    File::options().read(true).write(true).open("/dev/kvm").is_ok()
 }
 
 /// SIGTERM as something to poll: systemd stops the shim with it, alone, and the VMM's end is to be reported.
@@ -281,7 +288,7 @@ impl Shim {
                     FromShim::Refused(error)
                 }
             },
-            (State::Idle, ToShim::Program) => FromShim::Program(self.program()),
+            (State::Idle, ToShim::Program) => FromShim::Program(self.program().filter(|_| can_run_a_vm())),
             (State::Running(_), ToShim::Version | ToShim::Program) => FromShim::Refused(ShimError::AlreadyLaunched),
             (State::Idle, ToShim::Status) => FromShim::Status(Status::Idle),
             (State::Running(vm), ToShim::Status) => FromShim::Status(vm.status()),
