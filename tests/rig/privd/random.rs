@@ -128,7 +128,8 @@ fn random_requests_leave_privd_as_it_was_and_nothing_behind() {
         show(&format!("NOTE: privd had at most {most} KiB"));
         assert!(most < MOST_MEMORY, "{most} KiB");
         eventually("privd to have closed what it was shown", || {
-            (descriptors(&rig.child) <= before.1).then_some(())
+            // One stays from its first network on: the socket that tells of the host's addresses.
+            (descriptors(&rig.child) <= before.1 + 1).then_some(())
         });
         eventually("all of it to be gone", || {
             Census::take().differences(&before.0).is_empty().then_some(())
