@@ -466,6 +466,12 @@ pub fn pids(command: &str) -> Vec<i32> {
         .collect()
 }
 
+/// Whether a shim has launched a VM.
+pub fn has_vm(shim: i32) -> bool {
+    let children = std::fs::read_to_string(format!("/proc/{shim}/task/{shim}/children"));
+    children.is_ok_and(|children| !children.trim().is_empty())
+}
+
 /// Name of the VMM's process, as the kernel has it.
 pub fn vmm_command() -> &'static str {
     if std::path::Path::new("/usr/bin/cloud-hypervisor").exists() {

@@ -6,7 +6,7 @@ use roost_common::names::veth_slot;
 use roost_common::net::SlotAddresses;
 use roost_tests::census::Census;
 use roost_tests::counts::Counts;
-use roost_tests::roost::{self, AgentConfig, Sandbox, kill_9, kill_9_pid, pids, vmm_command, wait_for_agent};
+use roost_tests::roost::{self, AgentConfig, Sandbox, has_vm, kill_9, kill_9_pid, pids, vmm_command, wait_for_agent};
 use roost_tests::{eventually, in_rig};
 
 const READY: usize = 2;
@@ -119,12 +119,6 @@ fn shim_and_network_are_there_before_the_sandbox_and_go_with_it_or_with_the_agen
         drop((sandbox, ready));
         assert_eq!(pids(vmm_command()), [0; 0]);
     });
-}
-
-/// Whether a shim has launched a VM.
-fn has_vm(shim: i32) -> bool {
-    let children = std::fs::read_to_string(format!("/proc/{shim}/task/{shim}/children"));
-    children.is_ok_and(|children| !children.trim().is_empty())
 }
 
 /// The address by which the host reaches the guest of a link, `roost-v<slot>`.

@@ -1,6 +1,6 @@
 //! Hearing that a guest writes to its console: the first thing that it does once it is up, and so worth a question.
 //!
-//! Holds: what is written is not read here. A guest that writes all the time is asked no oftener than one that is silent
+//! Holds: what is written is not read here. How often a guest that writes all the time is asked has a bound where it is asked
 //! ([`Guest::wait_until_up`](crate::guest::Guest::wait_until_up)), and where the kernel has no watch to give, nobody hears anything.
 
 use std::collections::HashMap;
@@ -99,7 +99,8 @@ impl Watches {
 
 impl Console {
     /// Hears nothing.
-    pub fn unheard() -> Self {
+    #[cfg(test)]
+    pub(crate) fn unheard() -> Self {
         Self(None)
     }
 

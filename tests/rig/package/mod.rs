@@ -17,7 +17,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use roost_tests::disk::run;
 use roost_tests::doctor::Report;
-use roost_tests::roost::{self, Sandbox, find, pids, vmm_command, wait_for_agent};
+use roost_tests::roost::{self, Sandbox, find, has_vm, pids, vmm_command, wait_for_agent};
 use roost_tests::saved::Saved;
 use roost_tests::{eventually, show};
 use serde_json::Value;
@@ -338,16 +338,10 @@ fn id_of(database: &str, name: &str) -> String {
 
 /// The processes that are VMs.
 fn vms() -> Vec<i32> {
-    let mut found = [pids("roost-vmmshim"), pids(vmm_command())].concat();
+    let mut shims = pids("roost-vmmshim");
+    // The agent has some ready for VMs to come, and others after it was started anew.
+    shims.retain(|shim| has_vm(*shim));
+    let mut found = [shims, pids(vmm_command())].concat();
     found.sort_unstable();
-    // The agent has a shim ready for the next VM, and another one after it was started anew.
-    found.retain(|pid| !is_idle_shim(*pid));
     found
-}
-
-/// Whether a process is a shim that has no VM.
-fn is_idle_shim(pid: i32) -> bool {
-    let comm = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-    comm.trim() == "roost-vmmshim" && children.trim().is_empty()
 }
