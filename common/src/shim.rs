@@ -46,6 +46,8 @@ pub const MAX_EXIT_FILE: usize = 2 * 6 * MAX_TAIL + 4096;
 pub const CONSOLE_FILE: &str = "console.log";
 /// Name of the VMM's own messages and events in a sandbox's run directory, a [`crate::ring`].
 pub const LOG_FILE: &str = "vmm.log";
+/// Name of the guest's memory in a snapshot attempt's directory, as the VMM calls it.
+pub const MEMORY_FILE: &str = "memory-ranges";
 /// The guest kernel's command line: the console the shim records, the disk, the address that every guest has. Then what a boot need not
 /// wait for: tests of the kernel's own ciphers, serial ports and a mouse that are not there.
 pub const KERNEL_COMMAND_LINE: &str = "console=ttyS0 root=/dev/vda rw ip=169.254.0.21::169.254.0.22:255.255.255.252::eth0:off \
@@ -173,6 +175,11 @@ pub enum Lendable {
     Disk,
     /// The tap.
     Tap,
+    /// The memory file of a snapshot attempt, to read and write: it belongs to the VM's uid.
+    Memory {
+        /// Number of the attempt's directory.
+        attempt: u32,
+    },
 }
 
 /// Which file a program is. One that is exchanged, or written in place, is another: what it said before may hold no more.

@@ -82,7 +82,7 @@ fn used_percent(before: CpuTime, now: CpuTime) -> f64 {
 }
 
 /// A line of `/proc/meminfo`, in bytes.
-fn meminfo(text: &str, name: &str) -> u64 {
+pub(crate) fn meminfo(text: &str, name: &str) -> u64 {
     let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
     value
         .and_then(|value| value.split_whitespace().next()?.parse::<u64>().ok())

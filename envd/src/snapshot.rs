@@ -1,7 +1,8 @@
 //! `POST /snapshot/prepare`: a snapshot should find the disk written and the memory free of what the disk has too.
 
-use std::fs;
 use std::sync::Mutex;
+use std::time::{Duration, Instant};
+use std::{fs, io};
 
 use nix::unistd::sync;
 use tokio::sync::watch;
@@ -10,6 +11,15 @@ use tokio::time::timeout;
 
 use crate::console::say;
 use crate::filesystems::LIMIT;
+use crate::metrics::meminfo;
+use crate::sys::Blank;
+
+/// How much memory is zeroed between two looks at what is free.
+const PIECE: usize = 4 << 20;
+/// The part of what is free that is left alone, so that nobody else runs out of memory meanwhile.
+const LEFT: u64 = 8;
+/// For how long free memory is zeroed: what it saves is written to a disk and read back.
+const ZERO_LIMIT: Duration = Duration::from_secs(1);
 
 /// The last run. Calls that come while it is under way wait for it: two would do the work twice, and on a slow disk calls
 /// that are given up and repeated would take all threads.
@@ -58,12 +68,44 @@ impl Settling {
 
 fn settle_machine() {
     sync();
+    let free = free_memory();
     // The clean page cache, after the sync has made it so. Free pages are reported to the host through the balloon and
     // become holes in the snapshot, so it is smaller, written and read faster, and what was cached is on the disk all the
     // same. Not dentries and inodes (2): they are few bytes, scattered over pages that stay in use.
     if let Err(error) = fs::write("/proc/sys/vm/drop_caches", "1") {
         say!("cannot drop the page cache: {error}");
     }
+    let free_now = free_memory();
+    let dropped = free_now.saturating_sub(free);
+    // The kernel reports free pages in blocks of 2 MiB and two seconds later, which is too late for the snapshot of a pause that somebody
+    // waits for. But pages of zeros are not kept in one either.
+    if let Err(error) = zero(dropped.min(free_now.saturating_sub(free_now / LEFT))) {
+        say!("free memory is not zeroed: {error}");
+    }
+}
+
+/// Zeroes about as much of the free memory, by taking it from the kernel and giving it back: what has just become free is what the kernel
+/// hands out first.
+fn zero(length: u64) -> io::Result<()> {
+    let length = usize::try_from(length).map_or(0, |length| length - length % PIECE);
+    if length == 0 {
+        return Ok(());
+    }
+    let blank = Blank::reserve(length)?;
+    let began = Instant::now();
+    for start in (0..length).step_by(PIECE) {
+        // Others may have taken what was free.
+        if began.elapsed() > ZERO_LIMIT || free_memory() < 2 * PIECE as u64 {
+            break;
+        }
+        blank.fill(start, PIECE)?;
+    }
+    Ok(())
+}
+
+/// Bytes that the kernel has to give away.
+fn free_memory() -> u64 {
+    meminfo(&fs::read_to_string("/proc/meminfo").unwrap_or_default(), "MemFree")
 }
 
 #[cfg(test)]
@@ -72,6 +114,21 @@ mod tests {
     use std::sync::{Arc, mpsc};
 
     use super::*;
+
+    #[test]
+    fn nothing_is_filled_that_is_not_reserved() {
+        let blank = Blank::reserve(PIECE).unwrap();
+        blank.fill(0, PIECE).unwrap();
+        for (start, length) in [(0, PIECE + 1), (PIECE, 1), (usize::MAX, 2)] {
+            assert!(blank.fill(start, length).is_err(), "{length} bytes at {start}");
+        }
+        assert!(Blank::reserve(0).is_err());
+        assert!(Blank::reserve(usize::MAX - PIECE).is_err());
+        // Less than a piece is not worth it.
+        for length in [0, PIECE as u64 - 1, 2 * PIECE as u64 + 1] {
+            zero(length).unwrap();
+        }
+    }
 
     #[tokio::test]
     async fn a_call_that_comes_while_another_runs_waits_for_the_same() {

@@ -11,6 +11,7 @@ use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::process::{Command, ExitStatus};
+use std::ptr::{NonNull, null_mut};
 
 use nix::errno::Errno;
 use nix::unistd::Gid;
@@ -45,6 +46,46 @@ pub(crate) fn reap(pid: u32) -> Option<ExitStatus> {
     let reaped = unsafe { libc::waitpid(pid, &raw mut status, libc::WNOHANG) };
     // `nix` fails here for signals it has no name for, after the child is gone: the status would be lost.
     (reaped == pid).then(|| ExitStatus::from_raw(status))
+}
+
+/// Address space without memory, until it is [filled](Self::fill).
+pub(crate) struct Blank {
+    start: NonNull<libc::c_void>,
+    length: usize,
+}
+
+impl Blank {
+    /// # Errors
+    /// ENOMEM, where the kernel does not promise as much; EINVAL for nothing.
+    pub(crate) fn reserve(length: usize) -> io::Result<Self> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: a new mapping, wherever the kernel has room: no other memory is touched.
+        let start = unsafe { libc::mmap(null_mut(), length, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+        match NonNull::new(start) {
+            Some(start) if start.as_ptr() != libc::MAP_FAILED => Ok(Self { start, length }),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// Has the kernel put pages of zeros there.
+    ///
+    /// # Errors
+    /// ENOMEM, also for a range that is not reserved; EINVAL of kernels before 5.14.
+    pub(crate) fn fill(&self, start: usize, length: usize) -> io::Result<()> {
+        if start.checked_add(length).is_none_or(|end| end > self.length) {
+            return Err(io::ErrorKind::OutOfMemory.into());
+        }
+        // SAFETY: the range is within the mapping, which is nobody's but this value's.
+        let result = unsafe { libc::madvise(self.start.byte_add(start).as_ptr(), length, libc::MADV_POPULATE_WRITE) };
+        check(result.into()).map(drop)
+    }
+}
+
+impl Drop for Blank {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is this value's, which nobody uses any more.
+        unsafe { libc::munmap(self.start.as_ptr(), self.length) };
+    }
 }
 
 /// Has `setup` run in the child, between fork and exec.

@@ -4,11 +4,12 @@ use std::process::Command;
 use std::time::Instant;
 
 use roost_tests::privd::Rig;
+use roost_tests::roost::Template;
 use serde_json::json;
 
 use crate::figure::{Figure, Goal, Samples};
 use crate::http::Http;
-use crate::vm::{Guest, Parts};
+use crate::vm::{BareVm, Guest, Parts, Restore};
 use crate::{Bench, RIG_SLOTS, output};
 
 /// The guests' memory, in MiB.
@@ -28,7 +29,11 @@ pub(crate) struct Sandbox {
 
 impl Sandbox {
     pub(crate) fn create(agent: &mut Http, memory: u32) -> Self {
-        let made = agent.ask("CreateSandbox", &json!({ "memoryMb": memory, "vcpus": 1 }));
+        Self::of(agent, &json!({ "memoryMb": memory, "vcpus": 1 }))
+    }
+
+    fn of(agent: &mut Http, wish: &serde_json::Value) -> Self {
+        let made = agent.ask("CreateSandbox", wish);
         let text = |name: &str| made[name].as_str().expect("a text").to_owned();
         Self {
             id: text("sandboxId"),
@@ -63,7 +68,7 @@ pub(crate) fn create(bench: &Bench) {
     drop(Sandbox::create(&mut agent, MEMORY));
     let [mut whole, mut bare, mut made, mut booted] = <[Samples; 4]>::default();
     let mut chart = Chart::default();
-    let since = output("date", &["+@%s.%N"]);
+    let since = journal_now();
     for n in 0..bench.samples(8) {
         let began = Instant::now();
         let sandbox = made.time(|| Sandbox::create(&mut agent, MEMORY));
@@ -90,7 +95,7 @@ pub(crate) fn create(bench: &Bench) {
     .tell();
     seen("create.answered", &made);
     seen("create.bare.health", &booted);
-    steps("create", &since);
+    steps("create", &since, None);
     chart.tell();
 }
 
@@ -130,13 +135,17 @@ impl Chart {
     }
 }
 
-/// The times of an operation's steps since a moment, in the order in which they end: lines of the journal like `step="boot"
-/// elapsed_us=411200`. Some are beside others, so they are no sum.
-fn steps(of: &str, since: &str) {
-    let journal = output(
-        "journalctl",
-        &["-u", "roost-agent", "--since", since, "-o", "cat", "--no-pager"],
-    );
+/// This moment, as journalctl takes it.
+fn journal_now() -> String {
+    output("date", &["+@%s.%N"])
+}
+
+/// The times of an operation's steps from one moment to another, or now, in the order in which they end: lines of the journal like
+/// `step="boot" elapsed_us=411200`. Some are beside others, so they are no sum.
+fn steps(of: &str, since: &str, until: Option<&str>) {
+    let mut arguments = vec!["-u", "roost-agent", "-o", "cat", "--no-pager", "--since", since];
+    arguments.extend(until.iter().flat_map(|until| ["--until", until]));
+    let journal = output("journalctl", &arguments);
     let mut steps: Vec<(&str, Samples)> = Vec::new();
     for line in journal.lines().filter(|line| line.contains("elapsed_us=")) {
         let value = |key: &str| line.split(key).nth(1).and_then(|rest| rest.split_whitespace().next());
@@ -226,20 +235,23 @@ pub(crate) fn pause(bench: &Bench) {
         mut bytes_bare,
         mut back,
         mut back_bare,
-    ] = <[Samples; 6]>::default();
+        mut answered,
+        mut loaded,
+        mut health,
+    ] = <[Samples; 9]>::default();
     let sandbox = Sandbox::create(&mut agent, MEMORY);
     sandbox.exec(&mut agent, "/bin/sh", &["-c", WORK]);
     let parts = Parts::make(&rig, "bare-pause", RIG_SLOTS);
     let mut vm = parts.boot(MEMORY);
     let mut guest = vm.guest();
     guest.run("/bin/sh", &["-c", WORK]);
-    let since = output("date", &["+@%s.%N"]);
+    let since = journal_now();
     for _ in 0..bench.samples(8) {
         sandbox.exec(&mut agent, "/bin/sh", &["-c", WORK]);
         time.time(|| sandbox.call(&mut agent, "PauseSandbox"));
         bytes.add(allocated(&format!("/var/lib/roost/sandboxes/{}/vm", sandbox.id)));
         back.time(|| {
-            sandbox.call(&mut agent, "ResumeSandbox");
+            answered.time(|| sandbox.call(&mut agent, "ResumeSandbox"));
             sandbox.exec(&mut agent, TRUE, &[]);
         });
 
@@ -250,11 +262,15 @@ pub(crate) fn pause(bench: &Bench) {
         bytes_bare.add(allocated(dir.to_str().expect("a path of ours")));
         drop(vm);
         let began = Instant::now();
-        vm = parts.restore(&dir);
-        guest = vm.guest();
+        vm = loaded.time(|| parts.restore(&dir, Restore::Copied));
+        guest = health.time(|| vm.guest());
         guest.run(TRUE, &[]);
         back_bare.add_time(began.elapsed());
     }
+    let pauses = journal_now();
+    sandbox.exec(&mut agent, "/bin/sh", &["-c", WORK]);
+    guest.run("/bin/sh", &["-c", WORK]);
+    let (made, ways) = from_template(&mut agent, &sandbox, &parts, vm, bench.samples(8));
     Figure {
         name: "pause.bytes",
         unit: "MiB",
@@ -284,7 +300,60 @@ pub(crate) fn pause(bench: &Bench) {
                 command goes through the agent: the steps are below",
     }
     .tell();
-    steps("pause_and_resume", &since);
+    Figure {
+        name: "restore.template",
+        unit: "ms",
+        subject: &made,
+        baseline: Some(("a bare --restore to the first command", &ways[0].1)),
+        goal: Goal::AtMostTimes(1.15),
+        unmet: "as restore, and it makes the sandbox's files; the steps are below",
+    }
+    .tell();
+    seen("restore.answered", &answered);
+    seen("restore.bare.loaded", &loaded);
+    seen("restore.bare.health", &health);
+    for (way, samples) in &ways {
+        seen(&format!("restore.bare.{}", way.name()), samples);
+    }
+    steps("pause_and_resume", &since, Some(&pauses));
+    steps("restore.template", &pauses, None);
+}
+
+/// Creates from a template with memory, beside what a VMM alone can do with a snapshot, each to the first command. It is always the same
+/// snapshot, so what the bare guests write to their disk is none of their memory's, and they are of no use for anything else.
+fn from_template(
+    agent: &mut Http,
+    sandbox: &Sandbox,
+    parts: &Parts,
+    vm: BareVm,
+    count: u32,
+) -> (Samples, [(Restore, Samples); 3]) {
+    let template = Template::named(9);
+    let [_, team, _, name] = template.arguments();
+    let (team, name) = (team.to_owned(), name.to_owned());
+    agent.ask(
+        "CreateSnapshot",
+        &json!({"sandboxId": sandbox.id, "name": "bench", "teamId": team, "templateId": name}),
+    );
+    let dir = parts.snapshot_dir();
+    vm.snapshot(&dir);
+    drop(vm);
+    let mut made = Samples::default();
+    let mut ways = [Restore::Copied, Restore::Prefaulted, Restore::OnDemand].map(|way| (way, Samples::default()));
+    for _ in 0..count {
+        let began = Instant::now();
+        let clone = Sandbox::of(agent, &json!({"teamId": team, "templateId": name}));
+        clone.exec(agent, TRUE, &[]);
+        made.add_time(began.elapsed());
+        drop(clone);
+        for (way, samples) in &mut ways {
+            samples.time(|| {
+                let vm = parts.restore(&dir, *way);
+                vm.guest().run(TRUE, &[]);
+            });
+        }
+    }
+    (made, ways)
 }
 
 /// What a directory takes on disk, in MiB.

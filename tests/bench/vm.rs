@@ -96,11 +96,16 @@ impl Parts {
         })
     }
 
-    /// Starts a VMM that loads a snapshot's memory first, as the agent has it where nothing else is configured, and lets it run.
-    pub(crate) fn restore(&self, from: &Path) -> BareVm {
+    /// Starts a VMM that loads a snapshot, and lets it run.
+    pub(crate) fn restore(&self, from: &Path, way: Restore) -> BareVm {
         let source = format!("source_url=file://{}", from.display());
+        let way = match way {
+            Restore::Copied => "memory_restore_mode=copy",
+            Restore::Prefaulted => "memory_restore_mode=copy,prefault=on",
+            Restore::OnDemand => "memory_restore_mode=ondemand",
+        };
         let vm = self.start(|tap| {
-            let how = format!("{source},net_fds=[net0@[{tap}]],memory_restore_mode=copy,resume=false");
+            let how = format!("{source},net_fds=[net0@[{tap}]],{way},resume=false");
             vec![("--restore", how)]
         });
         let began = Instant::now();
@@ -144,6 +149,27 @@ impl Parts {
             child,
             socket,
             host: self.network.addresses.host,
+        }
+    }
+}
+
+/// What a VMM does with a snapshot's memory.
+#[derive(Clone, Copy)]
+pub(crate) enum Restore {
+    /// It reads all before the guest runs, as the agent has it where nothing else is configured.
+    Copied,
+    /// The same, into memory that is all there before.
+    Prefaulted,
+    /// It reads what the guest touches, and the rest beside it.
+    OnDemand,
+}
+
+impl Restore {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Copied => "copied",
+            Self::Prefaulted => "prefaulted",
+            Self::OnDemand => "on_demand",
         }
     }
 }

@@ -63,7 +63,7 @@ fn an_operation_asks_the_host_for_no_more_than_it_needs() {
         let ((), pause) = Counts::of(|| sandbox.pause());
         most(0, 10, 0).holds("pause", &pause);
         let ((), resume) = Counts::of(|| sandbox.resume());
-        most(2, 7, vm).holds("resume", &resume);
+        most(2, 6, vm).holds("resume", &resume);
         let ((), destroy) = Counts::of(|| drop(sandbox));
         most(0, 1, 0).holds("destroy", &destroy);
     });

@@ -197,7 +197,7 @@ fn a_template_whose_disk_fails_is_an_error_by_name_and_its_sandbox_stays_as_it_w
             let mut disk = FaultyDisk::new(600);
             disk.mount(&team);
             run("rmdir", &[&format!("{}/lost+found", team.display())]);
-            run("chown", &["roost:roost", team.to_str().expect("ASCII")]);
+            run("chown", &["roost:roost-vm", team.to_str().expect("ASCII")]);
             // What is not on the disk when it fails is not there after its repair.
             run("sync", &[]);
             disk.becomes(Health::FailsWrites);

@@ -268,6 +268,27 @@ fn many_pauses_in_a_row_lose_nothing_and_grow_nothing() {
     });
 }
 
+/// What it has read and written before, and not what it uses, is most of a guest's memory. It is on its disk, so it need not be in its snapshot.
+#[test]
+fn what_a_guest_has_only_cached_is_no_part_of_its_snapshot() {
+    in_rig(|| {
+        let sandbox = Sandbox::create(&["--memory", "256", "--disk", "1024"]);
+        sandbox.pause();
+        let before = allocated(&sandbox.id);
+        sandbox.resume();
+        sandbox.sh("head -c 64M /dev/urandom > /root/cached && sync && sha256sum /root/cached > /root/sum");
+        sandbox.pause();
+        let after = allocated(&sandbox.id);
+        eprintln!("NOTE: {before} bytes, and with 64 MiB more in the guest's cache {after}");
+        assert!(after < before + (24 << 20), "{before} bytes became {after}");
+        sandbox.resume();
+        assert_eq!(
+            sandbox.sh("cd / && sha256sum --check --quiet /root/sum && echo whole"),
+            "whole"
+        );
+    });
+}
+
 #[test]
 fn a_paused_sandbox_can_be_destroyed_as_it_is() {
     in_rig(|| {

@@ -8,12 +8,13 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 
+use nix::NixPath;
 use nix::dir::Dir;
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
 use nix::unistd::getuid;
 use roost_common::shim::{
-    EXIT_FILE, Exit, LaunchStep, Lendable, MAX_TAIL, RESET_EVENT, ShimError, Started, Status, VmSpec,
+    EXIT_FILE, Exit, LaunchStep, Lendable, MAX_TAIL, MEMORY_FILE, RESET_EVENT, ShimError, Started, Status, VmSpec,
 };
 
 use crate::cgroup;
@@ -77,6 +78,22 @@ impl Resets {
     }
 }
 
+/// How a file is opened that the VMM may have put another in place of.
+const ONLY: OFlag = OFlag::O_NOFOLLOW
+    .union(OFlag::O_NONBLOCK)
+    .union(OFlag::O_NOCTTY)
+    .union(OFlag::O_CLOEXEC);
+
+/// Opens a file in a directory that the VMM had: a regular one of our own, with no other name.
+fn own_file<P: NixPath + ?Sized>(directory: &Dir, name: &P, access: OFlag) -> io::Result<File> {
+    let file = File::from(openat(directory, name, access | ONLY, Mode::empty())?);
+    let found = file.metadata()?;
+    if !found.file_type().is_file() || found.uid() != getuid().as_raw() || found.nlink() != 1 {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    Ok(file)
+}
+
 /// A running VMM.
 pub(crate) struct Vm {
     pub(crate) spec: VmSpec,
@@ -110,12 +127,14 @@ impl Vm {
 
     pub(crate) fn lend(&self, what: Lendable) -> Result<OwnedFd, ShimError> {
         let descriptor = match what {
-            Lendable::Disk => &self.disk,
-            Lendable::Tap => &self.tap,
+            Lendable::Disk => self.disk.try_clone(),
+            Lendable::Tap => self.tap.try_clone(),
+            Lendable::Memory { attempt } => self
+                .attempt(attempt)
+                .and_then(|directory| own_file(&directory, MEMORY_FILE, OFlag::O_RDWR))
+                .map(OwnedFd::from),
         };
-        descriptor
-            .try_clone()
-            .map_err(|error| failure(LaunchStep::LendDescriptor, &error))
+        descriptor.map_err(|error| failure(LaunchStep::LendDescriptor, &error))
     }
 
     /// Copies what one output has for us, at most `buffer` at a time. `false` when there is nothing more for now. A guest that resets
@@ -155,9 +174,7 @@ impl Vm {
     }
 
     fn publish_files(&self, attempt: u32) -> io::Result<()> {
-        let only = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
-        let number = attempt.to_string();
-        let mut directory = Dir::openat(&self.vm_dir, number.as_str(), only | OFlag::O_DIRECTORY, Mode::empty())?;
+        let mut directory = self.attempt(attempt)?;
         let mut names = Vec::new();
         for entry in directory.iter().take(MAX_SNAPSHOT_FILES + 3) {
             let name = entry?.file_name().to_owned();
@@ -170,16 +187,22 @@ impl Vm {
         }
         let mut files = Vec::new();
         for name in names {
-            let file = File::from(openat(&directory, name.as_c_str(), only, Mode::empty())?);
-            let found = file.metadata()?;
-            if !found.file_type().is_file() || found.uid() != getuid().as_raw() || found.nlink() != 1 {
-                return Err(io::Error::from_raw_os_error(libc::EINVAL));
-            }
-            files.push(file);
+            files.push(own_file(&directory, name.as_c_str(), OFlag::O_RDONLY)?);
         }
         files
             .iter()
             .try_for_each(|file| file.set_permissions(Permissions::from_mode(0o640)))
+    }
+
+    /// The directory of a snapshot attempt.
+    fn attempt(&self, number: u32) -> io::Result<Dir> {
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | ONLY;
+        Ok(Dir::openat(
+            &self.vm_dir,
+            number.to_string().as_str(),
+            flags,
+            Mode::empty(),
+        )?)
     }
 
     /// Reaps the VMM after its pidfd says that it has ended, and tells how.

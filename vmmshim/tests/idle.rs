@@ -109,7 +109,11 @@ fn a_peer_that_reads_nothing_is_dropped_rather_than_waited_for() {
 fn requests_that_need_a_vmm_are_refused() {
     let shim = Shim::start(NOTHING);
     assert!(matches!(shim.agent.receive(), Ok(FromShim::Hello { .. })));
-    for request in [ToShim::Lend(Lendable::Disk), ToShim::Publish { attempt: 1 }] {
+    for request in [
+        ToShim::Lend(Lendable::Disk),
+        ToShim::Lend(Lendable::Memory { attempt: 1 }),
+        ToShim::Publish { attempt: 1 },
+    ] {
         let answer = shim.agent.ask(&request);
         assert!(
             matches!(answer, FromShim::Refused(ShimError::NotRunning)),

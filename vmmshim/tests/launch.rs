@@ -19,7 +19,7 @@ use nix::unistd::{getuid, mkfifo};
 use roost_common::ring::{self, RING_BYTES};
 use roost_common::shim::{
     API_SOCKET, CONSOLE_FILE, EXIT_FILE, Exit, FromShim, LOG_FILE, Launch, LaunchStep, Lendable, MAX_VERSION,
-    ShimError, Start, Started, Status, ToShim, VmSpec, WaitStatus,
+    MEMORY_FILE, ShimError, Start, Started, Status, ToShim, VmSpec, WaitStatus,
 };
 
 const PROFILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/probe-profile.json");
@@ -750,6 +750,40 @@ fn published_are_regular_files_and_nothing_else() {
     for name in ["config.json", "memory-ranges"] {
         assert_eq!(mode(&attempt(1).join(name)), 0o640, "{name}");
     }
+}
+
+#[test]
+fn a_lent_memory_file_is_the_attempts_own_and_can_be_written() {
+    let place = Place::new();
+    let memory = |number: u32| place.vm_dir.join(number.to_string()).join(MEMORY_FILE);
+    for number in 1..=5 {
+        fs::create_dir(place.vm_dir.join(number.to_string())).expect("made");
+    }
+    let outside = place.root.join("outside");
+    fs::write(&outside, "kept").expect("written");
+    fs::write(memory(1), "memory").expect("written");
+    symlink(&outside, memory(2)).expect("linked");
+    fs::hard_link(&outside, memory(3)).expect("linked");
+    mkfifo(&memory(4), Mode::S_IRWXU).expect("made");
+    // The fifth has none.
+
+    let (shim, ..) = waiting(&place);
+    for attempt in [2, 3, 4, 5, 6] {
+        let answer = shim.agent.ask(&ToShim::Lend(Lendable::Memory { attempt }));
+        let LaunchStep::LendDescriptor = (match answer {
+            FromShim::Refused(ShimError::Step { step, .. }) => step,
+            answer => panic!("attempt {attempt}: {answer:?}"),
+        }) else {
+            panic!("attempt {attempt}: another step");
+        };
+    }
+    let FromShim::Lent(lent) = shim.agent.ask(&ToShim::Lend(Lendable::Memory { attempt: 1 })) else {
+        panic!("not lent");
+    };
+    let lent = File::from(lent.into_owned().expect("owned"));
+    std::os::unix::fs::FileExt::write_all_at(&lent, b"M", 0).expect("written");
+    assert_eq!(fs::read_to_string(memory(1)).expect("read"), "Memory");
+    assert_eq!(fs::read_to_string(&outside).expect("read"), "kept");
 }
 
 #[test]

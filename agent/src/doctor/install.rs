@@ -428,7 +428,7 @@ mod tests {
                 directories,
                 |fake| fake.mode("var/lib/roost/images", 0o705),
                 State::Problem,
-                "0705 in place of 0700, open to other users",
+                "0705 in place of 2700, open to other users",
             ),
             (
                 directories,

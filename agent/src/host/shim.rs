@@ -435,12 +435,12 @@ impl ShimLink {
         self.cgroup = (own && plain).then(|| Path::new("/sys/fs/cgroup").join(path));
     }
 
-    /// A copy of the disk's descriptor.
+    /// A descriptor that the shim has: a copy, or of a file that it opens.
     ///
     /// # Errors
     /// Any [`ShimFault`].
-    pub async fn lend_disk(&mut self) -> Result<OwnedFd, ShimFault> {
-        match self.ask(&ToShim::Lend(Lendable::Disk)).await? {
+    pub async fn lend(&mut self, what: Lendable) -> Result<OwnedFd, ShimFault> {
+        match self.ask(&ToShim::Lend(what)).await? {
             FromShim::Lent(descriptor) => descriptor
                 .into_owned()
                 .map_err(|error| ShimFault::Connection(IpcError::Socket(error))),

@@ -324,8 +324,8 @@ async fn fits_vmm(
     Ok(fits.map(|()| memory).map_err(|misfit| instead(id, &misfit)))
 }
 
-/// Copies a template's memory for one sandbox, where the VMM reads it: that is given the directory, and a template is everybody's. Without
-/// the copy the sandbox begins without the memory.
+/// Puts a template's memory where one sandbox's VMM reads it: that is given the directory, and a template is everybody's. Where it cannot be
+/// put there the sandbox begins without the memory.
 async fn take_memory(
     host: &Arc<Host>,
     gate: &Gate,
@@ -333,12 +333,15 @@ async fn take_memory(
     memory: Result<(templates::Memory, Memories), Began>,
 ) -> Result<(Arc<Memories>, Token), Began> {
     let (template, memories) = memory?;
-    let copied = gate.run({
+    let shared = gate.run({
         let to = host.layout.generation(id, CLONE);
-        move || snapshot::copy_generation(&template.dir, &to)
+        move || snapshot::share(&template.dir, &to)
     });
-    match step("copy_memory", copied).await {
-        Ok(_) => Ok((Arc::new(memories), template.token)),
+    match step("share_memory", shared).await {
+        Ok(shared) => {
+            tracing::debug!(sandbox_id = %id, ?shared, "a template's memory");
+            Ok((Arc::new(memories), template.token))
+        }
         Err(error) => Err(instead(id, &error)),
     }
 }

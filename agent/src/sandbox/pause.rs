@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use roost_common::ids::SandboxId;
-use roost_common::shim::{API_SOCKET, RestoreMode, SHIM_SOCKET};
+use roost_common::shim::{API_SOCKET, Lendable, RestoreMode, SHIM_SOCKET};
 use tracing::Instrument as _;
 
 use super::parts::{self, Gate, MemoryLoad, Versions, Vm, millis};
@@ -258,7 +258,10 @@ pub(super) async fn stop_guest(
     reach(steps.frozen).await?;
     step("stop", unless_ended(shim, ended, api.pause())).await??;
     reach(steps.stopped).await?;
-    let disk = shim.lend_disk().await.map_err(|fault| fault_of(fault, ended))?;
+    let disk = shim
+        .lend(Lendable::Disk)
+        .await
+        .map_err(|fault| fault_of(fault, ended))?;
     let synced = blocking({
         let cow = host.layout.cow(id);
         move || sync(disk, &cow)
@@ -297,7 +300,11 @@ pub(super) async fn write_memory(
     .await??;
     reach(steps.written).await?;
     shim.publish(attempt).await.map_err(|fault| fault_of(fault, ended))?;
-    step("seal", seal(host, record, freeze, attempt, attempt + 1)).await?;
+    let memory = shim
+        .lend(Lendable::Memory { attempt })
+        .await
+        .map_err(|fault| fault_of(fault, ended))?;
+    step("seal", seal(host, record, freeze, attempt, memory)).await?;
     reach(steps.sealed).await?;
     Ok(attempt + 1)
 }
@@ -307,20 +314,20 @@ pub(crate) fn api(host: &Host, id: &SandboxId) -> Vmm {
     Vmm::new(&host.layout.vm_run(id).join(API_SOCKET))
 }
 
-/// Takes over what the VMM has written as `attempt`, as a generation of ours.
+/// Takes over what the VMM has written as `attempt`, as the generation that follows. `memory` is the shim's word for its memory file.
 async fn seal(
     host: &Arc<Host>,
     record: &Record,
     freeze: Freeze,
     attempt: u32,
-    generation: u32,
+    memory: OwnedFd,
 ) -> Result<(), PauseError> {
     let sealed = blocking({
         let (host, record) = (host.clone(), record.clone());
         move || {
             let about = about(&host, &record, freeze)?;
             let directory = |number| host.layout.generation(&record.plan.id, number);
-            snapshot::seal(&directory(attempt), &directory(generation), &about)
+            snapshot::seal(&directory(attempt), &directory(attempt + 1), &about, &memory.into())
         }
     });
     // What it goes on to make when nobody waits any more is removed with the next snapshot.

@@ -46,7 +46,7 @@ pub fn write_config(generation: &Path, config: &RestoreConfig<'_>) -> Result<(),
         Err(errno) => return Err(dir.error("removing", CONFIG, errno)),
     }
     let content = serde_json::to_vec(&config.to_json()).expect("strings and numbers serialise");
-    dir.write_new(CONFIG, SHARED, &content).map(drop)
+    dir.make(CONFIG, SHARED, &content).map(drop)
 }
 
 impl RestoreConfig<'_> {

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use roost_common::units::Bytes;
-use rustix::fs::{Advice, SeekFrom, copy_file_range, fadvise, ioctl_ficlone, seek};
+use rustix::fs::{Advice, FallocateFlags, SeekFrom, copy_file_range, fadvise, fallocate, ioctl_ficlone, seek};
 use rustix::io::Errno;
 
 use super::manifest::{Files, Manifest};
@@ -48,6 +48,11 @@ pub fn copy_sparse(from: &File, to: &Path, until: Instant) -> Result<Bytes, File
     })
 }
 
+/// How long a copy of a generation's memory may take.
+pub(super) fn copy_limit(manifest: &Manifest) -> Duration {
+    COPY_LEAST + COPY_PER_MEBIBYTE * manifest.about.size.memory.0
+}
+
 /// Copies a sealed generation to a new one, ours altogether, checked against its manifest on the way. Returns the copy's manifest.
 ///
 /// # Errors
@@ -60,8 +65,7 @@ pub fn copy_generation(from: &Path, to: &Path) -> Result<Manifest, SnapshotError
     let dir = &unkept.dir;
     let inspect = |file: &File, name| file.metadata().map_err(|error| dir.error("inspecting", name, error));
     let written = dir.write_new(STATE, SHARED, &state)?;
-    let limit = COPY_LEAST + COPY_PER_MEBIBYTE * manifest.about.size.memory.0;
-    copy_sparse(&memory, &to.join(MEMORY), Instant::now() + limit)?;
+    copy_sparse(&memory, &to.join(MEMORY), Instant::now() + copy_limit(&manifest))?;
     let copied = dir.open_regular(MEMORY)?;
     copied
         .set_permissions(PermissionsExt::from_mode(SHARED))
@@ -248,6 +252,48 @@ pub(crate) fn nonzero(chunk: &[u8]) -> Vec<(usize, usize)> {
         start = end;
     }
     runs
+}
+
+/// The shortest run of zeros that becomes a hole. Shorter ones would make a file of many small extents, each of which is a read more.
+const RUN: u64 = 16 << 10;
+
+/// Makes holes of what is all zeros in the first `length` bytes of a file that is open to read and write; its content stays the same.
+/// Where the filesystem does not want to, it takes the room that it takes. Moves the position.
+///
+/// # Errors
+/// When it cannot be read.
+pub(super) fn punch_zeros(file: &File, length: u64) -> io::Result<()> {
+    // Less than what an allocator keeps for the next time, on every thread that does this.
+    let mut buffer = vec![0; BUFFER / 16];
+    let mut at = 0;
+    while let Some((start, end)) = next_data(file, at, length)? {
+        // Where the run of zeros begins that goes on up to `at`.
+        let mut zeros = start;
+        at = start;
+        while at < end {
+            let most = buffer.len();
+            let chunk = &mut buffer[..clamp(end - at, most)];
+            file.read_exact_at(chunk, at)?;
+            for (from, to) in nonzero(chunk) {
+                if !punch(file, zeros, at + from as u64) {
+                    return Ok(());
+                }
+                zeros = at + to as u64;
+            }
+            at += chunk.len() as u64;
+        }
+        if !punch(file, zeros, end) {
+            return Ok(());
+        }
+    }
+    Ok(())
+}
+
+/// Makes a hole, where it is worth one. Whether it makes sense to go on.
+fn punch(file: &File, start: u64, end: u64) -> bool {
+    let length = end - start;
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    length < RUN || fallocate(file, flags, start, length).is_ok()
 }
 
 fn clamp(length: u64, most: usize) -> usize {

@@ -1,5 +1,7 @@
 //! What we know of a snapshot: `manifest.json`, written last, so that a generation without one is none.
 
+use std::fs::File;
+use std::ops::RangeInclusive;
 use std::path::Path;
 
 use roost_common::shim::RestoreMode;
@@ -192,8 +194,25 @@ impl Manifest {
         self.open_verified(&SnapshotDir::open(generation)?).map(drop)
     }
 
+    /// The same for a template's, which sandboxes that are being made [share](super::share).
+    ///
+    /// # Errors
+    /// [`SnapshotError`], saying what is not as it was.
+    pub fn verify_template(&self, generation: &Path) -> Result<(), SnapshotError> {
+        self.open_template(&SnapshotDir::open(generation)?).map(drop)
+    }
+
     /// As [`verify`](Self::verify); returns the state's text and the memory file.
-    pub(super) fn open_verified(&self, dir: &SnapshotDir) -> Result<(Vec<u8>, std::fs::File), SnapshotError> {
+    pub(super) fn open_verified(&self, dir: &SnapshotDir) -> Result<(Vec<u8>, File), SnapshotError> {
+        Ok((self.state(dir)?, self.memory(dir, dir.open_regular(MEMORY)?)?))
+    }
+
+    /// As [`verify_template`](Self::verify_template); returns the state's text and the memory file.
+    pub(super) fn open_template(&self, dir: &SnapshotDir) -> Result<(Vec<u8>, File), SnapshotError> {
+        Ok((self.state(dir)?, self.memory(dir, dir.open_named(MEMORY)?)?))
+    }
+
+    fn state(&self, dir: &SnapshotDir) -> Result<Vec<u8>, SnapshotError> {
         let known = [STATE, MEMORY, MANIFEST, CONFIG];
         for name in dir.names()? {
             if !known.iter().any(|known| known.as_bytes() == name) {
@@ -201,20 +220,26 @@ impl Manifest {
                 return Err(SnapshotError::Unexpected { name });
             }
         }
-        let exactly = |length: Bytes| length.0..=length.0;
         check_length(STATE, self.files.state.length.0, 1..=MAX_STATE)?;
         let state = dir.read_bounded(STATE, exactly(self.files.state.length))?;
         if sha256(&state) != self.files.state.sha256 {
             return Err(SnapshotError::Checksum { name: STATE });
         }
-        let memory = dir.open_regular(MEMORY)?;
+        Ok(state)
+    }
+
+    fn memory(&self, dir: &SnapshotDir, memory: File) -> Result<File, SnapshotError> {
         let found = memory
             .metadata()
             .map_err(|error| dir.error("inspecting", MEMORY, error))?
             .len();
         check_length(MEMORY, found, exactly(self.files.memory.length))?;
-        Ok((state, memory))
+        Ok(memory)
     }
+}
+
+fn exactly(length: Bytes) -> RangeInclusive<u64> {
+    length.0..=length.0
 }
 
 fn sha256(content: &[u8]) -> String {

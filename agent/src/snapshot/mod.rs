@@ -8,10 +8,12 @@
 //! vm/<m>/  ours:                   state.json  memory-ranges  manifest.json      (a generation: [`seal`])
 //!                                      |  checked against the manifest: [`Manifest::verify`], [`Manifest::fits`]
 //!          + config.json from our record, for the VM that is to wake: [`write_config`]
+//!
+//! a template's snapshot/, a generation --[`share`]--> a sandbox's vm/1/: state.json copied, memory-ranges another name of the same file
 //! ```
 //!
 //! Holds: files are opened relative to a directory's descriptor, without following links or waiting for a FIFO, and are used only
-//! when they are regular and have one name; a generation is whole and durable, or not there; nothing from a snapshot's text
+//! when they are regular and have one name, but for a template's memory, which nobody can write to; a generation is whole and durable, or not there; nothing from a snapshot's text
 //! reaches a message of ours.
 //! Not here: when to take a snapshot, what a record says of it, the VMM's API.
 //!
@@ -24,6 +26,7 @@ pub mod fit;
 pub mod generations;
 pub mod manifest;
 pub mod seal;
+pub mod share;
 mod state;
 
 use std::fs::{DirBuilder, File};
@@ -46,6 +49,7 @@ pub use fit::{HostFacts, Misfit};
 pub use generations::{generations, next_number};
 pub use manifest::{About, Devices, Manifest, MemoryFile, Size};
 pub use seal::seal;
+pub use share::{Shared, share};
 pub use state::StateError;
 
 use manifest::VERSION;
@@ -56,7 +60,7 @@ use crate::host::files;
 /// The state of vCPUs and devices.
 pub const STATE: &str = "state.json";
 /// The guest's memory.
-pub const MEMORY: &str = "memory-ranges";
+pub const MEMORY: &str = roost_common::shim::MEMORY_FILE;
 /// What a VMM is restored as.
 pub const CONFIG: &str = "config.json";
 /// What we know of the snapshot.
@@ -160,6 +164,16 @@ impl SnapshotDir {
 
     /// Opens a regular file with one name for reading. Whoever wrote it may still be writing.
     fn open_regular(&self, name: &'static str) -> Result<File, SnapshotError> {
+        let file = self.open_named(name)?;
+        let metadata = file.metadata().map_err(|error| self.error("inspecting", name, error))?;
+        match metadata.nlink() {
+            1 => Ok(file),
+            links => Err(SnapshotError::Linked { name, links }),
+        }
+    }
+
+    /// The same for a file that may have other names.
+    fn open_named(&self, name: &'static str) -> Result<File, SnapshotError> {
         let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
         let file = match openat(&self.fd, name, flags, Mode::empty()) {
             Ok(fd) => File::from(fd),
@@ -168,12 +182,10 @@ impl SnapshotDir {
             Err(errno) => return Err(self.error("opening", name, errno).into()),
         };
         let metadata = file.metadata().map_err(|error| self.error("inspecting", name, error))?;
-        if !metadata.is_file() {
-            return Err(SnapshotError::NotRegular { name });
-        }
-        match metadata.nlink() {
-            1 => Ok(file),
-            links => Err(SnapshotError::Linked { name, links }),
+        if metadata.is_file() {
+            Ok(file)
+        } else {
+            Err(SnapshotError::NotRegular { name })
         }
     }
 
@@ -190,12 +202,18 @@ impl SnapshotDir {
 
     /// Makes a file that is not there yet, with exactly this mode whatever the umask says, and its content on disk.
     fn write_new(&self, name: &str, mode: u32, content: &[u8]) -> Result<File, FileError> {
+        let file = self.make(name, mode, content)?;
+        file.sync_all().map_err(|error| self.error("syncing", name, error))?;
+        Ok(file)
+    }
+
+    /// The same, for what need not outlive a power cut.
+    fn make(&self, name: &str, mode: u32, content: &[u8]) -> Result<File, FileError> {
         let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let mut file = openat(&self.fd, name, flags, Mode::from_bits_truncate(PRIVATE))
             .map(File::from)
             .map_err(|errno| self.error("making", name, errno))?;
         file.write_all(content)
-            .and_then(|()| file.sync_all())
             .map_err(|error| self.error("writing", name, error))?;
         fchmod(&file, Mode::from_bits_truncate(mode))
             .map_err(|errno| self.error("opening to the group", name, errno))?;
@@ -251,6 +269,11 @@ impl Unkept {
             .map_err(|error| FileError::new("making", path, error))?;
         let dir = SnapshotDir::open(path).inspect_err(|_| give_up(path))?;
         Ok(Self { dir, kept: false })
+    }
+
+    /// Lets it stay without a manifest, as what is no generation.
+    fn stay(mut self) {
+        self.kept = true;
     }
 
     /// Writes the manifest, makes all durable, and lets it stay.

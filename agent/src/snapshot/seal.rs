@@ -8,6 +8,7 @@ use nix::fcntl::{AtFlags, renameat};
 use nix::sys::stat::fstatat;
 use roost_common::units::Bytes;
 
+use super::copy::punch_zeros;
 use super::manifest::{About, Files, Manifest, MemoryFile};
 use super::{MEMORY, SHARED, STATE, SnapshotDir, SnapshotError, Unkept, allocated, check_length, state};
 
@@ -18,27 +19,43 @@ pub const MAX_STATE: u64 = 16 << 20;
 /// on disk, with a manifest. `attempt` is a directory of ours in which that VMM may still be writing, and it keeps the rest of
 /// its content, including `config.json`, which nobody reads; the caller removes it.
 ///
+/// What is all zeros in the memory becomes a hole before it is on disk, through `writable`, which whoever made it says is the memory
+/// file: a VMM writes every page that its guest ever used, and the guest has zeroed what it no longer needs.
+///
 /// The memory file goes on belonging to the VM's uid, and a VMM that holds it open can write to it until it has ended: who goes
 /// on to use the generation ends the VMM first and then [verifies](Manifest::verify) it, or makes a
 /// [copy](super::copy_generation).
 ///
 /// # Errors
 /// Any [`SnapshotError`]; nothing of `generation` stays, and the memory file is wherever it was, or gone.
-pub fn seal(attempt: &Path, generation: &Path, about: &About) -> Result<Manifest, SnapshotError> {
+pub fn seal(attempt: &Path, generation: &Path, about: &About, writable: &File) -> Result<Manifest, SnapshotError> {
     let attempt = SnapshotDir::open(attempt)?;
     // Other names are no matter, as long as the caller can be expected to remove them.
     attempt.names()?;
     let text = attempt.read_bounded(STATE, 1..=MAX_STATE)?;
     let length = memory_length(&text, about)?;
     let memory = attempt.open_regular(MEMORY)?;
+    let identity = |file: &File| {
+        let found = file
+            .metadata()
+            .map_err(|error| attempt.error("inspecting", MEMORY, error))?;
+        Ok::<_, SnapshotError>((found.dev(), found.ino()))
+    };
+    if identity(writable)? != identity(&memory)? {
+        return Err(SnapshotError::Exchanged { name: MEMORY });
+    }
 
     let unkept = Unkept::make(generation)?;
     let dir = &unkept.dir;
     let state = dir.write_new(STATE, SHARED, &text)?;
     take_over(&attempt, &memory, dir)?;
+    let inspect = |file: &File, name| file.metadata().map_err(|error| dir.error("inspecting", name, error));
+    // Before it is read, and once more when it no longer changes.
+    let found = inspect(&memory, MEMORY)?.len();
+    check_length(MEMORY, found, length.clone())?;
+    punch_zeros(writable, found).map_err(|error| dir.error("reading", MEMORY, error))?;
     // A read-only descriptor will do for fsync, and one opened after a failed writeback still hears of it.
     memory.sync_all().map_err(|error| dir.error("syncing", MEMORY, error))?;
-    let inspect = |file: &File, name| file.metadata().map_err(|error| dir.error("inspecting", name, error));
     let (state, memory) = (inspect(&state, STATE)?, inspect(&memory, MEMORY)?);
     check_length(MEMORY, memory.len(), length)?;
     let files = Files::new(&text, allocated(&state), Bytes(memory.len()), allocated(&memory));
@@ -90,9 +107,10 @@ fn take_over(attempt: &SnapshotDir, memory: &File, dir: &SnapshotDir) -> Result<
 #[cfg(test)]
 pub(super) mod tests {
     use std::fs::{self, OpenOptions};
-    use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
+    use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt, symlink};
     use std::path::PathBuf;
 
+    use nix::libc;
     use nix::sys::stat::Mode;
     use serde_json::json;
 
@@ -131,7 +149,23 @@ pub(super) mod tests {
         }
 
         pub(in crate::snapshot) fn seal(&self) -> Result<Manifest, SnapshotError> {
-            seal(&self.attempt, &self.generation, &about())
+            self.seal_as(&about())
+        }
+
+        /// As the shim has it open that made it.
+        fn writable(&self) -> File {
+            let name = self.attempt.join(MEMORY);
+            // Whatever a test puts in its place, the shim lends no other.
+            let memory = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .custom_flags(libc::O_NONBLOCK)
+                .open(&name);
+            memory.unwrap_or_else(|_| tempfile::tempfile().expect("a file"))
+        }
+
+        fn seal_as(&self, about: &About) -> Result<Manifest, SnapshotError> {
+            seal(&self.attempt, &self.generation, about, &self.writable())
         }
 
         fn state(&self) -> PathBuf {
@@ -274,11 +308,11 @@ pub(super) mod tests {
         };
         fs::write(attempt.state(), "{\"standin\": \"53.0.0\"}").expect("written");
         fs::write(attempt.memory(), "QEVM").expect("written");
-        let manifest = seal(&attempt.attempt, &attempt.generation, &about).expect("sealed");
+        let manifest = attempt.seal_as(&about).expect("sealed");
         manifest.verify(&attempt.generation).expect("as sealed");
         let empty = attempt.vm.join("3");
         fs::write(attempt.memory(), "").expect("written");
-        let error = seal(&attempt.attempt, &empty, &about).expect_err("empty");
+        let error = seal(&attempt.attempt, &empty, &about, &attempt.writable()).expect_err("empty");
         assert!(matches!(error, SnapshotError::Length { .. }), "{error}");
     }
 
@@ -295,6 +329,33 @@ pub(super) mod tests {
             File::create(attempt.attempt.join(format!("name-{number}"))).expect("made");
         }
         assert!(matches!(attempt.refusal(), SnapshotError::TooManyNames));
+    }
+
+    #[test]
+    fn pages_that_the_guest_has_zeroed_are_not_kept() {
+        let attempt = Attempt::new();
+        let file = OpenOptions::new().write(true).open(attempt.memory()).expect("opened");
+        file.write_all_at(&[0; 8 << 20], 8 << 20).expect("written");
+        file.write_all_at(b"x", (12 << 20) + 5).expect("written");
+        let before = fs::read(attempt.memory()).expect("read");
+        let manifest = attempt.seal().expect("sealed");
+        assert!(manifest.files.memory.allocated < Bytes(1 << 20), "{manifest:?}");
+        let after = fs::read(attempt.generation.join(MEMORY)).expect("read");
+        assert!(before == after, "the memory is another");
+        manifest.verify(&attempt.generation).expect("as sealed");
+    }
+
+    #[test]
+    fn a_memory_file_of_the_shims_that_is_not_the_attempts_is_not_touched() {
+        let attempt = Attempt::new();
+        let other = attempt.vm.join("other");
+        fs::write(&other, [0; 1 << 20]).expect("written");
+        let lent = OpenOptions::new().read(true).write(true).open(&other).expect("opened");
+        let error = seal(&attempt.attempt, &attempt.generation, &about(), &lent).expect_err("another file");
+        assert!(matches!(error, SnapshotError::Exchanged { name: MEMORY }), "{error}");
+        assert!(!attempt.generation.exists());
+        let blocks = fs::metadata(&other).expect("there").blocks();
+        assert!(blocks * 512 >= 1 << 20, "{blocks} blocks are left");
     }
 
     #[test]
@@ -328,7 +389,7 @@ pub(super) mod tests {
         let attempt = Attempt::new();
         let link = attempt.vm.join("link");
         symlink(&attempt.attempt, &link).expect("linked");
-        let error = seal(&link, &attempt.generation, &about()).expect_err("a link");
+        let error = seal(&link, &attempt.generation, &about(), &attempt.writable()).expect_err("a link");
         assert!(
             matches!(error, SnapshotError::File(FileError { doing: "opening", .. })),
             "{error}"

@@ -171,7 +171,7 @@ pub fn verify(dir: &Path, stop: &AtomicBool) -> Result<Vec<Verified>, TemplateEr
             return Ok(found);
         }
     };
-    let state = match manifest.verify(&snapshot) {
+    let state = match manifest.verify_template(&snapshot) {
         Ok(()) => plain(STATE_FILE, Outcome::Ok),
         Err(error) => {
             let differs = Outcome::Differs(Chain(&error).to_string());

@@ -13,8 +13,8 @@ use nix::sys::socket::{Shutdown, shutdown};
 use roost_common::ids::Slot;
 use roost_common::ipc::{self, PacketSocket};
 use roost_common::shim::{
-    API_SOCKET, EXIT_FILE, Exit, FromShim, Launch, LaunchStep, Lendable, PROTOCOL, ProgramId, SHIM_SOCKET, ShimError,
-    SpecField, Start, Started, Status, ToShim, VmSpec, WaitStatus,
+    API_SOCKET, EXIT_FILE, Exit, FromShim, Launch, LaunchStep, Lendable, MEMORY_FILE, PROTOCOL, ProgramId, SHIM_SOCKET,
+    ShimError, SpecField, Start, Started, Status, ToShim, VmSpec, WaitStatus,
 };
 use tokio::sync::watch;
 
@@ -328,12 +328,18 @@ fn answer(world: &Arc<World>, number: u64, request: ToShim) -> Result<FromShim, 
         })),
         (ToShim::Lend(what), Some(vm)) => {
             let held = match what {
-                Lendable::Disk => &vm.disk,
-                Lendable::Tap => &vm.tap,
+                Lendable::Disk => vm.disk.try_clone(),
+                Lendable::Tap => vm.tap.try_clone(),
+                Lendable::Memory { attempt } => File::options()
+                    .read(true)
+                    .write(true)
+                    .open(Path::new(&vm.spec.vm_dir).join(format!("{attempt}/{MEMORY_FILE}"))),
             };
-            Ok(FromShim::Lent(
-                OwnedFd::from(held.try_clone().expect("duplicated")).into(),
-            ))
+            let lent = held.map_err(|error| ShimError::Step {
+                step: LaunchStep::LendDescriptor,
+                errno: error.raw_os_error().unwrap_or_default(),
+            });
+            Ok(FromShim::Lent(OwnedFd::from(lent?).into()))
         }
         (ToShim::Publish { attempt }, Some(vm)) if Path::new(&vm.spec.vm_dir).join(attempt.to_string()).is_dir() => {
             Ok(FromShim::Published)

@@ -116,8 +116,8 @@ fn configure() {
             "roost-mkinitramfs",
             &["--kernel", version.trim(), "--output", &initramfs],
         );
-        run("chown", &["-R", "roost:roost-vm", "/var/lib/roost/kernels"]);
-        run("chown", &["-R", "roost:roost", "/var/lib/roost/images"]);
+        let data = ["/var/lib/roost/kernels", "/var/lib/roost/images"];
+        run("chown", &["-R", "roost:roost-vm", data[0], data[1]]);
         run("cp", &["/usr/share/roost-tests/vmmshim.env", "/etc/roost/vmmshim.env"]);
         let config = "/etc/roost/agent.toml";
         let installed = fs::read_to_string(config).expect("it is installed");

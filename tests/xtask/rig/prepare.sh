@@ -8,8 +8,7 @@ daemons_failed() {
 
 # A fault that a test had set when the power was cut is not meant for this boot.
 rm -f /var/lib/roost/failpoint{,.reached,.go,.lose}
-chown -R roost:roost-vm /var/lib/roost/kernels
-chown -R roost:roost /var/lib/roost/images
+chown -R roost:roost-vm /var/lib/roost/kernels /var/lib/roost/images
 
 # What an idle guest's timers cost on emulated processors is work on real ones.
 { echo 'busy_cpu_percent = 70'; echo 'boot_timeout_sec = 400'; } >>/etc/roost/agent.toml
