@@ -19,7 +19,6 @@ use http_body_util::{BodyExt, Full};
 use hyper::body::{Body as _, Frame, Incoming, SizeHint};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use rustix::net::sockopt;
-use rustls_pki_types::CertificateDer;
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
@@ -138,8 +137,9 @@ impl Callers {
         }
     }
 
-    fn role(&self, certificate: Option<&CertificateDer<'_>>) -> Role {
-        let is_among = |names| certificate.is_some_and(|certificate| tls::client_is_listed(certificate, names));
+    /// Of a caller whose certificate carries these names.
+    fn role(&self, names: &[String]) -> Role {
+        let is_among = |listed: &[String]| names.iter().any(|name| listed.contains(name));
         if is_among(&self.clients) {
             Role::Caller
         } else if is_among(&self.viewers) {
@@ -281,16 +281,16 @@ async fn connection(
         return Ok(());
     };
     let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
-    let certificate: Option<Arc<CertificateDer<'static>>> = certificate.map(|one| Arc::new(one.clone().into_owned()));
-    let client = certificate.as_deref().map(Client::of);
-    let is_stranger = access.callers.load().role(certificate.as_deref()) == Role::Stranger;
+    let client = certificate.map(Client::of);
+    let names = certificate.map(tls::client_names).unwrap_or_default();
+    let is_stranger = access.callers.load().role(&names) == Role::Stranger;
     let access = access.clone();
     // By what was agreed on, not by what the first bytes look like: waiting for those has no limit of its own.
     let h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
     let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
         // Each time: a reload may have changed who may call.
         let callers = access.callers.load_full();
-        let role = callers.role(certificate.as_deref());
+        let role = callers.role(&names);
         // Of a viewer's connection nothing follows: what it has read no control plane has.
         if !h2 && role == Role::Caller {
             request.extensions_mut().insert(number);
@@ -316,7 +316,8 @@ async fn connection(
                 (None, Err(wait)) => hold_off(wait),
                 (None, Ok(())) => {
                     let span = services.span(&request);
-                    answer(services, request).instrument(span).await
+                    // Boxed: it is of 5 KiB, and would be moved with each of the futures around it.
+                    Box::pin(answer(services, request)).instrument(span).await
                 }
             })
         }

@@ -235,25 +235,22 @@ pub fn client(dir: &Path) -> Result<Arc<ClientConfig>, TlsError> {
     Ok(Arc::new(config))
 }
 
-/// Whether a verified client certificate carries one of `names`, as its common name or a DNS name.
-pub fn client_is_listed(certificate: &CertificateDer<'_>, names: &[String]) -> bool {
+/// The names that a verified client certificate carries: its common name and its DNS names. None of what does not parse.
+pub fn client_names(certificate: &CertificateDer<'_>) -> Vec<String> {
     let Ok((_, certificate)) = X509Certificate::from_der(certificate) else {
-        return false;
+        return Vec::new();
     };
-    let listed = |name: &str| names.iter().any(|listed| listed == name);
-    let common = certificate
-        .subject()
-        .iter_common_name()
-        .filter_map(|name| name.as_str().ok())
-        .any(listed);
-    let alternative = || match certificate.subject_alternative_name() {
-        Ok(Some(extension)) => extension.value.general_names.iter().any(|name| match name {
-            GeneralName::DNSName(name) => listed(name),
-            _ => false,
-        }),
-        Ok(None) | Err(_) => false,
-    };
-    common || alternative()
+    let common = certificate.subject().iter_common_name();
+    let mut names: Vec<String> = common
+        .filter_map(|name| name.as_str().ok().map(str::to_owned))
+        .collect();
+    if let Ok(Some(extension)) = certificate.subject_alternative_name() {
+        names.extend(extension.value.general_names.iter().filter_map(|name| match name {
+            GeneralName::DNSName(name) => Some((*name).to_owned()),
+            _ => None,
+        }));
+    }
+    names
 }
 
 fn roots(file: &Path) -> Result<RootCertStore, TlsError> {

@@ -1,7 +1,7 @@
 //! Sandboxes of the agent, and the figures of their lives against bare VMs: `create`, `exec`, `stream`, `pause`, `restore`.
 
 use std::process::Command;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use roost_tests::privd::Rig;
 use roost_tests::roost::Template;
@@ -18,6 +18,9 @@ const MEMORY: u32 = 256;
 const TRUE: &str = "/bin/true";
 /// How many bytes a stream has.
 const STREAMED: u32 = 32 << 20;
+/// How long the kernel has to take down what a VM had, a network above all, before anything else is measured: nobody resumes what was paused
+/// at that moment.
+const AFTERMATH: Duration = Duration::from_secs(1);
 /// Fills a guest's page cache, as a guest at work has it.
 const WORK: &str = "find /usr -xdev -type f -size -200k | head -n 3000 | xargs cat > /dev/null; head -c 24M /dev/urandom > /root/work; sync";
 
@@ -250,6 +253,7 @@ pub(crate) fn pause(bench: &Bench) {
         sandbox.exec(&mut agent, "/bin/sh", &["-c", WORK]);
         time.time(|| sandbox.call(&mut agent, "PauseSandbox"));
         bytes.add(allocated(&format!("/var/lib/roost/sandboxes/{}/vm", sandbox.id)));
+        std::thread::sleep(AFTERMATH);
         back.time(|| {
             answered.time(|| sandbox.call(&mut agent, "ResumeSandbox"));
             sandbox.exec(&mut agent, TRUE, &[]);
@@ -261,6 +265,7 @@ pub(crate) fn pause(bench: &Bench) {
         output("sync", &["-f", dir.to_str().expect("a path of ours")]);
         bytes_bare.add(allocated(dir.to_str().expect("a path of ours")));
         drop(vm);
+        std::thread::sleep(AFTERMATH);
         let began = Instant::now();
         vm = loaded.time(|| parts.restore(&dir, Restore::Copied));
         guest = health.time(|| vm.guest());
@@ -341,12 +346,14 @@ fn from_template(
     let mut made = Samples::default();
     let mut ways = [Restore::Copied, Restore::Prefaulted, Restore::OnDemand].map(|way| (way, Samples::default()));
     for _ in 0..count {
+        std::thread::sleep(AFTERMATH);
         let began = Instant::now();
         let clone = Sandbox::of(agent, &json!({"teamId": team, "templateId": name}));
         clone.exec(agent, TRUE, &[]);
         made.add_time(began.elapsed());
         drop(clone);
         for (way, samples) in &mut ways {
+            std::thread::sleep(AFTERMATH);
             samples.time(|| {
                 let vm = parts.restore(&dir, *way);
                 vm.guest().run(TRUE, &[]);
