@@ -1,6 +1,7 @@
 //! Templates made of sandboxes and of a container's image, and sandboxes made of those.
 
 use std::collections::BTreeSet;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -99,8 +100,21 @@ fn sandboxes_made_of_a_snapshot_go_on_where_it_was_and_are_not_each_other() {
         let error = roost::fails(&[&["snapshot", &source.id], &template.arguments()[..]].concat());
         assert!(error.contains("already"), "{error}");
 
+        // As it must be for VMs to read the file itself; where it is not, each would have a copy.
+        let memory = rootfs().with_file_name("snapshot/memory-ranges");
+        let stat = Command::new("stat")
+            .args(["-c", "%U:%G %a"])
+            .arg(&memory)
+            .output()
+            .expect("stat runs");
+        assert_eq!(String::from_utf8_lossy(&stat.stdout), "roost:roost-vm 640\n");
+        let changed_at = || std::fs::metadata(&memory).expect("there").ctime_nsec();
+        let before = changed_at();
+
         let (first, metadata) = create(&template, &[]);
         assert_eq!(metadata["restored"], "true", "{metadata}");
+        // It had another name for a while.
+        assert_ne!(changed_at(), before, "the memory was copied");
         let (second, _) = create(&template, &["--memory", "192"]);
         assert_ne!(first.host_ip(), second.host_ip());
         for clone in [&first, &second] {

@@ -13,8 +13,8 @@
 //! ```
 //!
 //! Holds: files are opened relative to a directory's descriptor, without following links or waiting for a FIFO, and are used only
-//! when they are regular and have one name, but for a template's memory, which nobody can write to; a generation is whole and durable, or not there; nothing from a snapshot's text
-//! reaches a message of ours.
+//! when they are regular and have one name, but for a template's memory, which nobody can write to; a generation is whole and durable, or
+//! not there; nothing from a snapshot's text reaches a message of ours.
 //! Not here: when to take a snapshot, what a record says of it, the VMM's API.
 //!
 //! Functions here block; callers put them on a blocking thread.
