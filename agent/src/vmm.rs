@@ -18,7 +18,7 @@ use crate::failpoint;
 /// The call that writes a VM to files.
 pub const SNAPSHOT: &str = "vm.snapshot";
 /// How long one call may take.
-const CALL_LIMIT: Duration = Duration::from_secs(30);
+pub(crate) const CALL_LIMIT: Duration = Duration::from_secs(30);
 /// How long a snapshot may take: it writes as much as the guest has memory, at worst to a slow and busy disk.
 const SNAPSHOT_LIMIT: Duration = Duration::from_secs(240);
 /// How long a restored VM may take until it can be resumed: where it cannot load its memory lazily, it loads it first.
@@ -98,16 +98,16 @@ impl Vmm {
         Self { socket: socket.into() }
     }
 
-    /// The VMM's version, as it says.
+    /// The VMM's version, as it says, which it does once it has set up its VM: on a host that starts many at once, that takes as long as they do.
     ///
     /// # Errors
-    /// Any [`VmmError`].
-    pub async fn version(&self) -> Result<String, VmmError> {
+    /// Any [`VmmError`]; a timeout after `limit`.
+    pub async fn version(&self, limit: Duration) -> Result<String, VmmError> {
         #[derive(serde::Deserialize)]
         struct Ping {
             version: String,
         }
-        let ping: Ping = self.ask("vmm.ping").await?;
+        let ping: Ping = self.ask("vmm.ping", limit).await?;
         Ok(version::printable(&ping.version))
     }
 
@@ -120,7 +120,7 @@ impl Vmm {
         struct Info {
             state: State,
         }
-        let info: Info = self.ask("vm.info").await?;
+        let info: Info = self.ask("vm.info", CALL_LIMIT).await?;
         Ok(info.state)
     }
 
@@ -212,8 +212,8 @@ impl Vmm {
     }
 
     /// Asks for something in JSON.
-    async fn ask<T: serde::de::DeserializeOwned>(&self, call: &'static str) -> Result<T, VmmError> {
-        let body = self.call(Method::GET, call, Vec::new(), CALL_LIMIT).await?;
+    async fn ask<T: serde::de::DeserializeOwned>(&self, call: &'static str, limit: Duration) -> Result<T, VmmError> {
+        let body = self.call(Method::GET, call, Vec::new(), limit).await?;
         serde_json::from_slice(&body).map_err(|_| VmmError::Refused {
             call,
             status: StatusCode::OK,
@@ -306,7 +306,7 @@ mod tests {
             // A client that has seen enough closes early, which is its right.
             drop(stream.write_all(answer).await);
         });
-        let outcome = Vmm::new(&path).version().await;
+        let outcome = Vmm::new(&path).version(CALL_LIMIT).await;
         server.await.expect("no panic");
         outcome
     }
@@ -360,9 +360,22 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_vmm_that_does_not_answer_is_waited_for_as_long_as_is_said() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("api.sock");
+        let _mute = UnixListener::bind(&path).expect("bound");
+        let limit = Duration::from_millis(20);
+        let outcome = Vmm::new(&path).version(limit).await;
+        assert!(
+            matches!(outcome, Err(VmmError::Timeout { call: "vmm.ping" })),
+            "{outcome:?}"
+        );
+    }
+
+    #[tokio::test]
     async fn a_vmm_that_is_not_there_is_named() {
         let error = Vmm::new(Path::new("/nonexistent/api.sock"))
-            .version()
+            .version(CALL_LIMIT)
             .await
             .expect_err("nobody listens");
         assert!(error.to_string().contains("/nonexistent/api.sock"));

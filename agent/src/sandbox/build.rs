@@ -257,12 +257,13 @@ async fn steps(
                 })
             }
             Err(began) => {
-                let (vmm, envd) = tokio::try_join!(async { api.version().await.map_err(BuildError::from) }, async {
-                    let limit = boot_limit(host, plan);
-                    step("boot", guest.wait_until_up(limit, &console))
-                        .await
-                        .map_err(BuildError::from)
-                })?;
+                let limit = boot_limit(host, plan);
+                let (vmm, envd) =
+                    tokio::try_join!(async { api.version(limit).await.map_err(BuildError::from) }, async {
+                        step("boot", guest.wait_until_up(limit, &console))
+                            .await
+                            .map_err(BuildError::from)
+                    })?;
                 let nonces = step("init", guest.init(None, identity(host, plan), Nonces::Unknown)).await?;
                 Ok::<_, BuildError>(Versions {
                     kernel: kernel.version.clone(),

@@ -304,7 +304,10 @@ async fn steps(
     let up = async {
         let (vmm, limit) = match &memories {
             Some(_) => (wake::<ResumeError>(&api, &STEPS).await?, WAKE_LIMIT),
-            None => (api.version().await?, boot_limit(host, &plan)),
+            None => {
+                let limit = boot_limit(host, &plan);
+                (api.version(limit).await?, limit)
+            }
         };
         let envd = step("up", guest.wait_until_up(limit, &console)).await?;
         let nonces = step("init", guest.init(None, identity(host, &plan), known_nonces)).await?;

@@ -14,7 +14,7 @@ use crate::host::acl::{self, Access};
 use crate::host::{Host, kernels};
 use crate::snapshot::{self, Cpu, HostFacts, Manifest, Misfit, RestoreConfig, Size};
 use crate::trace::step;
-use crate::vmm::{Vmm, VmmError};
+use crate::vmm::{self, Vmm, VmmError};
 
 /// How long a restored guest's envd may take to answer: it was running when the snapshot was taken.
 pub(super) const WAKE_LIMIT: Duration = Duration::from_secs(60);
@@ -101,7 +101,7 @@ where
 {
     step("load", api.restored()).await?;
     // Asked before it runs its guest, so the guest has no say in it.
-    let version = api.version().await?;
+    let version = api.version(vmm::CALL_LIMIT).await?;
     reach(steps.restored).await?;
     step("wake", api.resume()).await?;
     reach(steps.woken).await?;
