@@ -146,7 +146,8 @@ pub(crate) fn storm(bench: &Bench) {
         subject: &whole,
         baseline: Some(("as many creates, one after the other", &sum)),
         goal: Goal::AtMostTimes(1.0),
-        unmet: "guests that boot at once share the host's processors, and each waits for its timers meanwhile",
+        unmet: "guests that boot at once share the host's processors, and each waits for its timers meanwhile; storm.locks says what of it is the \
+                agent's. Next: with KVM, where guests do not wait for an emulator",
     }
     .tell();
     Figure {

@@ -282,8 +282,8 @@ pub(crate) fn pause(bench: &Bench) {
         subject: &bytes,
         baseline: Some(("vm.pause and vm.snapshot", &bytes_bare)),
         goal: Goal::AtMostTimes(0.5),
-        unmet: "the guest drops its caches just before, and its reports of free pages come two seconds later, which is too late for the \
-                snapshot. Next: wait for them where nobody waits for the pause",
+        unmet: "what the guest uses is in it, and what it had freed before its caches were dropped. Next: look at what is in a snapshot, page by \
+                page",
     }
     .tell();
     Figure {
@@ -302,7 +302,7 @@ pub(crate) fn pause(bench: &Bench) {
         baseline: Some(("a bare --restore to the first command", &back_bare)),
         goal: Goal::AtMostTimes(1.15),
         unmet: "beside the restore a resume makes disk, network and cage, syncs three times, tells the guest its clock and thaws it, and the \
-                command goes through the agent: the steps are below",
+                command finds the guest's cache empty: the steps are below. Next: one connection for what envd is asked in a row",
     }
     .tell();
     Figure {
@@ -311,7 +311,7 @@ pub(crate) fn pause(bench: &Bench) {
         subject: &made,
         baseline: Some(("a bare --restore to the first command", &ways[0].1)),
         goal: Goal::AtMostTimes(1.15),
-        unmet: "as restore, and it makes the sandbox's files; the steps are below",
+        unmet: "as restore, and it makes the sandbox's files: the steps are below. Next: files and record beside the launch",
     }
     .tell();
     seen("restore.answered", &answered);
