@@ -64,7 +64,7 @@ impl Drop for Broken {
             .args(["start", "roost-vmmshim.socket"])
             .status();
         let detached = Command::new("losetup").args(["--detach", &self.looped]).status();
-        let files = fs::set_permissions(IMAGES, Permissions::from_mode(0o700))
+        let files = fs::set_permissions(IMAGES, Permissions::from_mode(0o2700))
             .and_then(|()| fs::write(CERTIFICATE, &self.certificate))
             .and_then(|()| fs::remove_dir_all("/etc/roost/agent.toml.d"))
             .and_then(|()| fs::remove_file(LEFT));
