@@ -75,8 +75,10 @@ impl Blank {
         if start.checked_add(length).is_none_or(|end| end > self.length) {
             return Err(io::ErrorKind::OutOfMemory.into());
         }
+        // SAFETY: the offset is within the mapping.
+        let start = unsafe { self.start.byte_add(start) };
         // SAFETY: the range is within the mapping, which is nobody's but this value's.
-        let result = unsafe { libc::madvise(self.start.byte_add(start).as_ptr(), length, libc::MADV_POPULATE_WRITE) };
+        let result = unsafe { libc::madvise(start.as_ptr(), length, libc::MADV_POPULATE_WRITE) };
         check(result.into()).map(drop)
     }
 }
