@@ -92,17 +92,8 @@ fn main() {
             // What one group cannot measure is no reason not to measure the others.
             if std::panic::catch_unwind(|| run(&bench)).is_err() {
                 figure::not_measured(name, "it failed; why is in the program's output");
-                let journal = [
-                    "-u",
-                    "roost-agent",
-                    "-u",
-                    "roost-privd",
-                    "-n",
-                    "100",
-                    "-o",
-                    "cat",
-                    "--no-pager",
-                ];
+                let journal = "-u roost-agent -u roost-privd -n 100 -o cat --no-pager";
+                let journal: Vec<&str> = journal.split(' ').collect();
                 eprintln!("{}", output("journalctl", &journal));
                 failed = true;
             }

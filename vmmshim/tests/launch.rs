@@ -770,12 +770,16 @@ fn a_lent_memory_file_is_the_attempts_own_and_can_be_written() {
     let (shim, ..) = waiting(&place);
     for attempt in [2, 3, 4, 5, 6] {
         let answer = shim.agent.ask(&ToShim::Lend(Lendable::Memory { attempt }));
-        let LaunchStep::LendDescriptor = (match answer {
-            FromShim::Refused(ShimError::Step { step, .. }) => step,
-            answer => panic!("attempt {attempt}: {answer:?}"),
-        }) else {
-            panic!("attempt {attempt}: another step");
-        };
+        assert!(
+            matches!(
+                answer,
+                FromShim::Refused(ShimError::Step {
+                    step: LaunchStep::LendDescriptor,
+                    ..
+                })
+            ),
+            "attempt {attempt}: {answer:?}"
+        );
     }
     let FromShim::Lent(lent) = shim.agent.ask(&ToShim::Lend(Lendable::Memory { attempt: 1 })) else {
         panic!("not lent");

@@ -48,9 +48,15 @@ pub fn copy_sparse(from: &File, to: &Path, until: Instant) -> Result<Bytes, File
     })
 }
 
-/// How long a copy of a generation's memory may take.
-pub(super) fn copy_limit(manifest: &Manifest) -> Duration {
-    COPY_LEAST + COPY_PER_MEBIBYTE * manifest.about.size.memory.0
+/// Copies the memory of a generation with this manifest into a directory, for VMs of its group to read. The copy.
+pub(super) fn copy_memory(memory: &File, manifest: &Manifest, to: &SnapshotDir) -> Result<File, SnapshotError> {
+    let limit = COPY_LEAST + COPY_PER_MEBIBYTE * manifest.about.size.memory.0;
+    copy_sparse(memory, &to.path.join(MEMORY), Instant::now() + limit)?;
+    let copied = to.open_regular(MEMORY)?;
+    copied
+        .set_permissions(PermissionsExt::from_mode(SHARED))
+        .map_err(|error| to.error("opening to the group", MEMORY, error))?;
+    Ok(copied)
 }
 
 /// Copies a sealed generation to a new one, ours altogether, checked against its manifest on the way. Returns the copy's manifest.
@@ -65,11 +71,7 @@ pub fn copy_generation(from: &Path, to: &Path) -> Result<Manifest, SnapshotError
     let dir = &unkept.dir;
     let inspect = |file: &File, name| file.metadata().map_err(|error| dir.error("inspecting", name, error));
     let written = dir.write_new(STATE, SHARED, &state)?;
-    copy_sparse(&memory, &to.join(MEMORY), Instant::now() + copy_limit(&manifest))?;
-    let copied = dir.open_regular(MEMORY)?;
-    copied
-        .set_permissions(PermissionsExt::from_mode(SHARED))
-        .map_err(|error| dir.error("opening to the group", MEMORY, error))?;
+    let copied = copy_memory(&memory, &manifest, dir)?;
     let (written, copied) = (inspect(&written, STATE)?, inspect(&copied, MEMORY)?);
     let length = manifest.files.memory.length;
     check_length(MEMORY, copied.len(), length.0..=length.0)?;

@@ -6,15 +6,15 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::time::Instant;
 
 use nix::errno::Errno;
 use nix::fcntl::AtFlags;
+use nix::sys::stat::fstat;
 use nix::unistd::{UnlinkatFlags, linkat, unlinkat};
 
-use super::copy::{copy_limit, copy_sparse};
+use super::copy::copy_memory;
 use super::manifest::Manifest;
 use super::{MEMORY, SHARED, STATE, SnapshotDir, SnapshotError, Unkept};
 
@@ -41,11 +41,7 @@ pub fn share(template: &Path, to: &Path) -> Result<Shared, SnapshotError> {
     let shared = if link(&from, &memory, &unkept.dir)? {
         Shared::Linked
     } else {
-        copy_sparse(&memory, &to.join(MEMORY), Instant::now() + copy_limit(&manifest))?;
-        let copied = unkept.dir.open_regular(MEMORY)?;
-        copied
-            .set_permissions(PermissionsExt::from_mode(SHARED))
-            .map_err(|error| unkept.dir.error("opening to the group", MEMORY, error))?;
+        copy_memory(&memory, &manifest, &unkept.dir)?;
         Shared::Copied
     };
     unkept.stay();
@@ -55,11 +51,11 @@ pub fn share(template: &Path, to: &Path) -> Result<Shared, SnapshotError> {
 /// Gives `memory` of `from` a name in `to` too, where a VM can read it there and nobody but us can write to it. Whether it has one.
 fn link(from: &SnapshotDir, memory: &File, to: &SnapshotDir) -> Result<bool, SnapshotError> {
     let inspect = |file: &File| file.metadata().map_err(|error| to.error("inspecting", MEMORY, error));
-    let group = to.fd.try_clone().map(File::from);
-    let group = inspect(&group.map_err(|error| to.error("inspecting", MEMORY, error))?)?.gid();
+    // What is made there is the directory's group's.
+    let directory = fstat(&to.fd).map_err(|errno| to.error("inspecting", ".", errno))?;
     let known = inspect(memory)?;
     let is_ours = known.uid() == nix::unistd::geteuid().as_raw();
-    if !is_ours || known.gid() != group || known.mode() & 0o7777 != SHARED {
+    if !is_ours || known.gid() != directory.st_gid || known.mode() & 0o7777 != SHARED {
         return Ok(false);
     }
     match linkat(&from.fd, MEMORY, &to.fd, MEMORY, AtFlags::empty()) {
@@ -81,6 +77,7 @@ fn link(from: &SnapshotDir, memory: &File, to: &SnapshotDir) -> Result<bool, Sna
 #[cfg(test)]
 mod tests {
     use std::fs;
+    use std::os::unix::fs::PermissionsExt;
 
     use super::*;
     use crate::snapshot::seal::tests::Attempt;
